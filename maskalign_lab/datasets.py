@@ -6,9 +6,9 @@
 __all__ = ['HELD_OUT_DIGITS', 'DATASETS', 'Dataset', 'load_shapes', 'enlarge_digit', 'load_digits', 'load_dataset', 'token_means',
            'mask_edges', 'token_positions', 'oracle_features']
 
-# %% ../nbs/lib/datasets.ipynb #1081a334
+# %% ../nbs/lib/datasets.ipynb #8e8c0ae6
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -22,7 +22,7 @@ from .errors import one_of
 from .folders import read_folder, stratified_places
 from .seeding import rng
 
-# %% ../nbs/lib/datasets.ipynb #94792fe9
+# %% ../nbs/lib/datasets.ipynb #f13d428f
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """Labelled pictures in memory, with what is known about them."""
@@ -43,6 +43,13 @@ class Dataset:
         """Pictures (b, 3, h, w), float32 in [-1, 1], by a slice or an array of indices; bytes travel, not floats."""
         chosen = torch.from_numpy(self.pixels[index].copy()).to(device)
         return chosen.permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1)
+
+    def subset(self, index: np.ndarray) -> "Dataset":
+        """The chosen pictures only, with their masks and attributes."""
+        rows = {"pixels": self.pixels, "labels": self.labels, "masks": self.masks}
+        picked = {name: None if values is None else values[index] for name, values in rows.items()}
+        attributes = self.attributes and {name: values[index] for name, values in self.attributes.items()}
+        return replace(self, **picked, attributes=attributes)
 
     @cached_property
     def digest(self) -> str:

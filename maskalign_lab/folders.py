@@ -165,7 +165,7 @@ def read_all(
     pixels = np.stack([found[k] for k in rows]) if rows else np.empty((0, size, size, 3), np.uint8)
     return pixels, np.array(rows, np.int64), tuple(skipped)
 
-# %% ../nbs/lib/folders.ipynb #621bdfed
+# %% ../nbs/lib/folders.ipynb #945c6702
 def read_folder(
     spec: str,  # "folder:PATH"
     size: int,  # pixels a side
@@ -177,5 +177,5 @@ def read_folder(
     pixels, rows, skipped = read_all(spec, paths[:n], size, others)
     labels = labels[rows]
     if len(np.unique(labels)) < 2:
-        raise ValueError(f"{spec}: {len(rows)} readable pictures in split {split!r}; expected some of two classes or more")
+        raise ValueError(f"{spec}: {len(rows)} readable pictures in split {split!r}; expected two classes or more")
     return {"pixels": pixels, "labels": labels, "classes": classes, "skipped": skipped}

@@ -7,7 +7,7 @@ __all__ = ['PRESETS', 'ALIGNED', 'DataConfig', 'NetworkConfig', 'Recipe', 'to_js
            'check_type', 'make_recipe', 'identity', 'build', 'Batches', 'make_batches', 'Run', 'run_folders',
            'find_run', 'load_run', 'train', 'ensure_run']
 
-# %% ../nbs/lib/recipes.ipynb #301b17a9
+# %% ../nbs/lib/recipes.ipynb #c0e59610
 import ast
 import dataclasses
 import hashlib
@@ -31,7 +31,7 @@ from .methods import METHODS, Batch, Method, MethodConfig, edit_digest, method_c
 from .objectives import Objective
 from .seeding import batch_indices, key
 from .sit import SiT
-from .training import TrainingConfig, fit, with_log
+from .training import TrainingConfig, fit, resolve_device, with_log
 
 # %% ../nbs/lib/recipes.ipynb #303ea30b
 @dataclass(frozen=True)
@@ -139,10 +139,10 @@ def check_type(value: Any, hint: Any, name: str) -> Any:
             return value
     raise ValueError(f"{name}={value!r}: expected {getattr(hint, '__name__', hint)}, got {type(value).__name__}")
 
-# %% ../nbs/lib/recipes.ipynb #57b51e11
+# %% ../nbs/lib/recipes.ipynb #0a506661
 PRESETS = {
     "smoke": "network.width=32 network.depth=4 network.heads=2 data.n=512 training.steps=20 training.batch_size=32 training.warmup=5",
-    "laptop": "training.steps=10000 training.save_every=500",
+    "laptop": "training.steps=8000 training.save_every=500",
     "gpu": "network.width=384 network.heads=6 training.steps=20000 training.batch_size=256 training.lr=5e-4 training.ema=0.9995",
     "paper": "network.width=1152 network.depth=28 network.heads=16 network.patch_size=2 data.teacher=timm:vit_base_patch14_dinov2 "
              "training.steps=400000 training.batch_size=256 training.lr=1e-4 training.ema=0.9999 training.save_every=10000",
@@ -216,7 +216,7 @@ def make_batches(recipe: Recipe, device: str = "cpu") -> Batches:
         features = dataset_features(recipe.data.teacher, dataset, side, device)
     return Batches(dataset, features, recipe.training)
 
-# %% ../nbs/lib/recipes.ipynb #07c7288a
+# %% ../nbs/lib/recipes.ipynb #3906b4b5
 @dataclass
 class Run:
     """A trained network at one step, ready to be looked at."""
@@ -230,9 +230,16 @@ class Run:
     def name(self) -> str:
         return self.path.name
 
-    def validation(self, n: int | None = None) -> Dataset:
-        """Held-out images of the run's dataset."""
-        return load_dataset(self.recipe.data.name, self.recipe.data.size, "validation", n)
+    def images(self, split: str = "validation", n: int | None = None) -> Dataset:
+        """Images of the dataset that the run was trained on."""
+        return load_dataset(self.recipe.data.name, self.recipe.data.size, split, n)
+
+    def survey_images(self, n: int) -> Dataset:
+        """About n images: held-out ones if there are enough, else the training images."""
+        if self.recipe.data.name == "shapes":    # procedural, so there are always enough
+            return self.images("validation", n)
+        held_out = self.images("validation")
+        return held_out if len(held_out) >= n else self.images("train")
 
 # %% ../nbs/lib/recipes.ipynb #c23f1287
 def run_folders() -> dict[str, Path]:
@@ -254,11 +261,11 @@ def find_run(name: str) -> Path:
         raise FileNotFoundError(f"no run {name!r} (a folder with recipe.json).{hint} Known: {', '.join(known) or 'none'}")
     return known[name]
 
-# %% ../nbs/lib/recipes.ipynb #1bcf873a
+# %% ../nbs/lib/recipes.ipynb #9fae4470
 def load_run(
     name: str | Path,  # a folder, or the name of a known run
     step: int | None = None,  # None: the latest
-    device: str = "cpu",
+    device: str = "cpu",  # "auto" takes the best at hand
 ) -> Run:
     """Load a run's averaged network and its method."""
     path = find_run(str(name))
@@ -269,7 +276,8 @@ def load_run(
     net.load_state_dict(load_tensors(folder, "ema"))
     if method.state_dict():
         method.load_state_dict(load_tensors(folder, "method"))
-    return Run(path, recipe, int(folder.name), *(m.to(device).eval().requires_grad_(False) for m in (net, method)))
+    place = resolve_device(device)
+    return Run(path, recipe, int(folder.name), *(m.to(place).eval().requires_grad_(False) for m in (net, method)))
 
 # %% ../nbs/lib/recipes.ipynb #5b00e388
 def train(
@@ -295,13 +303,13 @@ def train(
         pass
     return path
 
-# %% ../nbs/lib/recipes.ipynb #8158ff05
+# %% ../nbs/lib/recipes.ipynb #68a21e68
 def ensure_run(recipe: Recipe, device: str = "auto") -> Run:
     """The run of a recipe: a shipped or cached one if it exists, else trained now into the cache."""
     wanted = identity(recipe)
     for path in run_folders().values():
         stored = from_json((path / "recipe.json").read_text())
         if identity(stored) == wanted and recipe.training.steps in steps_of(path):
-            return load_run(path)
+            return load_run(path, device=device)
     name = f"{recipe.method.name}-{Path(recipe.data.name).name.replace(':', '-')}-{wanted}"
-    return load_run(train(recipe, paths.cache() / "runs" / name, device))
+    return load_run(train(recipe, paths.cache() / "runs" / name, device), device=device)

@@ -1,0 +1,148 @@
+"""Teachers: frozen, deterministic, independent of the batch, and clear about what they cannot do."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from maskalign_lab import encoders
+from maskalign_lab.datasets import load_dataset
+
+RANDOM = "timm:vit_tiny_patch16_224?random"
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return load_dataset("shapes", n=20)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A folder as `teach` writes it, with random weights, and the network behind it."""
+    folder = tmp_path_factory.mktemp("teacher")
+    network = dict(size=32, patch_size=4, width=32, depth=2, heads=2)
+    vit = encoders.build_vit(**network)
+    save_file({key: value.half() for key, value in vit.state_dict().items()}, folder / "teacher.safetensors")
+    (folder / "card.json").write_text(json.dumps({"network": network}))
+    return folder, vit
+
+
+def test_tiny_round_trip_through_half_precision(tiny, dataset):
+    folder, vit = tiny
+    teacher = encoders.load_teacher(f"tiny:{folder}")
+    assert (teacher.grid, teacher.dim, len(teacher.digest)) == (8, 32, 16)
+    vit.eval()
+    for a, b in zip(teacher.vit.state_dict().values(), vit.state_dict().values()):
+        assert torch.equal(a, b.half().float())
+    with torch.no_grad():
+        expected = vit.forward_features(dataset.images())
+    features = teacher(dataset.images())
+    torch.testing.assert_close(features.tokens, expected[:, 1:], rtol=2e-2, atol=1e-2)
+    torch.testing.assert_close(features.cls, expected[:, 0], rtol=2e-2, atol=1e-2)
+
+
+def test_digest_follows_the_weights(tiny, tmp_path):
+    folder, vit = tiny
+    (tmp_path / "card.json").write_text((folder / "card.json").read_text())
+    save_file({key: value.half() + 1 for key, value in vit.state_dict().items()}, tmp_path / "teacher.safetensors")
+    assert encoders.load_teacher(f"tiny:{tmp_path}").digest != encoders.load_teacher(f"tiny:{folder}").digest
+
+
+def test_frozen(tiny, dataset):
+    teacher = encoders.load_teacher(f"tiny:{tiny[0]}")
+    images = dataset.images().requires_grad_()
+    features = teacher(images)
+    assert not features.tokens.requires_grad and not any(p.requires_grad for p in teacher.parameters())
+    torch.nn.Sequential(teacher).train()
+    assert not any(module.training for module in teacher.modules())
+
+
+def test_features_do_not_depend_on_the_batch_size(tiny, dataset):
+    name = f"tiny:{tiny[0]}"
+    one = encoders.dataset_features(name, dataset, 8, batch_size=1)
+    many = encoders.dataset_features(name, dataset, 8, batch_size=7)
+    assert one.shape == (20, 64, 32) and one.dtype == torch.float16
+    torch.testing.assert_close(one, many, rtol=2e-3, atol=2e-3)
+    assert torch.equal(many, encoders.dataset_features(name, dataset, 8, batch_size=7))
+
+
+def test_pictures_of_another_size_are_resized(tiny):
+    teacher = encoders.load_teacher(f"tiny:{tiny[0]}", size=64)
+    large = load_dataset("shapes", size=64, n=4)
+    assert teacher(large.images()).tokens.shape == (4, 64, 32)
+
+
+def test_timm_teacher_is_timm(dataset):
+    """The same pixels through timm's own transform and forward pass give the same features."""
+    import timm
+    from timm.data import resolve_data_config
+    from torchvision.transforms.functional import normalize
+
+    teacher = encoders.load_teacher(RANDOM, grid=14)
+    config = resolve_data_config(model=teacher.vit)
+    assert config["mean"] == pytest.approx(teacher.mean.tolist()) and isinstance(teacher.vit, timm.models.VisionTransformer)
+    images = torch.rand(2, 3, 224, 224) * 2 - 1
+    with torch.no_grad():
+        expected = teacher.vit.forward_features(normalize((images + 1) / 2, config["mean"], config["std"]))
+    features = teacher(images)
+    torch.testing.assert_close(features.tokens, expected[:, 1:], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(features.cls, expected[:, 0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "model", ["vit_small_patch14_reg4_dinov2", "vit_base_patch16_siglip_224", "vit_tiny_patch16_224"], ids=["reg", "map", "plain"]
+)
+@pytest.mark.parametrize("grid", [4, 5])
+def test_any_grid_and_any_prefix(model, grid):
+    """Registers and class token are split off; a network without class token gives the mean."""
+    teacher = encoders.load_teacher(f"timm:{model}?random", grid=grid)
+    features = teacher(torch.zeros(1, 3, 32, 32))
+    assert features.tokens.shape == (1, grid**2, teacher.dim) and features.cls.shape == (1, teacher.dim)
+
+
+def test_random_teachers_are_the_same_each_time_and_leave_the_global_state_alone():
+    before = torch.random.get_rng_state()
+    first, second = (encoders.load_teacher(RANDOM, grid=2) for _ in range(2))
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
+
+
+def test_oracle(dataset):
+    assert encoders.dataset_features("oracle", dataset, 8).shape == (20, 64, 18)
+    with pytest.raises(ValueError, match="exact masks.*digits"):
+        encoders.dataset_features("oracle", load_dataset("digits", n=20), 8)
+    with pytest.raises(ValueError, match="no network"):
+        encoders.load_teacher("oracle")
+
+
+def test_wrong_grid_is_refused_before_encoding(tiny, dataset, monkeypatch):
+    monkeypatch.setattr(encoders.Teacher, "forward", lambda *_: pytest.fail("encoded"))
+    with pytest.raises(ValueError, match="8 x 8 tokens.*16 x 16"):
+        encoders.dataset_features(f"tiny:{tiny[0]}", dataset, 16)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("tinny", "unknown teacher 'tinny'. Did you mean 'tiny'"),
+        ("timm:", "unknown teacher"),
+        ("timm:vit_tiny_patch16_223?random", "Did you mean 'vit_tiny_patch16_224'"),
+        ("timm:vit_tiny_patch16_224?rnd", "unknown option"),
+        ("timm:resnet18?random", "no vision transformer"),
+    ],
+)
+def test_unknown_names(name, message):
+    with pytest.raises(ValueError) as error:
+        encoders.load_teacher(name, grid=4)
+    assert message in str(error.value)
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="maskalign-lab teach"):
+        encoders.load_teacher(f"tiny:{tmp_path / 'none'}")
+
+
+def test_pictures_smaller_than_a_patch():
+    with pytest.raises(ValueError, match="patches of 16 pixels"):
+        encoders.load_teacher(RANDOM, size=8)
