@@ -19,6 +19,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -57,11 +58,12 @@ def tool(name):
 
 
 def call(*command, cwd=None, **env):
-    """Runs a command of .venv and returns its exit code; Ctrl-C is left to the command."""
+    """Runs a command of .venv and returns its exit code; Ctrl-C is left to the command, a SIGTERM is handed down."""
     path = str(BIN) + os.pathsep + os.environ.get("PATH", "")
     # the last one: a `python3` kernel in the user's home must not win over the kernel in .venv
     env = dict(os.environ, PATH=path, VIRTUAL_ENV=str(VENV), JUPYTER_PREFER_ENV_PATH="1", **env)
     process = subprocess.Popen(command, cwd=cwd, env=env)
+    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     while True:
         try:
             return process.wait()
@@ -145,7 +147,7 @@ def set_up(extras):
 
 
 def install(extras):
-    say(f"Installing into {VENV}, nothing outside of it: about 400 MB of packages, and PyTorch")
+    say(f"Installing into {VENV}, nothing outside of it: about 300 MB of packages, and PyTorch")
     if not any(VENV.glob("[Ll]ib/**/site-packages/torch/version.py")):
         install_torch()
     target = str(ROOT) + (f"[{','.join(extras)}]" if extras else "")

@@ -6,8 +6,9 @@
 __all__ = ['GRACE', 'OwnKernel', 'kernel_environment', 'Stopped', 'signals_to', 'StudyClient', 'last_heading', 'StudyEngine',
            'execute']
 
-# %% ../nbs/lib/kernels.ipynb #fb4abb9a
+# %% ../nbs/lib/kernels.ipynb #1282ec0c
 import asyncio
+import logging
 import os
 import signal
 import sys
@@ -23,50 +24,55 @@ from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, papermill_engines
+from papermill.exceptions import PapermillExecutionError  # noqa: F401  for those who call `execute`
 
 from . import paths
 
-# %% ../nbs/lib/kernels.ipynb #bba5a34e
+# %% ../nbs/lib/kernels.ipynb #2fe75e41
 class OwnKernel(AsyncKernelManager):
     """Manages a kernel of the running interpreter."""
 
     @property
     def kernel_spec(self) -> KernelSpec:
-        command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=ERROR"]
+        command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=CRITICAL"]
         return KernelSpec(argv=command, display_name="Python 3", language="python")
 
-# %% ../nbs/lib/kernels.ipynb #2e35d0a7
-def kernel_environment() -> dict[str, str]:
+# %% ../nbs/lib/kernels.ipynb #03d22e3e
+def kernel_environment(
+    job: Path,  # the folder that the results go to
+) -> dict[str, str]:
     """The environment of a kernel that executes a study unattended."""
     places = [str(paths.PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | {"MASKALIGN_LAB_STATIC": "1", "PYTHONPATH": os.pathsep.join(places)}
+    ours = {"MASKALIGN_LAB_STATIC": "1", "MASKALIGN_LAB_JOB": str(job), "PYTHONPATH": os.pathsep.join(places)}
+    return os.environ | ours
 
-# %% ../nbs/lib/kernels.ipynb #9b8650df
+# %% ../nbs/lib/kernels.ipynb #5cdb37de
 GRACE = 20.0  # seconds from the interrupt to the kill
 
 
 class Stopped(Exception):
-    """The execution was ended by a signal."""
+    """The execution was ended by a signal. `exit_code` is what the process should end with."""
 
     def __init__(self, number: int):
         super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.number = number
+        self.exit_code = 130 if number == signal.SIGINT else 75  # 75: a temporary failure, in sysexits.h
 
-# %% ../nbs/lib/kernels.ipynb #795b6b6d
+# %% ../nbs/lib/kernels.ipynb #c7364201
 @contextmanager
 def signals_to(
     handler: Callable[[int, Any], None],  # gets the signal's number and the frame
 ) -> Iterator[None]:
-    """SIGTERM and SIGINT go to `handler` inside the block, in the main thread."""
-    numbers = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
-    before = {number: signal.signal(number, handler) for number in numbers}
+    """SIGTERM, SIGUSR1 and SIGINT go to `handler` inside the block, in the main thread."""
+    main = threading.current_thread() is threading.main_thread()
+    numbers = [getattr(signal, name, None) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if main]  # Windows lacks one
+    before = {number: signal.signal(number, handler) for number in numbers if number}
     try:
         yield
     finally:
         for number, old in before.items():
             signal.signal(number, old)
 
-# %% ../nbs/lib/kernels.ipynb #6f4237b9
+# %% ../nbs/lib/kernels.ipynb #ae199df9
 class StudyClient(PapermillNotebookClient):
     """Executes the cells of one notebook, printing progress; `stop` is the handler of signals."""
 
@@ -86,7 +92,8 @@ class StudyClient(PapermillNotebookClient):
             return super().execute_cell(cell, cell_index, **options)
         finally:
             self.done += 1
-            print(f"[{self.done}/{self.total}] {time.perf_counter() - began:6.1f} s  {self.heading}", flush=True)
+            line = f"[{self.done}/{self.total}] {time.perf_counter() - began:6.1f} s  {self.heading}"
+            print(line.rstrip(), flush=True)
 
     def stop(self, number: int, frame: Any) -> None:
         first, self.number = not self.number, number
@@ -113,19 +120,20 @@ def last_heading(
     found = [line.lstrip("# ").strip() for line in text.splitlines() if line.startswith("#")]
     return found[-1] if found else ""
 
-# %% ../nbs/lib/kernels.ipynb #9a72fddd
+# %% ../nbs/lib/kernels.ipynb #12f25ebc
 class StudyEngine(NBClientEngine):
     """papermill's engine with our client."""
 
     @classmethod
     def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, start_timeout: int = 60, **_: Any) -> None:
+        environment = kernel_environment(Path(nb_man.output_path).parent)
         client = StudyClient(
             nb_man, kernel_name=kernel_name, startup_timeout=start_timeout, timeout=None,
             stdout_file=sys.stdout, stderr_file=sys.stderr,
         )
         try:
             with signals_to(client.stop):
-                client.execute(env=kernel_environment())
+                client.execute(env=environment)
         except Exception:
             if not client.number:
                 raise
@@ -137,11 +145,12 @@ class StudyEngine(NBClientEngine):
 
 
 papermill_engines.register("maskalign-lab", StudyEngine)
+logging.getLogger("papermill").setLevel(logging.ERROR)  # it guesses at parameters, which have been checked
 
-# %% ../nbs/lib/kernels.ipynb #6c0227eb
+# %% ../nbs/lib/kernels.ipynb #d35926ca
 def execute(
     notebook: Path,  # what to execute
-    target: Path,  # where the executed notebook goes; kept up to date while it runs
+    target: Path,  # where the executed notebook goes, in the job's folder; kept up to date while it runs
     parameters: dict[str, Any],
 ) -> None:
     """Execute a notebook. Raises `PapermillExecutionError` if a cell fails, `Stopped` after a signal."""

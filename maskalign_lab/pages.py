@@ -112,7 +112,7 @@ def film_html(
     shown, label = html.escape(film["labels"][film["default"]]), html.escape(film["label"])
     return FILM.format(label=label, last=len(film["labels"]) - 1, default=film["default"], shown=shown, still=still, data=data)
 
-# %% ../nbs/lib/pages.ipynb #f3f1d0a3
+# %% ../nbs/lib/pages.ipynb #bd7414e9
 STYLE = """
 :root { color-scheme: light; --ink: #222; --quiet: #6b6b6b; --line: #e4e4e0; --ground: #f7f7f5; --link: #0072b2 }
 body { margin: 0 auto; max-width: 1100px; padding: 2.5rem 1.5rem 5rem; color: var(--ink); background: white;
@@ -132,6 +132,10 @@ img, svg { max-width: 100%; height: auto }
 table { border-collapse: collapse; font-size: 14px; line-height: 1.4; font-variant-numeric: tabular-nums }
 .text_cell_render table { display: block; overflow-x: auto }
 th, td { padding: .35rem .8rem; text-align: left; border-bottom: 1px solid var(--line) } thead th { border-bottom: 2px solid var(--ink) }
+table.dataframe, table.dataframe :is(th, td) { border-left: 0; border-right: 0; border-top: 0 }
+.highlight { background: none } .text_cell_render .highlight { padding: .6rem .9rem; background: var(--ground) }
+mtd[columnalign="right"] { text-align: right } mtd[columnalign="left"] { text-align: left }
+mtable[columnspacing="0em"] > mtr > mtd { padding-left: 0; padding-right: 0 }
 math { font-size: 1.06em } math[display="block"] { margin: 1rem 0; overflow-x: auto }
 details { margin: .8rem 0 } summary { cursor: pointer; color: var(--link) }
 .film { margin: 1rem 0 } .film-controls { display: none; align-items: center; gap: .8rem; font-size: 15px }
@@ -149,7 +153,7 @@ PAGE = """<!doctype html>
 {scripts}</body></html>
 """
 
-# %% ../nbs/lib/pages.ipynb #924ad2f4
+# %% ../nbs/lib/pages.ipynb #2ff6a08c
 def write_page(
     executed_notebook: str | Path,  # its films lie beside it
     out: str | Path,  # the .html file; plotly.min.js is put beside it if the page has a film
@@ -166,7 +170,7 @@ def write_page(
     if 'class="film"' in body:
         scripts = f'<script src="plotly.min.js" charset="utf-8"></script><script>{SCRIPT}</script>'
         (out.parent / "plotly.min.js").write_text(get_plotlyjs(), encoding="utf-8")
-    style = STYLE + HtmlFormatter(style="friendly").get_style_defs(".highlight")
+    style = HtmlFormatter(style="friendly").get_style_defs(".highlight") + STYLE
     out.write_text(PAGE.format(title=html.escape(title(notebook)), style=style, body=body, scripts=scripts), encoding="utf-8")
     return out
 

@@ -159,7 +159,7 @@ def complaint(
     style = "border-left: 3px solid #D55E00; padding: 6px 12px; white-space: pre-wrap; line-height: 1.35"
     return f'<pre class="scrubber-error" style="{style}">{html.escape(text)}</pre>'
 
-# %% ../nbs/lib/widgets.ipynb #39fa7aaf
+# %% ../nbs/lib/widgets.ipynb #f88a78b0
 def picker(
     control: Control,
 ) -> Any:  # a widget with the trait `index`
@@ -169,10 +169,11 @@ def picker(
     texts = control.texts()
     common = {"options": texts, "index": control.default, "description": control.label}
     if control.kind == "slider":
-        return w.SelectionSlider(**common, continuous_update=True, layout=w.Layout(width="560px"))
+        return w.SelectionSlider(**common, style={"description_width": "auto"}, layout=w.Layout(width="520px", margin="2px 16px"))
+    del common["description"]  # a label of its own, see `layout`
     if len(texts) <= 5 and sum(map(len, texts)) <= 40:
-        return w.ToggleButtons(**common, style={"button_width": "auto"})
-    return w.Dropdown(**common, layout=w.Layout(width="260px"))
+        return w.ToggleButtons(**common, style={"button_width": "auto"}, layout=w.Layout(margin="2px 24px 2px 4px"))
+    return w.Dropdown(**common, layout=w.Layout(width="auto", margin="2px 24px 2px 4px"))
 
 
 def layout(
@@ -188,9 +189,10 @@ def layout(
     restore = w.Button(description="Restore defaults", icon="undo", layout=w.Layout(width="150px"))
     restore.on_click(live.restore)
     row = w.Layout(flex_flow="row wrap", align_items="center")
-    others = [live.pickers[c.name] for c in live.scrubber.controls if c is not control]
+    others = [part for c in live.scrubber.controls if c is not control for part in (w.Label(c.label), live.pickers[c.name])]
     error = w.HTML()
-    return w.VBox([w.Box([play, slider, restore], layout=row), w.Box(others, layout=row), live.figure, error]), error
+    drawing = w.Box([live.figure], layout=w.Layout(overflow="auto"))
+    return w.VBox([w.Box([play, slider, restore], layout=row), w.Box(others, layout=row), drawing, error]), error
 
 # %% ../nbs/lib/widgets.ipynb #4bc44e6e
 def watched() -> bool:

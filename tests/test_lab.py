@@ -4,6 +4,8 @@ import ast
 import importlib.util
 import json
 import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +24,9 @@ def lab(tmp_path):
     spec = importlib.util.spec_from_file_location("lab", clone / "lab.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    on_term = signal.getsignal(signal.SIGTERM)
+    yield module
+    signal.signal(signal.SIGTERM, on_term)
 
 
 class Machine:
@@ -38,8 +42,8 @@ class Machine:
         if command[0] == self.lab.tool("python") and not self.lab.BIN.exists():
             raise FileNotFoundError(command[0])
         code = self.note(command, env)
-        if "--clear" in command and code == 0:
-            self.lab.BIN.mkdir(parents=True)
+        if "--clear" in command:
+            (self.lab.VENV if code else self.lab.BIN).mkdir(parents=True, exist_ok=True)  # a failure leaves a part
         answer = self.version if "version_info" in command[-1] else "2.15.0\n"
         return SimpleNamespace(returncode=code, stdout=answer, stderr="Traceback\nno such symbol")
 
@@ -112,18 +116,24 @@ def test_changed_requirements_are_installed(lab, machine, name):
     assert machine.take() == []
 
 
-def test_another_interpreter_or_place_is_noticed(lab, machine):
+def test_another_interpreter_is_noticed(lab, machine):
     lab.set_up([])
-    machine.version = "3 13"
     machine.take()
+    machine.version = "3 13"
     lab.set_up([])
-    assert "install" in kinds(machine.take())
+    assert kinds(machine.take()) == ["cpu torch", "install", "check"]
+
+
+def test_a_moved_clone_gets_a_new_environment(lab, machine):
+    """The programs of an environment name the folder in which it was made."""
+    lab.set_up([])
+    machine.take()
     stamp = json.loads(lab.STAMP.read_text())
     lab.STAMP.write_text(json.dumps({**stamp, "root": "/elsewhere"}))
-    lab.shutil.rmtree(lab.BIN)
-    lab.BIN.parent.mkdir(exist_ok=True)
     lab.set_up([])
     assert kinds(machine.take())[0] == "venv"
+    lab.set_up([])
+    assert machine.take() == []
 
 
 def test_an_interrupted_installation_is_done_again(lab, machine):
@@ -134,6 +144,13 @@ def test_an_interrupted_installation_is_done_again(lab, machine):
     machine.take()
     lab.set_up([])
     assert kinds(machine.take()) == ["cpu torch", "install", "check"]
+    machine.failing = [" -e "]
+    with pytest.raises(SystemExit, match="installation failed"):
+        lab.set_up(["dev"])
+    machine.failing = []
+    machine.take()
+    lab.set_up([])
+    assert "install" in kinds(machine.take()), "it may have left what was whole before in pieces"
 
 
 def test_a_broken_pytorch_is_named(lab, machine):
@@ -335,3 +352,13 @@ def test_any_failure_fails_test(lab, machine, capsys, failing):
 def test_call_passes_exit_code_and_environment(lab):
     code = "import os, sys; sys.exit(3 if os.environ['JUPYTER_PREFER_ENV_PATH'] == os.environ['A'] == '1' else 4)"
     assert lab.call(sys.executable, "-c", code, A="1") == 3
+
+
+def test_sigterm_reaches_the_command(lab):
+    """Whoever ends lab.py ends the server or the training that it started; it may save and choose its exit code."""
+    child = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(75)); print(1, flush=True); time.sleep(60)"
+    code = f"import lab, sys; sys.exit(lab.call(sys.executable, '-c', {child!r}))"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=lab.ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "1\n"
+    process.terminate()
+    assert process.wait(timeout=30) == 75

@@ -2,6 +2,7 @@
 
 import base64
 import configparser
+import contextlib
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import sys
 import tarfile
 import tomllib
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -68,6 +70,34 @@ def test_requirements_are_read_word_by_word():
     for key in (key for key in settings() if key.endswith("requirements")):
         for word in settings()[key].split():
             assert re.fullmatch(r"[\w-]+([<>=!~]=?[\w.]+(,[<>=!~]=?[\w.]+)*)?", word), f"{key}: {word}"
+
+
+def normal(name: str) -> str:
+    """The name of a distribution without the marks of its version, in the one spelling that counts."""
+    return re.split(r"[\s<>=!~;\[(]", name)[0].replace("_", "-").replace(".", "-").lower()
+
+
+def brought_by(names: set[str]) -> set[str]:
+    """The distributions `names` and all that they need without an extra."""
+    found, waiting = set(), set(names)
+    while waiting:
+        name = waiting.pop()
+        found.add(name)
+        with contextlib.suppress(metadata.PackageNotFoundError):  # needed on another platform
+            needs = metadata.requires(name) or []
+            waiting |= {normal(need) for need in needs if "extra ==" not in need} - found
+    return found
+
+
+def test_what_is_imported_is_required():
+    """A package that only the developer has breaks the first run of everybody else."""
+    home = {module: {normal(name) for name in names} for module, names in metadata.packages_distributions().items()}
+    code = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "maskalign_lab").glob("*.py"))
+    imported = set(re.findall(r"^\s*(?:import|from) (\w+)(?:[\w.]* import| as |[\w.]*$)", code, re.MULTILINE))
+    foreign = imported - sys.stdlib_module_names - {"maskalign_lab"}
+    assert {"torch", "timm", "numpy"} <= foreign
+    there = brought_by({normal(word) for word in settings()["requirements"].split()})
+    assert sorted(module for module in foreign if not home.get(module, set()) & there) == []
 
 
 def test_export_and_clean_change_nothing(tree):
@@ -180,14 +210,14 @@ def test_sdist_is_whole(built):
 def test_wheel_carries_data_and_notebooks(built):
     with zipfile.ZipFile(next((built / "dist").glob("*.whl"))) as archive:
         names = set(archive.namelist())
-        metadata = archive.read(next(name for name in names if name.endswith("METADATA"))).decode()
+        about = archive.read(next(name for name in names if name.endswith("METADATA"))).decode()
         archive.extractall(built / "site")
     shipped = {f"maskalign_lab/_shipped/{name}" for name in contents(ROOT, "data", "nbs") if "/." not in name}
     assert not {name for name in shipped if "__pycache__" not in name} - names
     assert "maskalign_lab/_shipped/data/probe/weights.safetensors" in names
     assert not [name for name in names if "checkpoint.ipynb" in name or name.endswith(".pyc")]
-    assert all(f"Requires-Dist: {word.split('>')[0]}" in metadata for word in settings()["requirements"].split())
-    assert "License-Expression: Apache-2.0" in metadata and 'extra == "dev"' in metadata
+    assert all(f"Requires-Dist: {word.split('>')[0]}" in about for word in settings()["requirements"].split())
+    assert "License-Expression: Apache-2.0" in about and 'extra == "dev"' in about
 
 
 def test_paths_in_a_wheel_and_in_a_clone(built, tmp_path):
