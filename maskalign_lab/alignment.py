@@ -45,22 +45,26 @@ def cosine_alignment(
     dtype = torch.promote_types(projected.dtype, torch.float32)
     return -F.cosine_similarity(projected.to(dtype), features.to(dtype), dim=-1, eps=1e-12)
 
-# %% ../nbs/lib/alignment.ipynb #f777063e
+# %% ../nbs/lib/alignment.ipynb #cca9e987
 @dataclass(frozen=True)
 class REPAConfig(MethodConfig):
     """REPA's settings. Paper: weight 0.5, depth 4 (B) or 8 (L, XL), projector 2048."""
+
     name: str = "repa"
     weight: float = 0.5  # lambda
     depth: int = 4  # whose output is aligned, counted from 1
     projector_width: int = 2048
 
-# %% ../nbs/lib/alignment.ipynb #72f97682
+# %% ../nbs/lib/alignment.ipynb #c5546a50
 class REPA(Method, name="repa"):
     """Representation alignment (arXiv 2410.06940)."""
+
     Config = REPAConfig
     needs = ("features",)
 
-    def __init__(self, net: nn.Module, objective: Objective, config: REPAConfig, label_dropout: float = 0.1, teacher_dim: int = 0):
+    def __init__(
+        self, net: nn.Module, objective: Objective, config: REPAConfig, label_dropout: float = 0.1, teacher_dim: int = 0
+    ):
         super().__init__(net, objective, config, label_dropout, teacher_dim)
         check_depths((config.depth,), net.depth)
         self.collect = (config.depth,)

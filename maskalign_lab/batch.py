@@ -40,10 +40,11 @@ def find_study(
             return path
     return studies[one_of(str(name), studies, "study")]
 
-# %% ../nbs/lib/batch.ipynb #1d5d300e
+# %% ../nbs/lib/batch.ipynb #a46870f5
 @dataclass
 class Job:
     """One execution of a study, and what is known about it."""
+
     folder: str
     study: str  # name of the notebook, without its suffix
     parameters: dict[str, Any]  # all of them, defaults included

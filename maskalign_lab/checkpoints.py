@@ -29,16 +29,16 @@ def write_atomic(
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
-# %% ../nbs/lib/checkpoints.ipynb #63a388a9
+# %% ../nbs/lib/checkpoints.ipynb #6eafef4b
 def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":    # a rename is on disk once its folder is; Windows offers no such call
+    if os.name == "posix":  # a rename is on disk once its folder is; Windows offers no such call
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
 
-# %% ../nbs/lib/checkpoints.ipynb #d0faea1f
+# %% ../nbs/lib/checkpoints.ipynb #0741a180
 def save_step(
     run: Path,  # the run's folder
     step: int,  # training steps done
@@ -51,7 +51,9 @@ def save_step(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     for name, values in tensors.items():
-        write_atomic(temporary / f"{name}.safetensors", save({k: v.detach().cpu().contiguous() for k, v in values.items()}))
+        write_atomic(
+            temporary / f"{name}.safetensors", save({k: v.detach().cpu().contiguous() for k, v in values.items()})
+        )
     write_atomic(temporary / "state.json", json.dumps(dict(state, step=step), indent=1))
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)

@@ -23,10 +23,11 @@ from tyro.conf import Positional, UseAppendAction, arg
 from . import paths
 from .errors import one_of
 
-# %% ../nbs/lib/cli.ipynb #c729e2ce
+# %% ../nbs/lib/cli.ipynb #4371cc49
 @dataclass
 class Train:
     """Train a network: `train repa --dataset folder:PATH training.steps=2000 method.weight=1`."""
+
     method: Positional[str]  # repa, sit: what is trained
     overrides: Positional[tuple[str, ...]] = ()  # section.field=value, as many as you like
     preset: str = "laptop"  # smoke, laptop, gpu or paper
@@ -47,10 +48,11 @@ class Train:
         print(f"            maskalign-lab run 01 -p run {shlex.quote(str(folder))}")
         return 0
 
-# %% ../nbs/lib/cli.ipynb #31885f19
+# %% ../nbs/lib/cli.ipynb #0b7ed19c
 @dataclass
 class Teach:
     """Teach a small teacher, without labels: `teach folder:PATH --out teachers/mine`."""
+
     dataset: Positional[str]  # shapes, digits or folder:PATH
     out: str = ""  # the teacher's folder; default: under runs/teachers, named after the dataset
     steps: int = 2000  # of training
@@ -67,10 +69,11 @@ class Teach:
               f"data.teacher=tiny:{shlex.quote(str(folder))}")  # fmt: skip
         return 0
 
-# %% ../nbs/lib/cli.ipynb #4478ae1a
+# %% ../nbs/lib/cli.ipynb #171dbba0
 @dataclass
 class Sample:
     """Draw images from a trained run: `sample repa-shapes --classes 0 1 2 --n 8 --out grid.png`."""
+
     run: Positional[str]  # a run's name or folder
     classes: tuple[int, ...] = ()  # which; default: all
     n: int = 8  # images of each class
@@ -129,13 +132,14 @@ class Runs:
             print(f"{name:32} {recipe.method.name:6} {recipe.data.name:24} {step:13} {folder}")
         return 0
 
-# %% ../nbs/lib/cli.ipynb #215a2fbb
-PARAMETER = arg(aliases=["-p"], metavar="NAME VALUE", help="a parameter of the study, as its parameters cell declares it")
+# %% ../nbs/lib/cli.ipynb #8d59259b
+PARAMETER = arg(aliases=["-p"], metavar="NAME VALUE", help="a parameter that the study declares")
 
-# %% ../nbs/lib/cli.ipynb #e61213af
+# %% ../nbs/lib/cli.ipynb #d34180a3
 @dataclass
 class Run:
     """Execute a study as a job: `run 01 -p preset smoke -p run PATH`."""
+
     study: Positional[str]  # its number, its name, or a notebook
     parameters: Annotated[UseAppendAction[tuple[tuple[str, str], ...]], PARAMETER] = ()
     out: str = ""  # the job's folder; default: a new one under runs/
@@ -153,10 +157,11 @@ class Run:
         print(summary(job), file=sys.stderr if job.exit_code else sys.stdout)
         return job.exit_code
 
-# %% ../nbs/lib/cli.ipynb #60e6880b
+# %% ../nbs/lib/cli.ipynb #97059ffe
 @dataclass
 class Open:
     """Copy the studies to a folder and start JupyterLab there: `open my-studies`."""
+
     folder: Positional[str]  # where; made if needed
     browser: bool = True  # let JupyterLab open a browser
     start: bool = True  # start JupyterLab at all
@@ -202,7 +207,7 @@ def start_lab(
         except KeyboardInterrupt:
             continue
 
-# %% ../nbs/lib/cli.ipynb #bae10d73
+# %% ../nbs/lib/cli.ipynb #98940218
 @dataclass
 class Doctor:
     """Tell versions and device, and what is missing."""
@@ -218,6 +223,7 @@ class Doctor:
 @dataclass
 class Refresh:
     """Execute a study and keep its outputs in the clone's notebook: `refresh 01`."""
+
     study: Positional[str]  # its number or name
 
     def __call__(self) -> int:
@@ -228,10 +234,11 @@ class Refresh:
         print(summary(job), file=sys.stderr if job.exit_code else sys.stdout)
         return job.exit_code
 
-# %% ../nbs/lib/cli.ipynb #7ba7bed8
+# %% ../nbs/lib/cli.ipynb #d9b197c1
 @dataclass
 class Figures:
     """Run the studies and write their figures into the clone: `figures`, or `figures 01 02`."""
+
     studies: Positional[tuple[str, ...]] = ()  # numbers or names; default: all
 
     def __call__(self) -> int:
@@ -247,6 +254,7 @@ class Figures:
 @dataclass
 class Make:
     """Make a run that ships again, from nothing: `make repa-shapes`."""
+
     name: Positional[str]  # of the artefact
     device: str = "auto"  # auto, cpu, cuda, mps
 

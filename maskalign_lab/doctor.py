@@ -96,9 +96,9 @@ def kernel_notes() -> list[str]:
         return []
     return [f"the kernel python3 starts {command}, not {sys.executable}; `maskalign-lab open` starts this one"]
 
-# %% ../nbs/lib/doctor.ipynb #8b35cf58
+# %% ../nbs/lib/doctor.ipynb #f7ad4207
 SHIPPED = (
-    "shapes/card.md", "digits/card.md", "teacher/teacher.safetensors", "teacher/card.json",
+    "shapes/card.md", "digits/card.md", "teacher/shapes/teacher.safetensors", "teacher/shapes/card.json",
     "runs/sit-shapes/recipe.json", "runs/repa-shapes/recipe.json",
 )  # fmt: skip
 
@@ -140,9 +140,10 @@ def device() -> str:
         name = f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB"
     return f"{place.type} ({name}), " + ("native bfloat16" if native_bfloat16(place) else "no native bfloat16: float32")
 
-# %% ../nbs/lib/doctor.ipynb #e30d674c
+# %% ../nbs/lib/doctor.ipynb #fbfab17f
 def git_state() -> dict[str, str | bool] | None:
     """Commit of the clone, and whether files differ from it; None outside a clone or without git."""
+
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(root), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -162,10 +163,11 @@ def free_space(
     there = next(parent for parent in (path, *path.parents) if parent.is_dir())
     return f"{shutil.disk_usage(there).free / 2**30:.1f} GiB free for {path}"
 
-# %% ../nbs/lib/doctor.ipynb #b17db4ab
+# %% ../nbs/lib/doctor.ipynb #b2b50e3b
 @dataclass
 class Report:
     """What was found."""
+
     facts: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

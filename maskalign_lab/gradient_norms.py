@@ -8,9 +8,10 @@ __all__ = ['SIZES', 'token_gradients', 'token_gradient_norms', 'projected_gradie
            'noised_hidden', 'Survey', 'check_times', 'survey', 'gradient_norms_at', 'save_maps', 'load_maps', 'Sizes',
            'Film', 'make_film', 'view', 'scrubber', 'strip', 'training_grid', 'coverage', 'object_share', 'finding']
 
-# %% ../nbs/01_gradient_norms.ipynb #dc81073b
+# %% ../nbs/01_gradient_norms.ipynb #de755516
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -96,10 +97,14 @@ def null_concentration(
         ratios.append(concentration(top_tokens(random_norms, share).float().mean(0)))
     return torch.stack(ratios)
 
-# %% ../nbs/01_gradient_norms.ipynb #b19218eb
+# %% ../nbs/01_gradient_norms.ipynb #8ee22925
+_features = lru_cache(maxsize=2)(dataset_features)  # the teacher looks at a dataset once, not once per checkpoint
+
+
 @dataclass
 class Observed:
     """A network, and the alignment loss through which its tokens are looked at."""
+
     name: str
     run: "Run"  # noqa: F821  (recipes stands above this module)
     net: SiT
@@ -108,7 +113,7 @@ class Observed:
     teacher: str  # by name
 
     def features(self, dataset: Dataset) -> Tensor:  # (n, tokens, z) float16
-        return dataset_features(self.teacher, dataset, self.net.side, self.device)
+        return _features(self.teacher, dataset, self.net.side, self.device)
 
     @property
     def device(self) -> torch.device:
@@ -124,7 +129,7 @@ def observe(run: "Run") -> Observed:  # noqa: F821
     observer = load_observer(run, depth) or fit_observer(run, depth)
     return Observed(run.name, run, run.net, observer, depth, recipe.data.teacher)
 
-# %% ../nbs/01_gradient_norms.ipynb #66afab0b
+# %% ../nbs/01_gradient_norms.ipynb #6798f455
 def fit_observer(
     run: "Run",  # noqa: F821
     depth: int,  # whose tokens it reads
@@ -134,7 +139,7 @@ def fit_observer(
 ) -> nn.Module:
     """REPA's projector, fitted to a frozen network's hidden tokens."""
     dataset = run.images("train")
-    features = dataset_features(run.recipe.data.teacher, dataset, run.net.side, run.net.pos_embed.device)
+    features = _features(run.recipe.data.teacher, dataset, run.net.side, run.net.pos_embed.device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(0, 0, "observer"))
         observer = projector(run.net.width, width, features.shape[-1]).to(run.net.pos_embed.device)
@@ -176,10 +181,11 @@ def noised_hidden(
     y = torch.as_tensor(dataset.labels[index], device=x.device)
     return hidden_tokens(net, interpolate(x, noise, t.to(x)), t.to(x), y, depth)
 
-# %% ../nbs/01_gradient_norms.ipynb #e94ecb5e
+# %% ../nbs/01_gradient_norms.ipynb #e77c4aac
 @dataclass
 class Survey:
     """Maps over many images: one row per time, one column per position."""
+
     times: np.ndarray  # (T,)
     mean_norm: np.ndarray  # (T, n)
     probability: np.ndarray  # (T, n)
@@ -192,7 +198,7 @@ def check_times(times: Sequence[float]) -> None:
         if not 0 <= t <= 1:
             raise ValueError(f"t = {t} is outside [0, 1]: 0 is data, 1 is noise, and t is never multiplied by 1000")
 
-# %% ../nbs/01_gradient_norms.ipynb #e7c661b8
+# %% ../nbs/01_gradient_norms.ipynb #0073d70c
 def survey(
     observed: Observed,
     dataset: Dataset,
@@ -208,32 +214,38 @@ def survey(
     counts = torch.zeros_like(norms)
     for row, t in enumerate(times):
         for start in range(0, images, batch_size):
-            g = gradient_norms_at(observed, dataset, features, np.arange(start, min(start + batch_size, images)), t)
+            index = np.arange(start, min(start + batch_size, images))
+            g = gradient_norms_at(observed, dataset, features, index, t)
             norms[row] += g.sum(0)
             counts[row] += top_tokens(g).float().sum(0)
     return Survey(np.asarray(times), (norms / images).numpy(), (counts / images).numpy(), images)
 
-# %% ../nbs/01_gradient_norms.ipynb #88c2c4ba
-def gradient_norms_at(observed: Observed, dataset: Dataset, features: Tensor, index: np.ndarray, t: float) -> Tensor:  # (b, n)
+# %% ../nbs/01_gradient_norms.ipynb #461957f3
+def gradient_norms_at(
+    observed: Observed, dataset: Dataset, features: Tensor, index: np.ndarray, t: float
+) -> Tensor:  # (b, n)
     """g_i of some images at one time, on the CPU."""
     times = torch.full((len(index),), float(t))
     hidden = noised_hidden(observed.net, observed.depth, dataset, index, times, step=int(index[0]))
     return token_gradient_norms(observed.projector, hidden, features[index].to(hidden)).cpu()
 
-# %% ../nbs/01_gradient_norms.ipynb #6cf51358
+# %% ../nbs/01_gradient_norms.ipynb #e3b621fa
 def save_maps(
     path: Path,  # maps.safetensors
     surveys: dict[int, Survey],  # training step -> survey, all over the same times
 ) -> None:
     """Store the surveys of several checkpoints in one file."""
     rows = [surveys[step] for step in sorted(surveys)]
-    save_file({
-        "steps": np.array(sorted(surveys)),
-        "times": rows[0].times,
-        "images": np.array([row.images for row in rows]),
-        "mean_norm": np.stack([row.mean_norm for row in rows]).astype(np.float32),
-        "probability": np.stack([row.probability for row in rows]).astype(np.float32),
-    }, path)
+    save_file(
+        {
+            "steps": np.array(sorted(surveys)),
+            "times": rows[0].times,
+            "images": np.array([row.images for row in rows]),
+            "mean_norm": np.stack([row.mean_norm for row in rows]).astype(np.float32),
+            "probability": np.stack([row.probability for row in rows]).astype(np.float32),
+        },
+        path,
+    )
 
 # %% ../nbs/01_gradient_norms.ipynb #556ae5b4
 def load_maps(run_path: Path) -> dict[int, Survey]:
@@ -245,10 +257,11 @@ def load_maps(run_path: Path) -> dict[int, Survey]:
     rows = zip(maps["mean_norm"], maps["probability"], maps["images"])
     return {int(step): Survey(maps["times"], *row[:2], int(row[2])) for step, row in zip(maps["steps"], rows)}
 
-# %% ../nbs/01_gradient_norms.ipynb #27903e69
+# %% ../nbs/01_gradient_norms.ipynb #9b13a568
 @dataclass(frozen=True)
 class Sizes:
     """How much a preset looks at."""
+
     images: int = 4096  # in a survey
     times: int = 11  # of the slider; stored maps bring their own
     shown: int = 8  # pictures to choose from
@@ -256,10 +269,11 @@ class Sizes:
 
 SIZES = {"smoke": Sizes(192, 3, 3), "laptop": Sizes(), "gpu": Sizes(8192, 21), "paper": Sizes(8192, 21)}
 
-# %% ../nbs/01_gradient_norms.ipynb #12a6e092
+# %% ../nbs/01_gradient_norms.ipynb #deb24658
 @dataclass
 class Film:
     """All that the scrubber shows, precomputed."""
+
     runs: list[str]
     times: np.ndarray  # (T,)
     labels: list[str]  # of the k pictures
@@ -268,7 +282,7 @@ class Film:
     norms: np.ndarray  # (runs, k, T, n)
     surveys: list[Survey]  # one per run
 
-# %% ../nbs/01_gradient_norms.ipynb #d435c3f7
+# %% ../nbs/01_gradient_norms.ipynb #90b8547e
 def make_film(
     studied: list[Observed],  # networks trained on the same dataset
     sizes: Sizes = Sizes(),
@@ -282,7 +296,7 @@ def make_film(
     for each in studied:
         features = each.features(images.subset(index))
         rows = [gradient_norms_at(each, images.subset(index), features, np.arange(len(index)), t) for t in times]
-        norms.append(torch.stack(rows, dim=1))    # (k, T, n)
+        norms.append(torch.stack(rows, dim=1))  # (k, T, n)
     labels = [images.classes[images.labels[i]] for i in index]
     clean = images.pixels[index]
     noised = np.stack([_noised_pixels(images.subset(index), t) for t in times], axis=1)
@@ -302,7 +316,7 @@ def _noised_pixels(dataset: Dataset, t: float) -> np.ndarray:  # (k, h, w, 3) ui
     x_t = interpolate(x, noise, torch.full((len(x),), float(t)))
     return ((x_t.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
 
-# %% ../nbs/01_gradient_norms.ipynb #38e5aa6d
+# %% ../nbs/01_gradient_norms.ipynb #36a39e2e
 def view(film: Film, run: int, image: int, time: int, token: tuple[int, int] | None = None) -> Panels:
     """What the scrubber shows in one state of its controls."""
     side = int(film.norms.shape[-1] ** 0.5)
@@ -317,7 +331,9 @@ def view(film: Film, run: int, image: int, time: int, token: tuple[int, int] | N
         TokenMap("position probability", film.surveys[run].probability[time].reshape(side, side), "probability"),
     )
     ys = {"this token": norms[:, row * side + column], "mean of all": norms.mean(-1)}
-    curve = Curve(f"gradient norm of token ({row}, {column})", film.times, ys, "t (0 data, 1 noise)", "gradient norm", float(t))
+    curve = Curve(
+        f"gradient norm of token ({row}, {column})", film.times, ys, "t (0 data, 1 noise)", "gradient norm", float(t)
+    )
     return Panels(panels, curve, (row, column))
 
 # %% ../nbs/01_gradient_norms.ipynb #0fa6f735
@@ -374,7 +390,7 @@ def object_share(
     top = top_tokens(norms).numpy()
     return (covered * top).sum(1) / top.sum(1)
 
-# %% ../nbs/01_gradient_norms.ipynb #e3066c14
+# %% ../nbs/01_gradient_norms.ipynb #aa568f40
 def finding(
     probability: np.ndarray,  # (n,) position probability at one time
     images: int,  # that it was estimated from
@@ -383,4 +399,9 @@ def finding(
     ratio = concentration(torch.tensor(probability)).item()
     null = null_concentration(images, len(probability))
     above = ratio > null.max().item()
-    return {"ratio": ratio, "chance": null.mean().item(), "above chance": "yes" if above else "no", "method": "undecided (1 seed)"}
+    return {
+        "ratio": ratio,
+        "chance": null.mean().item(),
+        "above chance": "yes" if above else "no",
+        "method": "undecided (1 seed)",
+    }

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from .errors import one_of
 
-# %% ../nbs/lib/interpolants.ipynb #266fefe1
+# %% ../nbs/lib/interpolants.ipynb #c70381ae
 @dataclass(frozen=True)
 class Coefficients:
     """The path's coefficients and their derivatives at the given times, each shaped like t."""
+
     alpha: Tensor
     sigma: Tensor
     d_alpha: Tensor
@@ -80,7 +81,7 @@ def velocity(
     c = coefficients(interpolant, t, x)
     return c.d_alpha * x + c.d_sigma * noise
 
-# %% ../nbs/lib/interpolants.ipynb #03f71446
+# %% ../nbs/lib/interpolants.ipynb #667ecfec
 def to_data_and_noise(
     prediction: Tensor,  # (b, ...) what the network gave
     kind: str,  # what it means: "x", "eps" or "v"
@@ -96,7 +97,9 @@ def to_data_and_noise(
     if kind == "eps":
         return (x_t - c.sigma * prediction) / c.alpha.clamp(min=clamp), prediction
     determinant = (c.alpha * c.d_sigma - c.d_alpha * c.sigma).clamp(min=clamp)
-    return (c.d_sigma * x_t - c.sigma * prediction) / determinant, (c.alpha * prediction - c.d_alpha * x_t) / determinant
+    return (c.d_sigma * x_t - c.sigma * prediction) / determinant, (
+        c.alpha * prediction - c.d_alpha * x_t
+    ) / determinant
 
 # %% ../nbs/lib/interpolants.ipynb #b0a21825
 def convert(

@@ -120,7 +120,7 @@ def last_heading(
     found = [line.lstrip("# ").strip() for line in text.splitlines() if line.startswith("#")]
     return found[-1] if found else ""
 
-# %% ../nbs/lib/kernels.ipynb #12f25ebc
+# %% ../nbs/lib/kernels.ipynb #0ed319e1
 class StudyEngine(NBClientEngine):
     """papermill's engine with our client."""
 
@@ -128,8 +128,12 @@ class StudyEngine(NBClientEngine):
     def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, start_timeout: int = 60, **_: Any) -> None:
         environment = kernel_environment(Path(nb_man.output_path).parent)
         client = StudyClient(
-            nb_man, kernel_name=kernel_name, startup_timeout=start_timeout, timeout=None,
-            stdout_file=sys.stdout, stderr_file=sys.stderr,
+            nb_man,
+            kernel_name=kernel_name,
+            startup_timeout=start_timeout,
+            timeout=None,
+            stdout_file=sys.stdout,
+            stderr_file=sys.stderr,
         )
         try:
             with signals_to(client.stop):

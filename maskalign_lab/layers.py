@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../nbs/lib/layers.ipynb #188f50e5
+# %% ../nbs/lib/layers.ipynb #54bbfabe
 def patchify(
     images: Tensor,  # (b, c, h, w)
     patch_size: int,  # side of a square patch
@@ -21,7 +21,7 @@ def patchify(
     """Cut images into row-major tokens, each ordered (row, column, channel)."""
     b, c, h, w = images.shape
     p = patch_size
-    tokens = images.view(b, c, h // p, p, w // p, p).permute(0, 2, 4, 3, 5, 1)    # (b, h/p, w/p, p, p, c)
+    tokens = images.view(b, c, h // p, p, w // p, p).permute(0, 2, 4, 3, 5, 1)  # (b, h/p, w/p, p, p, c)
     return tokens.reshape(b, (h // p) * (w // p), p * p * c)
 
 
@@ -32,36 +32,38 @@ def unpatchify(
     """Put tokens of a square grid back together: the inverse of `patchify`."""
     b, n, d = tokens.shape
     side, p = math.isqrt(n), patch_size
-    grid = tokens.view(b, side, side, p, p, d // p**2).permute(0, 5, 1, 3, 2, 4)    # (b, c, side, p, side, p)
+    grid = tokens.view(b, side, side, p, p, d // p**2).permute(0, 5, 1, 3, 2, 4)  # (b, c, side, p, side, p)
     return grid.reshape(b, d // p**2, side * p, side * p)
 
-# %% ../nbs/lib/layers.ipynb #562fb110
+# %% ../nbs/lib/layers.ipynb #64b0318b
 class PatchEmbed(nn.Module):
     """Linear map from patches to tokens, stored as the official strided convolution."""
+
     def __init__(self, in_channels: int, width: int, patch_size: int):
         super().__init__()
         self.patch_size = patch_size
         self.proj = nn.Conv2d(in_channels, width, patch_size, patch_size)
 
     def forward(self, images: Tensor) -> Tensor:  # (b, c, h, w) -> (b, n, d)
-        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)    # (d, p*p*c)
+        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # (d, p*p*c)
         return F.linear(patchify(images, self.patch_size), weight, self.proj.bias)
 
-# %% ../nbs/lib/layers.ipynb #a7d651fa
+# %% ../nbs/lib/layers.ipynb #4b55953b
 def sincos_2d(
     width: int,  # channels, a multiple of 4
     side: int,  # tokens along one side of the grid
 ) -> Tensor:  # (side*side, width)
     """Fixed 2-D sin-cos position codes: [sin|cos] of the column, then [sin|cos] of the row."""
     frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies    # (side, d/4)
-    code = torch.cat([angles.sin(), angles.cos()], dim=1)    # (side, d/2)
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies  # (side, d/4)
+    code = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, d/2)
     columns, rows = code.repeat(side, 1), code.repeat_interleave(side, dim=0)
     return torch.cat([columns, rows], dim=1).float()
 
-# %% ../nbs/lib/layers.ipynb #544ab7ad
+# %% ../nbs/lib/layers.ipynb #c13b8dca
 class TimestepEmbedder(nn.Module):
     """Sinusoids of t, then a two-layer MLP (DiT)."""
+
     def __init__(self, width: int, frequencies: int = 256):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
@@ -73,9 +75,10 @@ class TimestepEmbedder(nn.Module):
         angles = t.float()[:, None] * rates
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1).to(self.mlp[0].weight.dtype))
 
-# %% ../nbs/lib/layers.ipynb #02d4a2ee
+# %% ../nbs/lib/layers.ipynb #2bc374e3
 class LabelEmbedder(nn.Module):
     """A table of class embeddings whose last row is the null class."""
+
     def __init__(self, num_classes: int, width: int):
         super().__init__()
         self.embedding_table = nn.Embedding(num_classes + 1, width)
@@ -92,17 +95,18 @@ def modulate(
     """tokens (1 + scale) + shift, the adaLN modulation of DiT."""
     return torch.addcmul(shift.unsqueeze(1), tokens, 1 + scale.unsqueeze(1))
 
-# %% ../nbs/lib/layers.ipynb #4b54dd4c
+# %% ../nbs/lib/layers.ipynb #33c1dcb2
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (b, heads, n, head_dim) each
     """Softmax attention by the kernel that is fastest for this device, dtype and mode."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
-        logits = (q * q.shape[-1] ** -0.5) @ k.mT    # (b, heads, n, n)
+        logits = (q * q.shape[-1] ** -0.5) @ k.mT  # (b, heads, n, n)
         return logits.softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
-# %% ../nbs/lib/layers.ipynb #cdf9258a
+# %% ../nbs/lib/layers.ipynb #9d72aec9
 class Attention(nn.Module):
     """Multi-head self-attention with one fused qkv map, named as in timm and the official checkpoints."""
+
     def __init__(self, width: int, heads: int, qk_norm: bool = False):
         super().__init__()
         self.heads = heads
@@ -114,6 +118,6 @@ class Attention(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:  # (b, n, d) -> (b, n, d)
         b, n, d = tokens.shape
         qkv = self.qkv(tokens).view(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)    # (b, heads, n, head_dim)
+        q, k, v = qkv.unbind(0)  # (b, heads, n, head_dim)
         mixed = attend(self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v)
         return self.proj(mixed.transpose(1, 2).reshape(b, n, d))

@@ -21,10 +21,11 @@ from .errors import one_of
 from .interpolants import interpolate
 from .objectives import Objective, denoising_loss, draw_noise, draw_time
 
-# %% ../nbs/lib/methods.ipynb #a3e6a7ee
+# %% ../nbs/lib/methods.ipynb #1a413f6b
 @dataclass
 class Batch:
     """What the data give to one step."""
+
     x: Tensor  # (b, c, h, w) images or latents
     y: Tensor  # (b,) labels
     features: Tensor | None = None  # (b, n, d) clean teacher tokens
@@ -33,6 +34,7 @@ class Batch:
 @dataclass
 class Draw:
     """Every random choice of one step."""
+
     t: Tensor  # (b,)
     noise: Tensor  # (b, c, h, w)
     y: Tensor  # (b,) labels after label dropout
@@ -41,6 +43,7 @@ class Draw:
 @dataclass
 class Losses:
     """What is minimised, and its parts before weighting, for the log."""
+
     total: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
 
@@ -48,6 +51,7 @@ class Losses:
 @dataclass
 class State:
     """What a loss may look at besides its batch."""
+
     model: nn.Module
     ema: nn.Module
     step: int
@@ -64,7 +68,7 @@ def shard(
     present = {f.name: getattr(values, f.name) for f in fields(values)}
     return replace(values, **{name: v[rank::world] for name, v in present.items() if isinstance(v, Tensor)})
 
-# %% ../nbs/lib/methods.ipynb #befd263c
+# %% ../nbs/lib/methods.ipynb #4029f3c9
 METHODS: dict[str, type["Method"]] = {}  # what a recipe's name means now
 INSTALLED: dict[str, type["Method"]] = {}  # what it means without the notebook's own definitions
 
@@ -72,11 +76,13 @@ INSTALLED: dict[str, type["Method"]] = {}  # what it means without the notebook'
 @dataclass(frozen=True)
 class MethodConfig:
     """What every method's settings hold: its name. Subclasses add their own fields."""
+
     name: str = "sit"
 
-# %% ../nbs/lib/methods.ipynb #a420ab0f
+# %% ../nbs/lib/methods.ipynb #64bec64d
 class Method(nn.Module):
     """Base class. Subclass it with a name, and it can be used in recipes: `class REPA(Method, name="repa")`."""
+
     Config = MethodConfig
     needs: tuple[str, ...] = ()  # fields of `Batch` beyond x and y
     collect: tuple[int, ...] = ()  # depths of hidden tokens that the loss reads
@@ -113,7 +119,7 @@ class Method(nn.Module):
         """The method's loss, deterministic given batch and draw."""
         raise NotImplementedError(f"{type(self).__name__} defines no loss")
 
-# %% ../nbs/lib/methods.ipynb #673dfeaf
+# %% ../nbs/lib/methods.ipynb #c62e111a
 def denoise(
     method: Method,
     model: nn.Module,
@@ -128,6 +134,7 @@ def denoise(
 
 class PlainSiT(Method, name="sit"):
     """Denoising alone (SiT)."""
+
     def loss(self, state: State, batch: Batch, draw: Draw, phase: str = "main") -> Losses:
         velocity = denoise(self, state.model, batch, draw)[0]
         return Losses(velocity, {"velocity": velocity})
@@ -137,11 +144,15 @@ def method_class(name: str) -> type[Method]:
     """The class registered under a name."""
     return METHODS[one_of(name, METHODS, "method")]
 
-# %% ../nbs/lib/methods.ipynb #b1fc9d9c
+# %% ../nbs/lib/methods.ipynb #e8f04ea6
 def behaviour(thing: Any, seen: frozenset = frozenset()) -> str:
     """A digest of what a class or function does: its compiled code, and that of same-module functions it names."""
     if isinstance(thing, type):
-        parts = [f"{name}={behaviour(value)}" for name, value in sorted(vars(thing).items()) if not name.startswith("__") or name == "__init__"]
+        parts = [
+            f"{name}={behaviour(value)}"
+            for name, value in sorted(vars(thing).items())
+            if not name.startswith("__") or name == "__init__"
+        ]
     elif inspect.isfunction(thing):
         called = [thing.__globals__.get(name) for name in _names(thing.__code__)]
         own = [f for f in called if inspect.isfunction(f) and f.__module__ == thing.__module__ and f not in seen]

@@ -14,10 +14,11 @@ from torch import Tensor
 from .errors import one_of
 from .interpolants import INTERPOLANTS, convert, interpolate, velocity
 
-# %% ../nbs/lib/objectives.ipynb #cc81b404
+# %% ../nbs/lib/objectives.ipynb #8d907280
 @dataclass(frozen=True)
 class Objective:
     """How a denoiser is trained. Sources: SiT and REPA (velocity, uniform t), JiT (x-prediction, v-loss)."""
+
     interpolant: str = "linear"  # linear | cosine | vp
     prediction: str = "v"  # what the network outputs: x | eps | v
     loss_space: str = "v"  # where the squared error is taken: x | eps | v
@@ -69,7 +70,7 @@ def target(
     truth = {"x": x, "eps": noise, "v": velocity(x, noise, t, objective.interpolant)}[objective.prediction]
     return convert(truth, objective.prediction, objective.loss_space, x_t, t, objective.interpolant, objective.clamp)
 
-# %% ../nbs/lib/objectives.ipynb #015e30cc
+# %% ../nbs/lib/objectives.ipynb #437d0a43
 def denoising_loss(
     objective: Objective,
     prediction: Tensor,  # (b, ...) the network's output, image or tokens
@@ -80,7 +81,9 @@ def denoising_loss(
     """Mean squared error per sample in the objective's loss space, in float32 or better."""
     prediction = prediction.to(x.dtype)
     x_t = interpolate(x, noise, t, objective.interpolant)
-    given = convert(prediction, objective.prediction, objective.loss_space, x_t, t, objective.interpolant, objective.clamp)
+    given = convert(
+        prediction, objective.prediction, objective.loss_space, x_t, t, objective.interpolant, objective.clamp
+    )
     return (given - target(objective, x, noise, t)).square().flatten(1).mean(1)
 
 # %% ../nbs/lib/objectives.ipynb #7a0b036a

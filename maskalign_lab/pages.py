@@ -52,7 +52,7 @@ class Exporter(HTMLExporter):
     def markdown2html(self, source: str) -> str:  # called by the template
         return MarkdownWithMath(renderer=Renderer(escape=False, anchor_link_text="")).render(source)
 
-# %% ../nbs/lib/pages.ipynb #e5112730
+# %% ../nbs/lib/pages.ipynb #7d9824b2
 FILM = """<div class="film">
 <div class="film-controls"><button type="button" aria-label="play">▶</button><label>{label}
 <input type="range" min="0" max="{last}" value="{default}"></label><output>{shown}</output></div>
@@ -63,7 +63,7 @@ FILM = """<div class="film">
 SCRIPT = """
 for (const film of document.querySelectorAll(".film")) {
   if (!window.Plotly) break;
-  const {figure, labels} = JSON.parse(film.querySelector("script").textContent);
+  const {plot, labels} = JSON.parse(film.querySelector("script").textContent);
   const [input, output, play, still, div] =
     ["input", "output", "button", "img", ".film-figure"].map(name => film.querySelector(name));
   let timer = null;
@@ -81,11 +81,11 @@ for (const film of document.querySelectorAll(".film")) {
   });
   still.remove();
   film.classList.add("live");
-  Plotly.newPlot(div, {...figure, config: {displayModeBar: false, doubleClick: false}});
+  Plotly.newPlot(div, {...plot, config: {displayModeBar: false, doubleClick: false}});
 }
 """
 
-# %% ../nbs/lib/pages.ipynb #fd1a3f27
+# %% ../nbs/lib/pages.ipynb #377f7c88
 def with_films(
     notebook: NotebookNode,
     folder: Path,  # where the films lie
@@ -108,7 +108,7 @@ def film_html(
 ) -> str:
     """One film with its controls."""
     still = f'<img alt="filmstrip" src="data:image/png;base64,{png}">'
-    data = json.dumps({"figure": film["figure"], "labels": film["labels"]}, separators=(",", ":")).replace("</", "<\\/")
+    data = json.dumps({"plot": film["plot"], "labels": film["labels"]}, separators=(",", ":")).replace("</", "<\\/")
     shown, label = html.escape(film["labels"][film["default"]]), html.escape(film["label"])
     return FILM.format(label=label, last=len(film["labels"]) - 1, default=film["default"], shown=shown, still=still, data=data)
 

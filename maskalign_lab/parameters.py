@@ -25,10 +25,11 @@ from .errors import one_of
 # %% ../nbs/lib/parameters.ipynb #ae57b7ab
 TYPES = {"str": str, "int": int, "float": float, "bool": bool}
 
-# %% ../nbs/lib/parameters.ipynb #1cd286d0
+# %% ../nbs/lib/parameters.ipynb #d9652251
 @dataclass(frozen=True)
 class Parameter:
     """A declared parameter."""
+
     name: str
     type: type  # str, int, float or bool
     default: Any

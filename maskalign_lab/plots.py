@@ -102,12 +102,12 @@ class Panels:
     curve: Curve | None = None
     token: tuple[int, int] | None = None  # (row, column), outlined on every panel
 
-# %% ../nbs/lib/plots.ipynb #07cb8cf5
+# %% ../nbs/lib/plots.ipynb #5e90f413
 def colour_range(
     panel: TokenMap,
     shown: Sequence[Picture | TokenMap],  # the panels that it is shown with
 ) -> tuple[float, float]:
-    """The values at the two ends of a map's colour scale: the quantity's, the map's own, or that of all maps of the quantity shown."""
+    """The two ends of a map's colour scale: the quantity's, the map's own, or from 0 to the largest value shown."""
     fixed = QUANTITIES[panel.quantity].range or panel.range
     if fixed:
         return fixed
@@ -150,7 +150,7 @@ class Place:
         """The same height as plotly counts it: from 0 at the bottom to 1 at the top."""
         return 1 - pixels / self.height
 
-# %% ../nbs/lib/plots.ipynb #3f321c75
+# %% ../nbs/lib/plots.ipynb #3370654e
 def place(
     panels: Panels,
 ) -> Place:
@@ -168,8 +168,9 @@ def wrapped(
 ) -> str:
     """A title broken into as few lines as fit a panel, all about equally long."""
     widest = max(8, int((size + GAP / 2) / 7.6))
-    lines = len(textwrap.wrap(title, widest))
-    return "<br>".join(next(found for width in range(1, widest + 1) if len(found := textwrap.wrap(title, width)) <= lines))
+    fewest = len(textwrap.wrap(title, widest))
+    ways = (textwrap.wrap(title, width) for width in range(1, widest + 1))
+    return "<br>".join(next(lines for lines in ways if len(lines) <= fewest))
 
 # %% ../nbs/lib/plots.ipynb #7b8b4e30
 def data_uri(
@@ -183,7 +184,7 @@ def data_uri(
     picture.save(file, kind, quality=85, compress_level=3)
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
-# %% ../nbs/lib/plots.ipynb #4511834c
+# %% ../nbs/lib/plots.ipynb #e8157292
 def grid_side(
     panels: Panels,
 ) -> int:
@@ -197,7 +198,8 @@ def _panel_values(panel: Picture | TokenMap, shown: Panels, largest: int) -> dic
         return {"z": np.asarray(panel.values, np.float32), "zmin": low, "zmax": high}
     h, w = panel.pixels.shape[:2]
     step = grid_side(shown) / min(h, w, largest)
-    return {"source": data_uri(panel.pixels, largest), "x0": step / 2 - 0.5, "y0": step / 2 - 0.5, "dx": step, "dy": step}
+    first = step / 2 - 0.5  # centre of the first pixel
+    return {"source": data_uri(panel.pixels, largest), "x0": first, "y0": first, "dx": step, "dy": step}
 
 # %% ../nbs/lib/plots.ipynb #f215fec4
 def _outline(token: tuple[int, int] | None) -> dict[str, Any]:
@@ -235,13 +237,13 @@ def kinds(
     lines = len(panels.curve.ys) + 2 if panels.curve else 0
     return [kind for panel in first for kind in (panel, "scatter", "scatter")] + ["scatter"] * lines
 
-# %% ../nbs/lib/plots.ipynb #93073686
+# %% ../nbs/lib/plots.ipynb #b3a3ed82
 def _bar(quantity: Quantity, i: int, at: Place) -> dict[str, Any]:
     ticks = {"tickvals": [v for v, _ in quantity.ticks], "ticktext": [t for _, t in quantity.ticks]}
     return {
-        "orientation": "h", "thickness": 9, "lenmode": "pixels", "len": at.size, "xpad": 0, "ypad": 0, "outlinewidth": 0,
+        "orientation": "h", "thickness": 9, "lenmode": "pixels", "len": at.size, "xpad": 0, "ypad": 0,
         "x": at.left(i) / WIDTH, "xanchor": "left", "y": at.y(at.top + at.size + 7), "yanchor": "top",
-        "ticks": "outside", "ticklen": 3, "tickcolor": QUIET, "tickfont": {"size": 10.5}, "tickangle": 0,
+        "outlinewidth": 0, "ticks": "outside", "ticklen": 3, "tickcolor": QUIET, "tickfont": {"size": 10.5}, "tickangle": 0,
         "title": {"text": quantity.label, "side": "bottom", "font": {"size": 11, "color": "#555555"}},
         **(ticks if quantity.ticks else {"nticks": 4}),
     }  # fmt: skip
@@ -249,63 +251,64 @@ def _bar(quantity: Quantity, i: int, at: Place) -> dict[str, Any]:
 
 STOPS = sorted({*range(0, 256, 15), 127, 128})  # of the 256 colours; two in the middle, for the binary scale
 
-# %% ../nbs/lib/plots.ipynb #bf0469f8
+# %% ../nbs/lib/plots.ipynb #77b78d7f
 def _panel_traces(panel: Picture | TokenMap, i: int, at: Place) -> list[dict[str, Any]]:
     axes = {"xaxis": f"x{i + 1}", "yaxis": f"y{i + 1}"}
     first = {"type": "image", "hoverinfo": "none", **axes}
     if isinstance(panel, TokenMap):
         quantity = QUANTITIES[panel.quantity]
         scale = [[j / 255, "rgb({},{},{})".format(*colours(quantity.scale)[j])] for j in STOPS]
-        hover = "row %{y}, column %{x}<br>%{z:.3g}<extra></extra>"
-        first = {"type": "heatmap", "colorscale": scale, "colorbar": _bar(quantity, i, at), "hovertemplate": hover, **axes}
+        first = {"type": "heatmap", "colorscale": scale, "colorbar": _bar(quantity, i, at), **axes,
+                 "hovertemplate": "row %{y}, column %{x}<br>%{z:.3g}<extra></extra>"}  # fmt: skip
     line = {"type": "scatter", "mode": "lines", "hoverinfo": "skip", "showlegend": False, **axes}
     return [first, line | {"line": {"color": "black", "width": 4.5}}, line | {"line": {"color": "white", "width": 2}}]
 
-# %% ../nbs/lib/plots.ipynb #e2aa9894
+# %% ../nbs/lib/plots.ipynb #5c6086b1
 def _curve_traces(curve: Curve) -> list[dict[str, Any]]:
     axes = {"type": "scatter", "xaxis": "x99", "yaxis": "y99"}
     lines = [{"mode": "lines", "line": {"color": c, "width": 2}, "hovertemplate": "%{y:.3g}", **axes}
              for c, _ in zip(PALETTE, curve.ys, strict=False)]  # fmt: skip
     mark = axes | {"hoverinfo": "skip", "showlegend": False}
     rule = {"mode": "lines", "line": {"color": QUIET, "width": 1.5, "dash": "dot"}, **mark, "yaxis": "y100"}
-    dots = {"mode": "markers", "marker": {"color": PALETTE[: len(lines)], "size": 9, "line": {"color": "white", "width": 1.5}}}
-    return [*lines, rule, dots | mark]
+    dot = {"color": PALETTE[: len(lines)], "size": 9, "line": {"color": "white", "width": 1.5}}
+    return [*lines, rule, {"mode": "markers", "marker": dot, **mark}]
 
-# %% ../nbs/lib/plots.ipynb #d4fe1483
+# %% ../nbs/lib/plots.ipynb #e986db68
 def _panel_axes(panels: Panels, at: Place) -> dict[str, Any]:
-    side, axes = grid_side(panels), {}
+    end, axes, common = grid_side(panels) - 0.5, {}, {"visible": False, "fixedrange": True}
     for i in range(len(panels.panels)):
-        x = {"domain": [at.left(i) / WIDTH, (at.left(i) + at.size) / WIDTH], "range": [-0.5, side - 0.5], "anchor": f"y{i + 1}"}
-        y = {"domain": [at.y(at.top + at.size), at.y(at.top)], "range": [side - 0.5, -0.5], "anchor": f"x{i + 1}"}
-        axes |= {f"{name}axis{i + 1}": axis | {"visible": False, "fixedrange": True} for name, axis in (("x", x), ("y", y))}
+        across, down = [at.left(i) / WIDTH, (at.left(i) + at.size) / WIDTH], [at.y(at.top + at.size), at.y(at.top)]
+        axes[f"xaxis{i + 1}"] = {"domain": across, "range": [-0.5, end], "anchor": f"y{i + 1}", **common}
+        axes[f"yaxis{i + 1}"] = {"domain": down, "range": [end, -0.5], "anchor": f"x{i + 1}", **common}
     return axes
 
 
 def _curve_axes(curve: Curve, at: Place) -> dict[str, Any]:
-    common = {"fixedrange": True, "showline": True, "linecolor": QUIET, "ticks": "outside", "tickcolor": QUIET, "ticklen": 4,
-              "zeroline": False, "gridcolor": "#e8e8e8"}  # fmt: skip
-    x = {"domain": [LEFT / WIDTH, 1 - RIGHT / WIDTH], "anchor": "y99", "title": {"text": curve.x_label, "standoff": 6}, "showgrid": False}
-    y = {"domain": [at.y(at.curve + CURVE), at.y(at.curve)], "anchor": "x99", "title": {"text": curve.y_label, "standoff": 8}}
-    y |= {"rangemode": "tozero", "nticks": 5}
+    common = {"fixedrange": True, "showline": True, "linecolor": QUIET, "ticks": "outside", "tickcolor": QUIET,
+              "ticklen": 4, "zeroline": False, "gridcolor": "#e8e8e8"}  # fmt: skip
+    x = {"domain": [LEFT / WIDTH, 1 - RIGHT / WIDTH], "anchor": "y99", "showgrid": False,
+         "title": {"text": curve.x_label, "standoff": 6}}  # fmt: skip
+    y = {"domain": [at.y(at.curve + CURVE), at.y(at.curve)], "anchor": "x99", "rangemode": "tozero", "nticks": 5,
+         "title": {"text": curve.y_label, "standoff": 8}}  # fmt: skip
     over = {"overlaying": "y99", "range": [0, 1], "visible": False, "fixedrange": True, "anchor": "x99"}
     return {"xaxis99": x | common, "yaxis99": y | common, "yaxis100": over}
 
-# %% ../nbs/lib/plots.ipynb #0ccdb4e2
+# %% ../nbs/lib/plots.ipynb #5702a1e6
 def _words(panels: Panels, at: Place) -> list[dict[str, Any]]:
-    words = [{"text": wrapped(panel.title, at.size), "x": (at.left(i) + at.size / 2) / WIDTH, "y": at.y(at.top - 5), "xanchor": "center"}
-             for i, panel in enumerate(panels.panels)]  # fmt: skip
+    words = [{"text": wrapped(panel.title, at.size), "xanchor": "center", "x": (at.left(i) + at.size / 2) / WIDTH,
+              "y": at.y(at.top - 5)} for i, panel in enumerate(panels.panels)]  # fmt: skip
     if panels.curve:
         words.append({"text": panels.curve.title, "x": LEFT / WIDTH, "y": at.y(at.curve - 8), "xanchor": "left"})
     common = {"xref": "paper", "yref": "paper", "showarrow": False, "yanchor": "bottom", "font": {"size": 13}}
     return [word | common for word in words]
 
-# %% ../nbs/lib/plots.ipynb #1c748db4
+# %% ../nbs/lib/plots.ipynb #58ee8b33
 def _ground(panels: Panels) -> list[dict[str, Any]]:
-    square = {"type": "rect", "x0": 0, "x1": 1, "y0": 0, "y1": 1, "layer": "below", "line": {"width": 0}, "fillcolor": MISSING}
-    maps = [i for i, panel in enumerate(panels.panels, 1) if isinstance(panel, TokenMap)]
+    square = {"x0": 0, "x1": 1, "y0": 0, "y1": 1, "layer": "below", "line_width": 0, "fillcolor": MISSING}
+    maps = [str(i) if i > 1 else "" for i, panel in enumerate(panels.panels, 1) if isinstance(panel, TokenMap)]
     return [square | {"xref": f"x{i} domain", "yref": f"y{i} domain"} for i in maps]
 
-# %% ../nbs/lib/plots.ipynb #6f5fdb6a
+# %% ../nbs/lib/plots.ipynb #b13fb39b
 def figure(
     panels: Panels,
 ) -> go.Figure:
@@ -314,14 +317,16 @@ def figure(
     traces = [trace for i, panel in enumerate(panels.panels) for trace in _panel_traces(panel, i, at)]
     traces += _curve_traces(panels.curve) if panels.curve else []
     axes = _panel_axes(panels, at) | (_curve_axes(panels.curve, at) if panels.curve else {})
-    legend = {"orientation": "h", "x": 1 - RIGHT / WIDTH, "xanchor": "right", "y": at.y(at.curve - 4), "yanchor": "bottom"}
-    return go.Figure([trace | row for trace, row in zip(traces, values(panels), strict=True)], {
-        "template": None, "width": WIDTH, "height": at.height, "margin": {"l": 0, "r": 0, "t": 0, "b": 0, "autoexpand": False},
-        "paper_bgcolor": "white", "plot_bgcolor": "white", "font": {"family": FONT, "size": 12, "color": INK}, "dragmode": False,
-        "hovermode": "closest", "annotations": _words(panels, at), "shapes": _ground(panels), "legend": legend, **axes,
-    })  # fmt: skip
+    layout = {
+        "template": None, "width": WIDTH, "height": at.height, "margin": dict(l=0, r=0, t=0, b=0, autoexpand=False),
+        "paper_bgcolor": "white", "plot_bgcolor": "white", "font": {"family": FONT, "size": 12, "color": INK},
+        "dragmode": False, "hovermode": "closest", "annotations": _words(panels, at), "shapes": _ground(panels),
+        "legend": {"orientation": "h", "x": 1 - RIGHT / WIDTH, "xanchor": "right",
+                   "y": at.y(at.curve - 4), "yanchor": "bottom"},
+    }  # fmt: skip
+    return go.Figure([trace | row for trace, row in zip(traces, values(panels), strict=True)], layout | axes)
 
-# %% ../nbs/lib/plots.ipynb #5c644cde
+# %% ../nbs/lib/plots.ipynb #98cddb30
 def update(
     figure: go.Figure,  # made by `figure`, or a FigureWidget of it
     panels: Panels,
@@ -329,7 +334,7 @@ def update(
     """Show other panels of the same kinds in the same figure, changing values and titles only."""
     had, wanted = [trace.type for trace in figure.data], kinds(panels)
     if had != wanted:
-        raise ValueError(f"the figure was made for another form of view: its traces are {had}, these panels need {wanted}")
+        raise ValueError(f"the figure was made for another form of view: its traces are {had}, not {wanted}")
     for trace, row in zip(figure.data, values(panels), strict=True):
         trace.update(row)
     for annotation, word in zip(figure.layout.annotations, _words(panels, place(panels)), strict=True):
@@ -356,22 +361,24 @@ def film(
     ]
     return shown
 
-# %% ../nbs/lib/plots.ipynb #40e8ae0d
+# %% ../nbs/lib/plots.ipynb #8afe795a
 def png(
     figure: Figure,
     max_bytes: int = 100_000,  # of the file
 ) -> bytes:
     """The figure as a PNG of at most `max_bytes`, with fewer colours and then fewer pixels if it must be."""
-    for dpi in 110 * 0.85 ** np.arange(12):
+    dpi = 110.0
+    while dpi > 20:
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=dpi, bbox_inches="tight", facecolor="white")
         picture = Image.open(file).convert("RGB")
-        for colours in (None, 256, 96):
+        for indexed in (picture, *(picture.quantize(n, dither=Image.Dither.NONE) for n in (256, 96))):
             packed = io.BytesIO()
-            (picture.quantize(colours, dither=Image.Dither.NONE) if colours else picture).save(packed, "PNG", optimize=True)
+            indexed.save(packed, "PNG", optimize=True)
             if packed.tell() <= max_bytes:
                 return packed.getvalue()
-    raise ValueError(f"the figure does not fit into {max_bytes} bytes: it has {packed.tell()} even at {dpi:.0f} dots per inch")
+        dpi *= min(0.9, (max_bytes / packed.tell()) ** 0.5)
+    raise ValueError(f"the figure does not fit into {max_bytes} bytes: it has {packed.tell()} even at a low resolution")
 
 
 def save_png(
@@ -385,19 +392,19 @@ def save_png(
     path.write_bytes(png(figure, max_bytes))
     return path
 
-# %% ../nbs/lib/plots.ipynb #9176afc4
+# %% ../nbs/lib/plots.ipynb #7075c387
 @cache
 def theme() -> None:
     """One look for all static figures, and small PNGs of them in notebooks."""
     small = dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 9)
-    colour = {"text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": QUIET, "xtick.color": INK, "ytick.color": INK}
+    colour = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK) | {"axes.edgecolor": QUIET}
     lines = {"axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.8, "legend.frameon": False}
     sizes = {"font.size": 10, "axes.titlesize": 11, "axes.labelsize": 10, "xtick.major.size": 4, "ytick.major.size": 4}
     sns.set_theme(style="ticks", palette=PALETTE, font="DejaVu Sans", rc=small | colour | lines | sizes)
     if shell := get_ipython():
         shell.display_formatter.formatters["image/png"].for_type(Figure, png)
 
-# %% ../nbs/lib/plots.ipynb #6a42afab
+# %% ../nbs/lib/plots.ipynb #c1d72a50
 def filmstrip(
     rows: Mapping[str, Sequence[Picture | TokenMap]],  # label of the row -> one panel per column
     columns: Sequence[str],  # labels, usually of t
@@ -407,41 +414,47 @@ def filmstrip(
     theme()
     for name, panels in rows.items():
         if len(panels) != len(columns):
-            raise ValueError(f"row {name!r} has {len(panels)} panels, but there are {len(columns)} columns: {', '.join(columns)}")
-    size = min(1.3, 9.0 / len(columns))  # inches
-    figure = Figure(figsize=((len(columns) + 1.2) * size + 0.9, (len(rows) + 0.4) * size), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
-    axes = figure.subplots(len(rows), len(columns), squeeze=False)
-    for across, (name, panels) in zip(axes, rows.items(), strict=True):
-        _strip(figure, across, name, panels)
-    for axis, label in zip(axes[0], columns, strict=True):
+            raise ValueError(f"row {name!r} has {len(panels)} panels, but there are {len(columns)} columns")
+    size, left, top = min(1.3, 8.5 / len(columns)), 1.2, 0.5 if title else 0.3  # inches
+    pitch = size + 0.07
+    figure = Figure(figsize=(left + len(columns) * pitch + 0.9, top + len(rows) * pitch))
+    for i, (name, panels) in enumerate(rows.items()):
+        axes = [_axes(figure, left + j * pitch, top + i * pitch, size, size) for j in range(len(columns))]
+        bar = _axes(figure, left + len(columns) * pitch, top + i * pitch, 0.09, size)
+        _strip(axes, bar, name, panels)
+    for axis, label in zip(figure.axes, columns, strict=False):
         axis.set_title(label, fontsize=9, pad=4)
-    figure.suptitle(title or None, fontsize=11)
+    figure.suptitle(title, fontsize=11, x=(left + len(columns) * pitch / 2) / figure.get_figwidth(), y=1, va="top")
     return figure
 
-# %% ../nbs/lib/plots.ipynb #b7b150d0
-def _strip(figure: Figure, axes: np.ndarray, name: str, panels: Sequence[Picture | TokenMap]) -> None:
+
+def _axes(figure: Figure, left: float, top: float, width: float, height: float) -> Any:
+    """Bare axes, placed in inches from the upper left corner."""
+    w, h = figure.get_size_inches()
+    axes = figure.add_axes((left / w, 1 - (top + height) / h, width / w, height / h), xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    return axes
+
+# %% ../nbs/lib/plots.ipynb #7eeec32d
+def _strip(axes: list[Any], bar: Any, name: str, panels: Sequence[Picture | TokenMap]) -> None:
     maps = isinstance(panels[0], TokenMap)
     ends = colour_range(panels[0], panels) if maps else (0, 1)
     for axis, panel in zip(axes, panels, strict=True):
         axis.imshow(rgb(panel, ends), interpolation="nearest")
-        axis.set(xticks=[], yticks=[])
-        sns.despine(ax=axis, left=True, bottom=True)
-    axes[0].set_ylabel("\n".join(textwrap.wrap(name, 16)), rotation=0, ha="right", va="center", fontsize=9)
+    label = "\n".join(textwrap.wrap(name, 16))
+    axes[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
     if maps:
-        _static_bar(figure, axes, QUANTITIES[panels[0].quantity], ends)
+        _static_bar(bar, QUANTITIES[panels[0].quantity], ends)
 
 
-def _static_bar(figure: Figure, axes: np.ndarray, quantity: Quantity, ends: tuple[float, float]) -> None:
-    colour_map = mpl.colors.ListedColormap(colours(quantity.scale) / 255)
-    mappable = mpl.cm.ScalarMappable(mpl.colors.Normalize(*ends), colour_map)
-    bar = figure.colorbar(mappable, ax=list(axes), fraction=0.02, aspect=12, pad=0.01)
-    bar.outline.set_visible(False)
-    if quantity.ticks:
-        bar.set_ticks([value for value, _ in quantity.ticks], labels=[text for _, text in quantity.ticks])
-    bar.ax.tick_params(labelsize=8, length=2)
+def _static_bar(bar: Any, quantity: Quantity, ends: tuple[float, float]) -> None:
+    bar.imshow(colours(quantity.scale)[:, None], origin="lower", extent=(0, 1, *ends), aspect="auto")
+    bar.yaxis.tick_right()
+    ticks = quantity.ticks or [(value, f"{value:.3g}") for value in np.linspace(*ends, 3)]
+    bar.set_yticks([value for value, _ in ticks], [text for _, text in ticks], fontsize=8)
+    bar.tick_params(length=2, pad=2)
 
-# %% ../nbs/lib/plots.ipynb #1ec7cd03
+# %% ../nbs/lib/plots.ipynb #735cfd63
 def sample_grid(
     images: np.ndarray,  # (n, h, w, 3) uint8, row by row
     columns: int,  # images in a row
@@ -455,13 +468,12 @@ def sample_grid(
     grid = np.full((rows * columns, h + 2, w + 2, 3), 255, np.uint8)  # white lines between neighbours
     grid[:n, 1:-1, 1:-1] = images
     canvas = grid.reshape(rows, columns, h + 2, w + 2, 3).swapaxes(1, 2).reshape(rows * (h + 2), columns * (w + 2), 3)
-    figure = Figure(figsize=(columns * 0.55 + 0.9, rows * 0.55 + 0.3), layout="constrained")
-    axis = figure.subplots()
-    axis.imshow(canvas, interpolation="nearest")
-    axis.set(xticks=[], title=title)
-    axis.set_yticks((np.arange(len(labels)) + 0.5) * (h + 2) - 0.5, labels, fontsize=9)
-    axis.tick_params(length=0)
-    sns.despine(ax=axis, left=True, bottom=True)
+    figure = Figure(figsize=(columns * 0.55 + 1, rows * 0.55 + 0.3))
+    axes = _axes(figure, 1, 0.3, columns * 0.55, rows * 0.55)
+    axes.imshow(canvas, interpolation="nearest", aspect="auto")
+    axes.set_title(title)
+    axes.set_yticks((np.arange(len(labels)) + 0.5) * (h + 2) - 0.5, labels, fontsize=9)
+    axes.tick_params(length=0)
     return figure
 
 # %% ../nbs/lib/plots.ipynb #75d20b56

@@ -7,13 +7,14 @@ __all__ = ['PRESETS', 'ALIGNED', 'DataConfig', 'NetworkConfig', 'Recipe', 'to_js
            'identity', 'build', 'Batches', 'make_batches', 'Run', 'run_folders', 'find_run', 'load_run', 'train',
            'ensure_run']
 
-# %% ../nbs/lib/recipes.ipynb #90b30b61
+# %% ../nbs/lib/recipes.ipynb #9c9a056f
 import dataclasses
 import hashlib
 import json
 import shlex
 import typing
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,11 @@ from .seeding import batch_indices, key
 from .sit import SiT
 from .training import TrainingConfig, fit, resolve_device, with_log
 
-# %% ../nbs/lib/recipes.ipynb #303ea30b
+# %% ../nbs/lib/recipes.ipynb #e2ae9124
 @dataclass(frozen=True)
 class DataConfig:
     """Which images, and which teacher looks at them."""
+
     name: str = "shapes"  # shapes | digits | folder:PATH
     size: int = 32  # pixels along a side
     n: int | None = None  # training images; None takes all
@@ -45,6 +47,7 @@ class DataConfig:
 @dataclass(frozen=True)
 class NetworkConfig:
     """A SiT, free in size. Defaults: the small network of the shipped runs."""
+
     patch_size: int = 4
     width: int = 96
     depth: int = 12
@@ -55,13 +58,14 @@ class NetworkConfig:
 @dataclass(frozen=True)
 class Recipe:
     """Everything that a run depends on."""
+
     data: DataConfig = field(default_factory=DataConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     objective: Objective = field(default_factory=Objective)
     method: MethodConfig = field(default_factory=MethodConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
-# %% ../nbs/lib/recipes.ipynb #b83b998e
+# %% ../nbs/lib/recipes.ipynb #25895b0e
 def to_json(recipe: Recipe) -> str:
     """A recipe as canonical JSON: sorted keys, so equal recipes give equal text."""
     return json.dumps(dataclasses.asdict(recipe), indent=1, sort_keys=True)
@@ -76,34 +80,36 @@ def from_json(text: str) -> Recipe:
         one_of(name, sections, "recipe section")
     return Recipe(**{name: _section(make, tree.get(name, {})) for name, make in sections.items()})
 
-
+# %% ../nbs/lib/recipes.ipynb #3d39be3c
 def _section(make: type, values: dict[str, Any]) -> Any:
     known = {f.name for f in dataclasses.fields(make)}
     for name in values:
         one_of(name, known, f"{make.__name__} field")
     return make(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
-# %% ../nbs/lib/recipes.ipynb #9f55f3db
+# %% ../nbs/lib/recipes.ipynb #19a6c41c
 def override(
     recipe: Recipe,
     overrides: str,  # "section.field=value ..." separated by spaces, quoted like in a shell
 ) -> Recipe:
-    """A copy of a recipe with some fields replaced; `method.name` is applied first, since the other fields depend on it."""
+    """A copy of a recipe with some fields replaced; `method.name` goes first, since other fields depend on it."""
     pairs = [_split(item) for item in shlex.split(overrides)]
     for path, text in sorted(pairs, key=lambda pair: pair[0] != "method.name"):
         recipe = _override_one(recipe, path, text)
     return recipe
 
-
+# %% ../nbs/lib/recipes.ipynb #3d60653d
 def _split(item: str) -> tuple[str, str]:
     path, equals, text = item.partition("=")
     if not equals or path.count(".") != 1:
         raise ValueError(f"override {item!r} is not of the form section.field=value, e.g. training.steps=2000")
     return path, text
 
-
+# %% ../nbs/lib/recipes.ipynb #40da5397
 def _override_one(recipe: Recipe, path: str, text: str) -> Recipe:
-    every = [f"{s.name}.{f.name}" for s in dataclasses.fields(recipe) for f in dataclasses.fields(getattr(recipe, s.name))]
+    every = [
+        f"{s.name}.{f.name}" for s in dataclasses.fields(recipe) for f in dataclasses.fields(getattr(recipe, s.name))
+    ]
     section, name = one_of(path, every, "override").split(".")
     if path == "method.name":
         return replace(recipe, method=method_class(text).Config())
@@ -111,14 +117,19 @@ def _override_one(recipe: Recipe, path: str, text: str) -> Recipe:
     hint = typing.get_type_hints(type(old))[name]
     return replace(recipe, **{section: replace(old, **{name: parse_value(text, hint, path)})})
 
-# %% ../nbs/lib/recipes.ipynb #0a506661
+# %% ../nbs/lib/recipes.ipynb #88a32a86
 PRESETS = {
-    "smoke": "network.width=32 network.depth=4 network.heads=2 data.n=512 training.steps=20 training.batch_size=32 training.warmup=5",
-    "laptop": "training.steps=8000 training.save_every=500",
-    "gpu": "network.width=384 network.heads=6 training.steps=20000 training.batch_size=256 training.lr=5e-4 training.ema=0.9995",
-    "paper": "network.width=1152 network.depth=28 network.heads=16 network.patch_size=2 data.teacher=timm:vit_base_patch14_dinov2 "
-             "training.steps=400000 training.batch_size=256 training.lr=1e-4 training.ema=0.9999 training.save_every=10000",
+    "smoke": "network.width=32 network.depth=4 network.heads=2 data.n=512 "
+    "training.steps=20 training.batch_size=32 training.warmup=5",
+    "laptop": "training.steps=300 training.warmup=50",
+    "gpu": "network.width=384 network.heads=6 "
+    "training.steps=20000 training.batch_size=256 training.lr=5e-4 training.ema=0.9995",
+    "paper": "network.width=1152 network.depth=28 network.heads=16 network.patch_size=2 "
+    "data.teacher=timm:vit_base_patch14_dinov2 training.steps=400000 training.batch_size=256 training.lr=1e-4 "
+    "training.ema=0.9999 training.save_every=10000",
 }
+
+# %% ../nbs/lib/recipes.ipynb #1dc75c32
 ALIGNED = {
     "smoke": "method.depth=2 method.projector_width=64",
     "laptop": "method.depth=4 method.projector_width=256",
@@ -126,7 +137,7 @@ ALIGNED = {
     "paper": "method.depth=8 method.projector_width=2048",
 }
 
-
+# %% ../nbs/lib/recipes.ipynb #9edbd7e4
 def make_recipe(
     method: str = "repa",  # a registered method
     preset: str = "laptop",  # smoke | laptop | gpu | paper
@@ -165,10 +176,11 @@ def build(
         method = make(net, recipe.objective, recipe.method, recipe.training.label_dropout, teacher_dim)
     return net, method
 
-# %% ../nbs/lib/recipes.ipynb #da99ea6f
+# %% ../nbs/lib/recipes.ipynb #ef60f82e
 @dataclass
 class Batches:
     """Step -> batch, from images in memory."""
+
     dataset: Dataset
     features: Tensor | None  # (n, tokens, d) float16
     training: TrainingConfig
@@ -188,10 +200,14 @@ def make_batches(recipe: Recipe, device: str = "cpu") -> Batches:
         features = dataset_features(recipe.data.teacher, dataset, side, resolve_device(device))
     return Batches(dataset, features, recipe.training)
 
-# %% ../nbs/lib/recipes.ipynb #3906b4b5
+# %% ../nbs/lib/recipes.ipynb #34f5f49f
+_images = lru_cache(maxsize=4)(load_dataset)  # a study asks for the same images many times
+
+
 @dataclass
 class Run:
     """A trained network at one step, ready to be looked at."""
+
     path: Path
     recipe: Recipe
     step: int
@@ -204,16 +220,16 @@ class Run:
 
     def images(self, split: str = "validation", n: int | None = None) -> Dataset:
         """Images of the dataset that the run was trained on."""
-        return load_dataset(self.recipe.data.name, self.recipe.data.size, split, n)
+        return _images(self.recipe.data.name, self.recipe.data.size, split, n)
 
     def survey_images(self, n: int) -> Dataset:
         """About n images: held-out ones if there are enough, else the training images."""
-        if self.recipe.data.name == "shapes":    # procedural, so there are always enough
+        if self.recipe.data.name == "shapes":  # procedural, so there are always enough
             return self.images("validation", n)
         held_out = self.images("validation")
         return held_out if len(held_out) >= n else self.images("train")
 
-# %% ../nbs/lib/recipes.ipynb #c23f1287
+# %% ../nbs/lib/recipes.ipynb #4831c7e1
 def run_folders() -> dict[str, Path]:
     """Every known run by name; shipped ones win."""
     places = paths.cache() / "runs", paths.output() / "trained", paths.data() / "runs"
@@ -230,7 +246,9 @@ def find_run(name: str) -> Path:
     if name not in known:
         guess = nearest(name, known)
         hint = f" Did you mean {guess!r}?" if guess else ""
-        raise FileNotFoundError(f"no run {name!r} (a folder with recipe.json).{hint} Known: {', '.join(known) or 'none'}")
+        raise FileNotFoundError(
+            f"no run {name!r} (a folder with recipe.json).{hint} Known: {', '.join(known) or 'none'}"
+        )
     return known[name]
 
 # %% ../nbs/lib/recipes.ipynb #9fae4470
@@ -251,7 +269,7 @@ def load_run(
     place = resolve_device(device)
     return Run(path, recipe, int(folder.name), *(m.to(place).eval().requires_grad_(False) for m in (net, method)))
 
-# %% ../nbs/lib/recipes.ipynb #5b00e388
+# %% ../nbs/lib/recipes.ipynb #a2636a26
 def train(
     recipe: Recipe,
     path: Path,  # the run's folder, made if needed, continued if it has checkpoints
@@ -268,7 +286,11 @@ def train(
     net, method = build(recipe, len(batches.dataset.classes), teacher_dim)
     path.mkdir(parents=True, exist_ok=True)
     write_atomic(stored, to_json(recipe))
-    facts = {"num_classes": len(batches.dataset.classes), "teacher_dim": teacher_dim, "data_digest": batches.dataset.digest}
+    facts = {
+        "num_classes": len(batches.dataset.classes),
+        "teacher_dim": teacher_dim,
+        "data_digest": batches.dataset.digest,
+    }
     write_atomic(path / "facts.json", json.dumps(facts, indent=1))
     steps = fit(net, method, batches, recipe.training, path, device)
     for _ in with_log(steps, path, recipe.training.log_every, print_every):

@@ -18,10 +18,11 @@ from .interpolants import coefficients, convert
 from .objectives import Objective, draw_noise, predicted_velocity
 from .seeding import generator
 
-# %% ../nbs/lib/sampling.ipynb #d2e67e19
+# %% ../nbs/lib/sampling.ipynb #b10cb97a
 @dataclass(frozen=True)
 class SamplerConfig:
     """How to sample. Paper scale: REPA uses 250 Euler-Maruyama steps, guidance 1.8 on t <= 0.7."""
+
     solver: str = "heun"  # euler | heun | euler-maruyama
     steps: int = 25
     guidance: float = 1.0  # 1 is off
@@ -34,15 +35,18 @@ class SamplerConfig:
         if self.steps < 1:
             raise ValueError(f"steps {self.steps} must be at least 1")
         if not 0 <= self.guidance_low <= self.guidance_high <= 1:
-            raise ValueError(f"guidance interval [{self.guidance_low}, {self.guidance_high}] must lie in [0, 1], low first")
+            raise ValueError(
+                f"guidance interval [{self.guidance_low}, {self.guidance_high}] must lie in [0, 1], low first"
+            )
 
 
 SOLVERS = ("euler", "heun", "euler-maruyama")
 
-# %% ../nbs/lib/sampling.ipynb #a18d03c0
+# %% ../nbs/lib/sampling.ipynb #de951526
 @dataclass
 class Field:
     """The velocity field of a trained network for given labels, guided if asked."""
+
     net: nn.Module
     objective: Objective
     y: Tensor  # (b,)
@@ -97,10 +101,11 @@ def time_grid(config: SamplerConfig) -> list[float]:
         return torch.linspace(1, 0, config.steps + 1, dtype=torch.float64).tolist()
     return [*torch.linspace(1, config.last_step, config.steps, dtype=torch.float64).tolist(), 0.0]
 
-# %% ../nbs/lib/sampling.ipynb #9fc46485
+# %% ../nbs/lib/sampling.ipynb #7db5f4d2
 @dataclass
 class SampleStep:
     """What the sampler yields: the time reached and the state there."""
+
     t: float
     x: Tensor  # (b, c, h, w) float64
 
@@ -124,7 +129,9 @@ def sample(
         if config.solver == "euler-maruyama":
             keyed = generator(seed, step, "sde", device)
             last = t_next == 0
-            noise = torch.zeros_like(x) if last else torch.randn(shape, generator=keyed, device=device, dtype=torch.float64)
+            noise = (
+                torch.zeros_like(x) if last else torch.randn(shape, generator=keyed, device=device, dtype=torch.float64)
+            )
             x = euler_maruyama(field, x, t, t_next, noise)
         else:
             x = (euler if config.solver == "euler" else heun)(field, x, t, t_next)

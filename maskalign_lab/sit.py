@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from .errors import one_of
 from .layers import Attention, LabelEmbedder, PatchEmbed, TimestepEmbedder, modulate, sincos_2d, unpatchify
 
-# %% ../nbs/lib/sit.ipynb #b5c2ac07
+# %% ../nbs/lib/sit.ipynb #01d6f435
 class Block(nn.Module):
     """A transformer block with adaLN-Zero conditioning."""
+
     def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0, qk_norm: bool = False):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
@@ -32,9 +33,10 @@ class Block(nn.Module):
         tokens = tokens + gate_a.unsqueeze(1) * self.attn(modulate(self.norm1(tokens), shift_a, scale_a))
         return tokens + gate_m.unsqueeze(1) * self.mlp(modulate(self.norm2(tokens), shift_m, scale_m))
 
-# %% ../nbs/lib/sit.ipynb #c2094ade
+# %% ../nbs/lib/sit.ipynb #474735d3
 class FinalLayer(nn.Module):
     """Modulated norm and a linear map from tokens to patches."""
+
     def __init__(self, width: int, patch_dim: int):
         super().__init__()
         self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
@@ -45,15 +47,17 @@ class FinalLayer(nn.Module):
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
         return self.linear(modulate(self.norm_final(tokens), shift, scale))
 
-# %% ../nbs/lib/sit.ipynb #f0624980
+# %% ../nbs/lib/sit.ipynb #45be73f1
 class Output(NamedTuple):
     """A network's prediction, and the hidden tokens that were asked for."""
+
     prediction: Tensor  # (b, c, h, w)
     hidden: dict[int, Tensor]  # depth (1-based) -> (b, n, d)
 
-# %% ../nbs/lib/sit.ipynb #1ed2114a
+# %% ../nbs/lib/sit.ipynb #c641cdb3
 class SiT(nn.Module):
     """Scalable Interpolant Transformer. Source: willisma/SiT; REPA and MaskAlign use the same network."""
+
     def __init__(
         self,
         input_size: int = 32,  # pixels or latents along a side
@@ -74,7 +78,7 @@ class SiT(nn.Module):
         self.x_embedder = PatchEmbed(in_channels, width, patch_size)
         self.t_embedder = TimestepEmbedder(width)
         self.y_embedder = LabelEmbedder(num_classes, width)
-        self.pos_embed = nn.Parameter(sincos_2d(width, self.side).unsqueeze(0), requires_grad=False)    # (1, n, d)
+        self.pos_embed = nn.Parameter(sincos_2d(width, self.side).unsqueeze(0), requires_grad=False)  # (1, n, d)
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, qk_norm) for _ in range(depth))
         self.final_layer = FinalLayer(width, patch_size**2 * in_channels * (2 if learn_sigma else 1))
         initialize(self)
@@ -93,7 +97,7 @@ class SiT(nn.Module):
             tokens = block(tokens, c)
             if depth in collect:
                 hidden[depth] = tokens
-        image = unpatchify(self.final_layer(tokens, c), self.patch_size)    # (b, c or 2c, h, w)
+        image = unpatchify(self.final_layer(tokens, c), self.patch_size)  # (b, c or 2c, h, w)
         return Output(image[:, : self.in_channels], hidden)
 
     def embed(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,7 +119,7 @@ def check_depths(depths: tuple[int, ...], depth: int) -> None:
         if not 1 <= d <= depth:
             raise ValueError(f"depth {d} is outside the network: it has blocks 1 to {depth}, counted from 1")
 
-# %% ../nbs/lib/sit.ipynb #723aea75
+# %% ../nbs/lib/sit.ipynb #64ce125c
 def initialize(net: nn.Module) -> None:
     """The official initialisation: Xavier, N(0, 0.02) embeddings, zero modulation and output."""
     for module in net.modules():
@@ -128,7 +132,11 @@ def initialize(net: nn.Module) -> None:
     nn.init.normal_(net.y_embedder.embedding_table.weight, std=0.02)
     nn.init.normal_(net.t_embedder.mlp[0].weight, std=0.02)
     nn.init.normal_(net.t_embedder.mlp[2].weight, std=0.02)
-    for module in (*(block.adaLN_modulation[1] for block in net.blocks), net.final_layer.adaLN_modulation[1], net.final_layer.linear):
+    for module in (
+        *(block.adaLN_modulation[1] for block in net.blocks),
+        net.final_layer.adaLN_modulation[1],
+        net.final_layer.linear,
+    ):
         nn.init.zeros_(module.weight)
         nn.init.zeros_(module.bias)
 

@@ -30,7 +30,7 @@ def matching_modules(
         found |= hits
     return {name: module for name, module in modules.items() if name in found}
 
-# %% ../nbs/lib/taps.ipynb #bb722ebd
+# %% ../nbs/lib/taps.ipynb #b730fbd7
 @contextmanager
 def taps(
     model: nn.Module,
@@ -38,16 +38,18 @@ def taps(
 ) -> Iterator[dict[str, Tensor]]:
     """Record the outputs of named modules: `with taps(model, "blocks.3") as acts: model(...)`.
 
-    Values stay in the graph, so gradients with respect to them can be taken. A second forward pass overwrites the first.
+    Values stay in the graph, so gradients with respect to them can be taken. A second forward pass replaces the first.
     """
     acts: dict[str, Tensor] = {}
 
     def record(name: str):
         def hook(_module, _inputs, output):
             acts[name] = output
+
         return hook
 
-    handles = [module.register_forward_hook(record(name)) for name, module in matching_modules(model, patterns).items()]
+    modules = matching_modules(model, patterns)
+    handles = [module.register_forward_hook(record(name)) for name, module in modules.items()]
     try:
         yield acts
     finally:

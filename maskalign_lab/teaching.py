@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['METHOD', 'TeachConfig', 'random_crops', 'random_colours', 'distort', 'Pupil', 'encode', 'fill_in', 'agreement',
-           'lesson_losses', 'Lesson', 'lessons', 'new_pupil', 'schedule', 'progress', 'linear_probe', 'all_features',
-           'pixel_features', 'class_scores', 'mask_score', 'probe', 'probe_card', 'card_text', 'teach', 'save_teacher',
-           'check_config']
+           'lesson_losses', 'Lesson', 'new_pupil', 'learning_rate', 'learn', 'lessons', 'progress', 'linear_probe',
+           'all_features', 'pixel_features', 'class_scores', 'mask_score', 'probe', 'probe_card', 'card_text',
+           'save_teacher', 'check_config', 'teach']
 
-# %% ../nbs/lib/teaching.ipynb #6b80f4c6
+# %% ../nbs/lib/teaching.ipynb #41867ac5
 import json
 import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,18 +26,18 @@ from torch import Tensor, nn
 
 from .checkpoints import write_atomic
 from .datasets import Dataset, load_dataset, token_means
-from .encoders import Features, Teacher, build_vit, load_teacher
+from .encoders import Features, Teacher, build_vit, tiny_teacher
 from .layers import patchify
 from .seeding import batch_indices, generator
 from .training import resolve_device, resolve_precision
 
-# %% ../nbs/lib/teaching.ipynb #458b654c
+# %% ../nbs/lib/teaching.ipynb #ac10ac04
 @dataclass(frozen=True)
 class TeachConfig:
-    """What is taught and how long. The defaults took about eight minutes on two cores for `shapes`."""
+    """What is taught and how long. The defaults took ten minutes on two busy cores for `shapes`."""
 
-    steps: int = 2000
-    batch_size: int = 128  # pictures; each is seen twice
+    steps: int = 1000
+    batch_size: int = 256  # pictures; each is seen twice
     lr: float = 2e-3
     warmup: int = 100  # steps of linear warm-up, then a cosine to 0
     weight_decay: float = 0.05
@@ -45,9 +46,9 @@ class TeachConfig:
     width: int = 128
     depth: int = 5
     heads: int = 4
-    mask_ratio: float = 0.5  # share of patches that the encoder does not see
+    mask_ratio: float = 0.75  # share of patches that the encoder does not see
     contrast: float = 1.0  # weight of the contrastive loss
-    temperature: float = 0.1  # of the contrastive softmax
+    temperature: float = 0.2  # of the contrastive softmax
     n: int | None = None  # pictures to use; None is all
     seed: int = 0
     precision: str = "auto"  # auto | float32 | bfloat16
@@ -57,14 +58,14 @@ class TeachConfig:
         """The arguments of `build_vit`."""
         return {name: getattr(self, name) for name in ("size", "patch_size", "width", "depth", "heads")}
 
-# %% ../nbs/lib/teaching.ipynb #41015d53
+# %% ../nbs/lib/teaching.ipynb #0a748e00
 def random_crops(
     b: int,  # pictures
     random: torch.Generator,
     smallest: float = 0.4,  # share of the area
 ) -> Tensor:  # (b, 2, 3), what `affine_grid` takes
     """Crops of random area, shape and place, half of them mirrored."""
-    draw = lambda: torch.rand(b, generator=random, device=random.device)  # noqa: E731
+    draw = partial(torch.rand, b, generator=random, device=random.device)
     side, stretch = (smallest + (1 - smallest) * draw()).sqrt(), (0.2 * (draw() - 0.5)).exp()
     width, height = (side * stretch).clamp(max=1), (side / stretch).clamp(max=1)
     x, y = (2 * draw() - 1) * (1 - width), (2 * draw() - 1) * (1 - height)
@@ -99,7 +100,7 @@ def distort(
     images = torch.einsum("bij,bjhw->bihw", random_colours(b, random), images)
     return ((images - mean) * (0.6 + 0.8 * contrast) + mean + 0.6 * (brightness - 0.5)).clamp(-1, 1)
 
-# %% ../nbs/lib/teaching.ipynb #76c747b1
+# %% ../nbs/lib/teaching.ipynb #59850a85
 class Pupil(nn.Module):
     """The encoder, with the heads that it needs while it is taught."""
 
@@ -114,7 +115,9 @@ class Pupil(nn.Module):
         self.positions = nn.Parameter(0.02 * torch.randn(n, inner))
         self.fill = Block(inner, config.heads)
         self.to_pixels = nn.Sequential(nn.LayerNorm(inner), nn.Linear(inner, 3 * config.patch_size**2))
-        self.agree = nn.Sequential(nn.Linear(config.width, 2 * config.width), nn.GELU(), nn.Linear(2 * config.width, 64))
+        self.agree = nn.Sequential(
+            nn.Linear(config.width, 2 * config.width), nn.GELU(), nn.Linear(2 * config.width, 64)
+        )
 
 # %% ../nbs/lib/teaching.ipynb #16ed823a
 def encode(
@@ -155,7 +158,7 @@ def agreement(
     twin = torch.arange(2 * b, device=z.device).roll(b)
     return F.cross_entropy(logits, twin)
 
-# %% ../nbs/lib/teaching.ipynb #e1beb48e
+# %% ../nbs/lib/teaching.ipynb #f1419a9d
 def lesson_losses(
     pupil: Pupil,
     images: Tensor,  # (b, 3, h, w)
@@ -163,7 +166,7 @@ def lesson_losses(
     random: torch.Generator,
 ) -> dict[str, Tensor]:
     """Both losses on fresh views of a batch."""
-    views = torch.cat([distort(images, random), distort(images, random)])    # (2b, 3, h, w)
+    views = torch.cat([distort(images, random), distort(images, random)])  # (2b, 3, h, w)
     b, n = len(images), pupil.positions.shape[0]
     order = torch.rand(2 * b, n, generator=random, device=random.device).argsort(1)
     keep = order[:, : max(1, round(n * (1 - config.mask_ratio)))]
@@ -184,7 +187,44 @@ class Lesson(NamedTuple):
     seconds: float  # since the loop began
     pupil: Pupil
 
-# %% ../nbs/lib/teaching.ipynb #1b196ef1
+# %% ../nbs/lib/teaching.ipynb #4796cad9
+def new_pupil(
+    config: TeachConfig,
+    device: torch.device,
+) -> Pupil:
+    """A pupil whose initial weights depend on the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        pupil = Pupil(config).to(device).train()
+    for block in [*pupil.vit.blocks, pupil.fill]:
+        block.attn.fused_attn = device.type != "cpu"
+    return pupil
+
+# %% ../nbs/lib/teaching.ipynb #42e14542
+def learning_rate(
+    step: int,  # steps done
+    config: TeachConfig,
+) -> float:
+    """Linear warm-up, then half a cosine down to 0."""
+    warm = min(1.0, (step + 1) / max(1, config.warmup))
+    return config.lr * warm * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+
+# %% ../nbs/lib/teaching.ipynb #51d06c6e
+def learn(
+    pupil: Pupil,
+    optimizer: torch.optim.Optimizer,
+    loss: Tensor,
+    lr: float,
+) -> None:
+    """One step of the optimiser."""
+    loss.backward()
+    nn.utils.clip_grad_norm_(pupil.parameters(), 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+# %% ../nbs/lib/teaching.ipynb #8778d07a
 def lessons(
     dataset: Dataset,
     config: TeachConfig,
@@ -193,37 +233,17 @@ def lessons(
     """Teach a fresh pupil, yielding after every step. All that is random is keyed by (seed, step)."""
     place = resolve_device(device)
     bf16 = resolve_precision(config.precision, place) == "bfloat16"
-    pupil = new_pupil(config).to(place).train()
-    for block in [*pupil.vit.blocks, pupil.fill]:
-        block.attn.fused_attn = place.type != "cpu"
-    optimizer = torch.optim.AdamW(
-        pupil.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True
-    )
-    began = time.perf_counter()
+    pupil, began = new_pupil(config, place), time.perf_counter()
+    optimizer = torch.optim.AdamW(pupil.parameters(), betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
+    batch_size = min(config.batch_size, len(dataset))
     for step in range(config.steps):
-        images = dataset.images(batch_indices(len(dataset), config.batch_size, step, config.seed), place)
+        images = dataset.images(batch_indices(len(dataset), batch_size, step, config.seed), place)
         with torch.autocast(place.type, torch.bfloat16, enabled=bf16):
             losses = lesson_losses(pupil, images, config, generator(config.seed, step, "teach", place))
-        sum(losses.values()).backward()
-        nn.utils.clip_grad_norm_(pupil.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * schedule(step, config)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        yield Lesson(step + 1, {name: loss.detach() for name, loss in losses.items()}, time.perf_counter() - began, pupil)
-
-# %% ../nbs/lib/teaching.ipynb #60175c19
-def new_pupil(config: TeachConfig) -> Pupil:
-    """A pupil whose initial weights depend on the seed alone."""
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        return Pupil(config)
-
-
-def schedule(step: int, config: TeachConfig) -> float:
-    """Share of the learning rate: linear warm-up, then half a cosine down to 0."""
-    warm = min(1.0, (step + 1) / max(1, config.warmup))
-    return warm * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+        learn(pupil, optimizer, sum(losses.values()), learning_rate(step, config))
+        yield Lesson(
+            step + 1, {name: loss.detach() for name, loss in losses.items()}, time.perf_counter() - began, pupil
+        )
 
 # %% ../nbs/lib/teaching.ipynb #6bf23126
 def progress(lesson: Lesson, steps: int) -> str:
@@ -254,7 +274,7 @@ def linear_probe(
     optimizer.step(closure)
     return (test @ weight[:-1] + weight[-1]).argmax(1).detach()
 
-# %% ../nbs/lib/teaching.ipynb #51b5bf32
+# %% ../nbs/lib/teaching.ipynb #9e549b12
 def all_features(
     teacher: Teacher,
     dataset: Dataset,
@@ -266,7 +286,7 @@ def all_features(
     rows = [teacher(dataset.images(slice(k, k + batch_size), device)) for k in starts]
     return Features(*(torch.cat([part.float().cpu() for part in parts]) for parts in zip(*rows)))
 
-
+# %% ../nbs/lib/teaching.ipynb #0ba20117
 def pixel_features(
     dataset: Dataset,
     patch_size: int,  # side of a patch
@@ -275,7 +295,7 @@ def pixel_features(
     patches = patchify(dataset.images(), patch_size)
     return Features(patches, patches.flatten(1))
 
-# %% ../nbs/lib/teaching.ipynb #10cfc532
+# %% ../nbs/lib/teaching.ipynb #7289536d
 def class_scores(
     train: Features,
     test: Features,
@@ -283,8 +303,9 @@ def class_scores(
 ) -> dict[str, float]:
     """Held-out accuracy of the class, from the mean patch token and from the class token."""
     known, wanted = map(torch.as_tensor, labels)
-    right = lambda a, b: round((linear_probe(a, known, b) == wanted).float().mean().item(), 4)  # noqa: E731
-    return {"class from mean": right(train.tokens.mean(1), test.tokens.mean(1)), "class from token": right(train.cls, test.cls)}
+    pairs = {"class from mean": (train.tokens.mean(1), test.tokens.mean(1)), "class from token": (train.cls, test.cls)}
+    right = {name: linear_probe(a, known, b) == wanted for name, (a, b) in pairs.items()}
+    return {name: round(hits.float().mean().item(), 4) for name, hits in right.items()}
 
 # %% ../nbs/lib/teaching.ipynb #962bcb34
 def mask_score(
@@ -313,7 +334,7 @@ def probe(
         scores |= mask_score(*few, tuple(part.masks[:patches_of] for part in splits))
     return scores
 
-# %% ../nbs/lib/teaching.ipynb #d0d23b11
+# %% ../nbs/lib/teaching.ipynb #9f2f08e7
 def probe_card(
     teacher: Teacher,
     spec: str,  # the data set
@@ -324,7 +345,7 @@ def probe_card(
     patch, side = teacher.vit.patch_embed.patch_size[0], teacher.side
     splits = tuple(load_dataset(spec, side, split, n) for split in ("train", "validation"))
     width, depth, heads = teacher.dim, len(teacher.vit.blocks), teacher.vit.blocks[0].attn.num_heads
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         random = Teacher(build_vit(side, patch, width, depth, heads), "random", teacher.grid, "random").to(device)
     return {
@@ -333,13 +354,19 @@ def probe_card(
         "raw pixels": probe(*(pixel_features(part, patch) for part in splits), splits),
     }
 
-# %% ../nbs/lib/teaching.ipynb #881935c3
+# %% ../nbs/lib/teaching.ipynb #dc72f3cf
+METHOD = "two distorted views, patches hidden; hidden pixels filled in (MAE), class tokens contrasted (SimCLR)"
+
+# %% ../nbs/lib/teaching.ipynb #6c19d7bc
 def card_text(
     card: dict,  # what card.json holds
 ) -> str:
     """The card for people, in Markdown."""
     columns = list(card["probes"]["teacher"])
-    rows = [f"| {name} | " + " | ".join(f"{scores[c]:.3f}" for c in columns) + " |" for name, scores in card["probes"].items()]
+    rows = [
+        f"| {name} | " + " | ".join(f"{scores[c]:.3f}" for c in columns) + " |"
+        for name, scores in card["probes"].items()
+    ]
     table = ["| linear probe on | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|", *rows]
     network = card["network"]
     lines = [
@@ -353,59 +380,56 @@ def card_text(
     ]
     return "\n\n".join(lines) + "\n"
 
-# %% ../nbs/lib/teaching.ipynb #bfff96e2
-METHOD = "two distorted views, patches hidden; hidden pixels filled in (MAE), class tokens contrasted (SimCLR)"
+# %% ../nbs/lib/teaching.ipynb #fa417fd0
+def save_teacher(
+    out: Path,  # folder to write
+    lesson: Lesson,  # the last one
+    spec: str,  # the data set it was taught on
+    facts: dict,  # what else the card shall tell
+    config: TeachConfig,
+) -> None:
+    """Write weights and cards."""
+    content = save({key: value.half().cpu().contiguous() for key, value in lesson.pupil.vit.state_dict().items()})
+    device = next(lesson.pupil.parameters()).device
+    teacher = tiny_teacher(content, config.network, spec).to(device)
+    card = {"dataset": spec, "method": METHOD, "network": config.network, "config": asdict(config), **facts}
+    card |= {"seconds": round(lesson.seconds, 1), "device": device.type, "weights": teacher.digest}
+    card |= {"probes": probe_card(teacher, spec, device=device), "licence": "Apache-2.0"}
+    text = card_text(card)
+    write_atomic(out / "teacher.safetensors", content)
+    write_atomic(out / "card.json", json.dumps(card, indent=1) + "\n")
+    write_atomic(out / "card.md", text)
 
+# %% ../nbs/lib/teaching.ipynb #cd8a4bf8
+def check_config(
+    config: TeachConfig,
+) -> None:
+    """Refuse settings that cannot work."""
+    if config.size % config.patch_size:
+        raise ValueError(f"patch_size={config.patch_size} does not divide the picture's {config.size} pixels")
+    if config.width % (2 * config.heads):
+        raise ValueError(f"width={config.width}: expected a multiple of twice the heads={config.heads}")
+    if not 0 < config.mask_ratio < 1:
+        raise ValueError(f"mask_ratio={config.mask_ratio}: expected a share between 0 and 1, such as 0.75")
+    if config.steps < 1 or config.batch_size < 2:
+        raise ValueError(f"steps={config.steps}, batch_size={config.batch_size}: expected at least 1 and 2")
 
+# %% ../nbs/lib/teaching.ipynb #1459195a
 def teach(
     spec: str,  # a data set: "shapes", "digits", "folder:PATH"
     out: Path,  # folder to write
     config: TeachConfig = TeachConfig(),
     device: str = "auto",
     print_every: float = 10.0,  # seconds between lines of progress; 0 prints none
-) -> Path:
-    """Teach a teacher on a data set and save it with its card; returns the folder, which "tiny:PATH" loads."""
+) -> Path:  # the folder, which "tiny:PATH" loads
+    """Teach a teacher on a data set and save it with its card."""
     check_config(config)
     dataset, out, printed = load_dataset(spec, config.size, "train", config.n), Path(out), 0.0
+    out.mkdir(parents=True, exist_ok=True)
     for lesson in lessons(dataset, config, device):
         if print_every and (lesson.seconds - printed >= print_every or lesson.step in (1, config.steps)):
             printed = lesson.seconds
             print(progress(lesson, config.steps), flush=True)
-    weights = {key: value.detach().half().cpu().contiguous() for key, value in lesson.pupil.vit.state_dict().items()}
-    facts = {"pictures": len(dataset), "dataset_digest": dataset.digest, "seconds": round(lesson.seconds, 1)}
-    return save_teacher(out, spec, weights, config, facts, resolve_device(device))
-
-# %% ../nbs/lib/teaching.ipynb #3573584b
-def save_teacher(
-    out: Path,  # folder to write
-    spec: str,  # the data set it was taught on
-    weights: dict[str, Tensor],  # float16 state dict
-    config: TeachConfig,
-    facts: dict,  # what else the card shall tell
-    device: torch.device,  # where it was taught
-) -> Path:
-    """Write weights, probe them as they will be loaded, write the cards."""
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / "teacher.safetensors", save(weights))
-    write_atomic(out / "card.json", json.dumps({"network": config.network}))
-    teacher = load_teacher(f"tiny:{out}", config.size, device)
-    card = {
-        "dataset": spec, "method": METHOD, "network": config.network, "config": asdict(config), **facts, "device": device.type,
-        "weights": teacher.digest, "probes": probe_card(teacher, spec, device=device),
-        "licence": "Apache-2.0", "command": f"maskalign-lab teach {spec}",
-    }
-    write_atomic(out / "card.json", json.dumps(card, indent=1))
-    write_atomic(out / "card.md", card_text(card))
+    facts = {"pictures": len(dataset), "dataset_digest": dataset.digest, "command": f"maskalign-lab teach {spec}"}
+    save_teacher(out, lesson, spec, facts, config)
     return out
-
-
-def check_config(config: TeachConfig) -> None:
-    """Refuse settings that cannot work, before anything is loaded."""
-    if config.size % config.patch_size:
-        raise ValueError(f"patch_size={config.patch_size} does not divide the picture's {config.size} pixels")
-    if config.width % config.heads or config.width // 2 % config.heads:
-        raise ValueError(f"heads={config.heads} does not divide the width {config.width} and its half")
-    if not 0 < config.mask_ratio < 1:
-        raise ValueError(f"mask_ratio={config.mask_ratio}: expected a share between 0 and 1, such as 0.5")
-    if config.steps < 1 or config.batch_size < 2:
-        raise ValueError(f"steps={config.steps}, batch_size={config.batch_size}: expected at least 1 and 2")

@@ -23,10 +23,11 @@ from .errors import one_of
 from .methods import Batch, Draw, Losses, Method, State, shard
 from .seeding import generator
 
-# %% ../nbs/lib/training.ipynb #b9e7cfa9
+# %% ../nbs/lib/training.ipynb #f8eeb29e
 @dataclass(frozen=True)
 class TrainingConfig:
     """How long and how fast. Paper scale: batch 256, lr 1e-4, ema 0.9999, 400,000 steps or more."""
+
     steps: int = 8000
     batch_size: int = 64
     lr: float = 1e-3
@@ -41,7 +42,7 @@ class TrainingConfig:
     save_every: int = 1000  # steps between checkpoints
     log_every: int = 50  # steps between lines of log.jsonl
 
-# %% ../nbs/lib/training.ipynb #71bce225
+# %% ../nbs/lib/training.ipynb #6e8b0391
 def native_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 in hardware."""
     if device.type == "cuda":
@@ -50,7 +51,7 @@ def native_bfloat16(device: torch.device) -> bool:
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """"auto" becomes "bfloat16" where it is faster, else "float32"."""
+    """ "auto" becomes "bfloat16" where it is faster, else "float32"."""
     one_of(precision, ("auto", "float32", "bfloat16"), "precision")
     if precision != "auto":
         return precision
@@ -58,16 +59,17 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
 
 def resolve_device(device: str) -> torch.device:
-    """"auto" becomes the best accelerator at hand, else the CPU."""
+    """ "auto" becomes the best accelerator at hand, else the CPU."""
     if device != "auto":
         return torch.device(device)
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
-# %% ../nbs/lib/training.ipynb #96924cbb
+# %% ../nbs/lib/training.ipynb #5c23f272
 class Trainee(nn.Module):
     """Network and method as one module, so that data parallelism sees every parameter."""
+
     def __init__(self, model: nn.Module, method: Method):
         super().__init__()
         self.model, self.method = model, method
@@ -93,10 +95,11 @@ def make_optimizer(trainee: nn.Module, config: TrainingConfig) -> torch.optim.Op
     learned = [p for p in trainee.parameters() if p.requires_grad]
     return torch.optim.AdamW(learned, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
 
-# %% ../nbs/lib/training.ipynb #07d1171f
+# %% ../nbs/lib/training.ipynb #1dfeacdb
 @dataclass
 class Step:
     """What the loop yields after each step. `losses` are tensors on the device: reading them waits for it."""
+
     step: int  # steps done
     total: int  # steps asked for
     losses: dict[str, Tensor]
@@ -159,10 +162,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainingConfig, 
     for group in optimizer.param_groups:
         group["lr"] = config.lr * min(1.0, (step + 1) / max(1, config.warmup))
 
-# %% ../nbs/lib/training.ipynb #473c2f74
-def store(run: Path, step: int, model: nn.Module, ema: nn.Module, method: Method, optimizer: torch.optim.Optimizer) -> None:
+# %% ../nbs/lib/training.ipynb #264bcf4e
+def store(
+    run: Path, step: int, model: nn.Module, ema: nn.Module, method: Method, optimizer: torch.optim.Optimizer
+) -> None:
     """Write a full checkpoint."""
-    inner = getattr(optimizer, "optimizer", optimizer)    # Accelerate wraps it
+    inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
     tensors = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer_tensors(inner)}
     if method.state_dict():
         tensors["method"] = method.state_dict()
@@ -181,7 +186,7 @@ def resume(run: Path, model: nn.Module, ema: nn.Module, method: Method, optimize
     load_optimizer(optimizer, load_tensors(folder, "optimizer"))
     return int(folder.name)
 
-# %% ../nbs/lib/training.ipynb #0c7a1378
+# %% ../nbs/lib/training.ipynb #2cc4882e
 def with_log(
     steps: Iterator[Step],
     run: Path | None,  # folder of log.jsonl; None writes none
@@ -194,7 +199,11 @@ def with_log(
         first = first or step.step
         if step.step % log_every == 0 or step.step == step.total:
             record = {name: round(value.item(), 6) for name, value in step.losses.items()}
-            record |= {"step": step.step, "gradient_norm": round(float(step.gradient_norm), 6), "seconds": round(step.seconds, 3)}
+            record |= {
+                "step": step.step,
+                "gradient_norm": round(float(step.gradient_norm), 6),
+                "seconds": round(step.seconds, 3),
+            }
             if run:
                 with open(Path(run) / "log.jsonl", "a") as file:
                     file.write(json.dumps(record) + "\n")

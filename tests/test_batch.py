@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -148,7 +149,7 @@ sys.exit(run_study({str(path)!r}, out={str(folder)!r}).exit_code)"""
     raise AssertionError("the cell never began")
 
 
-SAVING = "import time\nprint('begun', flush=True)\ntry:\n    time.sleep(100)\nfinally:\n    print('saved')"
+SAVING = "import time\ntry:\n    print('begun', flush=True)\n    time.sleep(100)\nfinally:\n    print('saved')"
 STUBBORN = """import signal, time
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 print('begun', flush=True)
@@ -162,8 +163,9 @@ def test_a_signal_reaches_the_cell_which_may_save(tmp_path, number, code):
     assert process.wait(timeout=60) == code
     told = ledger(tmp_path / "job")
     assert (told["status"], told["exit_code"]) == ("preempted", code) and number.name in told["error"]
-    assert cells(tmp_path / "job")[-2].outputs[-2].text == "begun\nsaved\n"
-    assert cells(tmp_path / "job")[-1].outputs == [] and "KeyboardInterrupt" in (tmp_path / "job" / "study.ipynb").read_text()
+    interrupted, never_begun = cells(tmp_path / "job")[-2:]
+    printed = "".join(output.get("text", "") for output in interrupted.outputs)
+    assert "saved" in printed and interrupted.outputs[-1].ename == "KeyboardInterrupt" and never_begun.outputs == []
 
 
 def test_a_cell_that_does_not_listen_is_killed(tmp_path):
@@ -207,6 +209,7 @@ def clone(tmp_path, monkeypatch):
     """A clone with one study, which does what its only cell says."""
     root = tmp_path / "clone"
     (root / "nbs").mkdir(parents=True)
+    shutil.copy2(ROOT / "settings.ini", root)
     monkeypatch.setattr(paths, "clone", lambda: root)
     monkeypatch.setattr(paths, "notebooks", lambda: root / "nbs")
     return root

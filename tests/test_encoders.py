@@ -1,15 +1,23 @@
 """Teachers: frozen, deterministic, independent of the batch, and clear about what they cannot do."""
 
+import hashlib
 import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from maskalign_lab import encoders
 from maskalign_lab.datasets import load_dataset
 
 RANDOM = "timm:vit_tiny_patch16_224?random"
+
+
+def write_teacher(folder, weights, network):
+    content = save(weights)
+    (folder / "teacher.safetensors").write_bytes(content)
+    card = {"network": network, "weights": hashlib.blake2b(content, digest_size=8).hexdigest()}
+    (folder / "card.json").write_text(json.dumps(card))
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +31,7 @@ def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("teacher")
     network = dict(size=32, patch_size=4, width=32, depth=2, heads=2)
     vit = encoders.build_vit(**network)
-    save_file({key: value.half() for key, value in vit.state_dict().items()}, folder / "teacher.safetensors")
-    (folder / "card.json").write_text(json.dumps({"network": network}))
+    write_teacher(folder, {key: value.half() for key, value in vit.state_dict().items()}, network)
     return folder, vit
 
 
@@ -42,11 +49,14 @@ def test_tiny_round_trip_through_half_precision(tiny, dataset):
     torch.testing.assert_close(features.cls, expected[:, 0], rtol=2e-2, atol=1e-2)
 
 
-def test_digest_follows_the_weights(tiny, tmp_path):
+def test_digest_follows_the_weights_and_the_card_must_fit(tiny, tmp_path):
     folder, vit = tiny
-    (tmp_path / "card.json").write_text((folder / "card.json").read_text())
-    save_file({key: value.half() + 1 for key, value in vit.state_dict().items()}, tmp_path / "teacher.safetensors")
+    other = {key: value.half() + 1 for key, value in vit.state_dict().items()}
+    write_teacher(tmp_path, other, json.loads((folder / "card.json").read_text())["network"])
     assert encoders.load_teacher(f"tiny:{tmp_path}").digest != encoders.load_teacher(f"tiny:{folder}").digest
+    (tmp_path / "card.json").write_text((folder / "card.json").read_text())
+    with pytest.raises(ValueError, match="its card is of"):
+        encoders.load_teacher(f"tiny:{tmp_path}")
 
 
 def test_frozen(tiny, dataset):
@@ -81,7 +91,8 @@ def test_timm_teacher_is_timm(dataset):
 
     teacher = encoders.load_teacher(RANDOM, grid=14)
     config = resolve_data_config(model=teacher.vit)
-    assert config["mean"] == pytest.approx(teacher.mean.tolist()) and isinstance(teacher.vit, timm.models.VisionTransformer)
+    assert config["mean"] == pytest.approx(teacher.mean.tolist())
+    assert isinstance(teacher.vit, timm.models.VisionTransformer)
     images = torch.rand(2, 3, 224, 224) * 2 - 1
     with torch.no_grad():
         expected = teacher.vit.forward_features(normalize((images + 1) / 2, config["mean"], config["std"]))
@@ -91,7 +102,9 @@ def test_timm_teacher_is_timm(dataset):
 
 
 @pytest.mark.parametrize(
-    "model", ["vit_small_patch14_reg4_dinov2", "vit_base_patch16_siglip_224", "vit_tiny_patch16_224"], ids=["reg", "map", "plain"]
+    "model",
+    ["vit_small_patch14_reg4_dinov2", "vit_base_patch16_siglip_224", "vit_tiny_patch16_224"],
+    ids=["registers", "no class token", "plain"],
 )
 @pytest.mark.parametrize("grid", [4, 5])
 def test_any_grid_and_any_prefix(model, grid):
@@ -136,6 +149,11 @@ def test_unknown_names(name, message):
     with pytest.raises(ValueError) as error:
         encoders.load_teacher(name, grid=4)
     assert message in str(error.value)
+
+
+def test_the_shipped_teacher(dataset):
+    teacher = encoders.load_teacher("tiny", grid=8)
+    assert teacher(dataset.images()).tokens.shape == (20, 64, teacher.dim)
 
 
 def test_missing_folder(tmp_path):

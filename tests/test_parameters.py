@@ -110,7 +110,7 @@ def test_plain_papermill_on_a_notebook_that_lost_its_tag(tmp_path):
 
 def test_under_nbdev_test(tmp_path):
     path = write(tmp_path / "study.ipynb", CHECK, "assert values['preset'] == 'laptop'", "preset = 'smok'", "check_parameters()")
-    code = f"from nbdev.test import test_nb; print(test_nb({str(path)!r}, showerr=True)[0])"
+    code = f"from nbdev.test import test_nb; print(test_nb({str(path)!r}, basepath={str(ROOT)!r})[0])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert "False" in done.stdout and "Did you mean 'smoke'" in done.stdout + done.stderr
 

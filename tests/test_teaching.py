@@ -1,13 +1,15 @@
 """Teaching a tiny teacher: it learns, it is repeatable, its folder loads, its card tells the truth."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 from maskalign_lab import teaching
-from maskalign_lab.datasets import load_dataset
-from maskalign_lab.encoders import dataset_features, load_teacher
+from maskalign_lab.datasets import load_dataset, oracle_features
+from maskalign_lab.encoders import Features, dataset_features, load_teacher
 from maskalign_lab.seeding import generator
 
 SMALL = teaching.TeachConfig(steps=30, batch_size=32, width=32, depth=1, heads=2, warmup=5, n=200, precision="float32")
@@ -51,7 +53,7 @@ def test_the_folder_is_a_teacher(folder):
     assert card["dataset_digest"] == load_dataset("digits", n=200).digest
     assert set(card["probes"]) == {"teacher", "random network", "raw pixels"}
     assert "object IoU" not in card["probes"]["teacher"]  # digits have no masks
-    assert "maskalign-lab teach digits" in (folder / "card.md").read_text()
+    assert "maskalign-lab teach digits --steps 30" in (folder / "card.md").read_text()
     assert sorted(path.name for path in folder.iterdir()) == ["card.json", "card.md", "teacher.safetensors"]
 
 
@@ -83,14 +85,12 @@ def test_agreement_is_infonce():
     for i in range(12):
         others = torch.stack([z[i] @ z[k] / 0.2 for k in range(12) if k != i])
         terms.append(others.logsumexp(0) - z[i] @ z[(i + 6) % 12] / 0.2)
-    torch.testing.assert_close(teaching.agreement(first, second, 0.2).double(), torch.stack(terms).mean(), rtol=1e-5, atol=1e-6)
+    found = teaching.agreement(first, second, 0.2).double()
+    torch.testing.assert_close(found, torch.stack(terms).mean(), rtol=1e-5, atol=1e-6)
 
 
 def test_probe_finds_the_object_in_its_own_mask(dataset):
     """Tokens that carry the coverage give a perfect mask score; tokens of noise give none."""
-    from maskalign_lab.datasets import oracle_features
-    from maskalign_lab.encoders import Features
-
     good = torch.from_numpy(oracle_features(dataset, 8))
     noise = torch.randn(good.shape, generator=generator(0, 0, "noise"))
     split = dataset, dataset
@@ -108,16 +108,12 @@ def test_probe_finds_the_object_in_its_own_mask(dataset):
     ],
 )
 def test_impossible_settings(change, message, tmp_path):
-    from dataclasses import replace
-
     with pytest.raises(ValueError, match=message):
         teaching.teach("digits", tmp_path, replace(SMALL, **change))
     assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_of_one_class(tmp_path):
-    from PIL import Image
-
     (tmp_path / "only").mkdir()
     Image.new("RGB", (32, 32)).save(tmp_path / "only" / "a.png")
     with pytest.raises(ValueError, match="only one class"):
