@@ -31,7 +31,7 @@ def projector(
         nn.init.zeros_(linear.bias)
     return layers
 
-# %% ../nbs/lib/alignment.ipynb #ee31966f
+# %% ../nbs/lib/alignment.ipynb #39514165
 def cosine_alignment(
     projected: Tensor,  # (b, n, d) projected hidden tokens
     features: Tensor,  # (b, n, d) teacher features
@@ -43,7 +43,7 @@ def cosine_alignment(
             f"{features.shape[-2]} of {features.shape[-1]}: grids and channels must agree"
         )
     dtype = torch.promote_types(projected.dtype, torch.float32)
-    return -F.cosine_similarity(projected.to(dtype), features.to(dtype), dim=-1, eps=1e-12)
+    return -F.cosine_similarity(projected.to(dtype), features.to(dtype), dim=-1, eps=1e-6)
 
 # %% ../nbs/lib/alignment.ipynb #cca9e987
 @dataclass(frozen=True)

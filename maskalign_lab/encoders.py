@@ -161,7 +161,7 @@ def create_vit(
 # %% ../nbs/lib/encoders.ipynb #099cee84
 TEACHERS = ("tiny", "tiny:PATH", "timm:MODEL", "oracle")
 
-# %% ../nbs/lib/encoders.ipynb #7d21d714
+# %% ../nbs/lib/encoders.ipynb #702e8786
 def check_grid(
     teacher: Teacher,
     grid: int | None,  # tokens a side that are wanted; None takes any
@@ -169,11 +169,12 @@ def check_grid(
     """Refuse a teacher whose tokens do not lie on the network's."""
     if grid not in (None, teacher.grid):
         raise ValueError(
-            f"teacher {teacher.name!r} has a grid of {teacher.grid} x {teacher.grid} tokens, the network one of {grid} x {grid}; "
-            "give the network the teacher's grid, teach a teacher with another patch size, or take a timm teacher, which fits any grid"
+            f"teacher {teacher.name!r} has a grid of {teacher.grid} x {teacher.grid} tokens, "
+            f"the network one of {grid} x {grid}; give the network the teacher's grid, teach a teacher with "
+            "another patch size, or take a timm teacher, which fits any grid"
         )
 
-# %% ../nbs/lib/encoders.ipynb #afa9005b
+# %% ../nbs/lib/encoders.ipynb #6d4d7008
 def load_teacher(
     name: str,  # "tiny", "tiny:PATH" or "timm:MODEL"
     size: int = 32,  # pixels a side of the pictures
@@ -182,9 +183,10 @@ def load_teacher(
 ) -> Teacher:  # on the device
     """The frozen teacher that `name` stands for.
 
-    "tiny" is the one that ships, "tiny:PATH" a folder made by `maskalign-lab teach`; their grid is fixed, and pictures of another size
-    are resized to theirs. "timm:MODEL" takes any grid. Raises `ValueError` for an unknown name and for a grid that the teacher does
-    not have.
+    "tiny" is the one that ships, "tiny:PATH" a folder made by `maskalign-lab teach`; their grid is fixed, and pictures
+    of another size are resized to theirs. "timm:MODEL" takes any grid. Raises `ValueError` for an unknown name and for
+    a grid that the teacher does not have, `FileNotFoundError` for a folder without a teacher, `OSError` if published
+    weights cannot be had.
     """
     if name == "oracle":
         raise ValueError("teacher 'oracle' is no network: its features come from the generator; use dataset_features")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'ALIGNED', 'DataConfig', 'NetworkConfig', 'Recipe', 'to_json', 'from_json', 'override', 'make_recipe',
-           'identity', 'build', 'Batches', 'make_batches', 'Run', 'run_folders', 'find_run', 'load_run', 'train',
-           'ensure_run']
+           'absolute', 'identity', 'build', 'Batches', 'make_batches', 'Run', 'run_folders', 'find_run', 'load_run',
+           'train', 'ensure_run']
 
 # %% ../nbs/lib/recipes.ipynb #9c9a056f
 import dataclasses
@@ -137,7 +137,7 @@ ALIGNED = {
     "paper": "method.depth=8 method.projector_width=2048",
 }
 
-# %% ../nbs/lib/recipes.ipynb #9edbd7e4
+# %% ../nbs/lib/recipes.ipynb #dec3f7cb
 def make_recipe(
     method: str = "repa",  # a registered method
     preset: str = "laptop",  # smoke | laptop | gpu | paper
@@ -151,7 +151,15 @@ def make_recipe(
     if "features" in method_class(method).needs:
         changes += " " + ALIGNED[preset]
     recipe = override(Recipe(), changes)
-    return override(replace(recipe, data=replace(recipe.data, name=dataset)), overrides)
+    return override(replace(recipe, data=replace(recipe.data, name=absolute(dataset))), overrides)
+
+# %% ../nbs/lib/recipes.ipynb #f80e20ad
+def absolute(
+    spec: str,  # a dataset or teacher that may name a folder: "folder:photos"
+) -> str:
+    """The same name with an absolute path; names without a path are left alone."""
+    kind, colon, path = spec.partition(":")
+    return f"{kind}:{Path(path).expanduser().absolute()}" if colon and kind in ("folder", "tiny") else spec
 
 # %% ../nbs/lib/recipes.ipynb #9b46c7f7
 def identity(recipe: Recipe) -> str:

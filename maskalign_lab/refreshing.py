@@ -16,18 +16,18 @@ from pathlib import Path
 from . import paths
 from .batch import Job, figures_of, find_study, run_study, to_text
 
-# %% ../nbs/lib/refreshing.ipynb #dbc219e0
+# %% ../nbs/lib/refreshing.ipynb #2eb62a2e
 KEPT = ("text/plain", "text/html", "text/markdown", "text/latex", "image/png", "image/svg+xml")
 LARGEST_OUTPUT, LARGEST_NOTEBOOK = 100_000, 1_000_000  # bytes
 
-
+# %% ../nbs/lib/refreshing.ipynb #c47eb437
 def joined(
     text: str | list[str],  # notebooks store text either way
 ) -> str:
     """Text of a notebook in one piece."""
     return text if isinstance(text, str) else "".join(text)
 
-
+# %% ../nbs/lib/refreshing.ipynb #e8aa23dc
 def portable(
     output: dict,  # of an executed cell
 ) -> dict | None:
@@ -55,19 +55,19 @@ def output_problems(
         problems += [f"{kind} shows the path {place}" for place in private if kind != "image/png" and place in text]
     return problems
 
-# %% ../nbs/lib/refreshing.ipynb #4661d081
+# %% ../nbs/lib/refreshing.ipynb #c2d68155
 def code_cells(book: dict) -> list[dict]:
     """A notebook's own code cells, in order, without the one that papermill adds."""
     own = (cell for cell in book["cells"] if cell["cell_type"] == "code")
     return [cell for cell in own if "injected-parameters" not in cell["metadata"].get("tags", ())]
 
-
+# %% ../nbs/lib/refreshing.ipynb #8cfb0888
 def code_digest(book: dict) -> str:
     """A short digest of all code in a notebook."""
     sources = [joined(cell["source"]) for cell in code_cells(book)]
     return hashlib.blake2b("\0".join(sources).encode(), digest_size=8).hexdigest()
 
-
+# %% ../nbs/lib/refreshing.ipynb #d895717a
 def is_fresh(
     notebook: Path,
 ) -> bool:
@@ -102,21 +102,21 @@ def transplant(
         raise ValueError(f"{notebook} was left as it is: " + "; ".join(problems))
     write_atomic(notebook, text)
 
-# %% ../nbs/lib/refreshing.ipynb #64864bf7
+# %% ../nbs/lib/refreshing.ipynb #b6713564
 def laptop_job(
     study: str | Path,
 ) -> Job:
     """A study with the preset that its committed outputs and figures show."""
     return run_study(study, {"preset": "laptop"})
 
-
+# %% ../nbs/lib/refreshing.ipynb #1f897e65
 def clone_or_error() -> Path:
     """The root of the clone; an installed package has no place for what is committed."""
     if (root := paths.clone()) is None:
         raise ValueError("this writes into a clone of the project, and the package was installed from a wheel")
     return root
 
-
+# %% ../nbs/lib/refreshing.ipynb #4c31ea7d
 def refresh(
     study: str | Path,  # see `find_study`
 ) -> Job:
@@ -127,7 +127,7 @@ def refresh(
         transplant(job.path(".ipynb"), find_study(study))
     return job
 
-
+# %% ../nbs/lib/refreshing.ipynb #253868d5
 def figures(
     studies: list[str] | None = None,  # None: all
 ) -> list[Job]:

@@ -357,7 +357,7 @@ def probe_card(
 # %% ../nbs/lib/teaching.ipynb #dc72f3cf
 METHOD = "two distorted views, patches hidden; hidden pixels filled in (MAE), class tokens contrasted (SimCLR)"
 
-# %% ../nbs/lib/teaching.ipynb #6c19d7bc
+# %% ../nbs/lib/teaching.ipynb #428e1fbe
 def card_text(
     card: dict,  # what card.json holds
 ) -> str:
@@ -368,15 +368,15 @@ def card_text(
         for name, scores in card["probes"].items()
     ]
     table = ["| linear probe on | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|", *rows]
-    network = card["network"]
+    network, steps = card["network"], card["config"]["steps"]
     lines = [
         f"# A tiny teacher for `{card['dataset']}`",
-        f"A vision transformer ({network['depth']} blocks, {network['width']} wide, patches of {network['patch_size']} pixels in pictures "
-        f"of {network['size']}), taught without labels: {card['method']}. {card['config']['steps']} steps on {card['pictures']} "
-        f"pictures took {card['seconds']:.0f} s on {card['device']}.",
+        f"A vision transformer ({network['depth']} blocks, {network['width']} wide, patches of "
+        f"{network['patch_size']} pixels in pictures of {network['size']}), taught without labels: {card['method']}. "
+        f"{steps} steps on {card['pictures']} pictures took {card['seconds']:.0f} s on {card['device']}.",
         "\n".join(table),
-        f"Held-out scores. Data digest `{card['dataset_digest']}`, weights `{card['weights']}`, licence {card['licence']}. "
-        f"Made again by `{card['command']}`.",
+        f"Held-out scores. Data digest `{card['dataset_digest']}`, weights `{card['weights']}`, "
+        f"licence {card['licence']}. Made again by `{card['command']}`.",
     ]
     return "\n\n".join(lines) + "\n"
 
@@ -414,7 +414,7 @@ def check_config(
     if config.steps < 1 or config.batch_size < 2:
         raise ValueError(f"steps={config.steps}, batch_size={config.batch_size}: expected at least 1 and 2")
 
-# %% ../nbs/lib/teaching.ipynb #1459195a
+# %% ../nbs/lib/teaching.ipynb #3c68e3f2
 def teach(
     spec: str,  # a data set: "shapes", "digits", "folder:PATH"
     out: Path,  # folder to write
@@ -430,6 +430,7 @@ def teach(
         if print_every and (lesson.seconds - printed >= print_every or lesson.step in (1, config.steps)):
             printed = lesson.seconds
             print(progress(lesson, config.steps), flush=True)
-    facts = {"pictures": len(dataset), "dataset_digest": dataset.digest, "command": f"maskalign-lab teach {spec}"}
+    command = f"maskalign-lab teach {spec} --steps {config.steps} --seed {config.seed}"
+    facts = {"pictures": len(dataset), "dataset_digest": dataset.digest, "command": command}
     save_teacher(out, lesson, spec, facts, config)
     return out

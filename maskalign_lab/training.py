@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TrainingConfig', 'native_bfloat16', 'resolve_precision', 'resolve_device', 'Trainee', 'update_ema', 'make_optimizer',
-           'Step', 'fit', 'to_device', 'set_learning_rate', 'store', 'resume', 'with_log', 'progress_line']
+           'make_accelerator', 'Step', 'fit', 'to_device', 'set_learning_rate', 'store', 'resume', 'with_log',
+           'progress_line']
 
 # %% ../nbs/lib/training.ipynb #b189e706
 import copy
@@ -95,6 +96,17 @@ def make_optimizer(trainee: nn.Module, config: TrainingConfig) -> torch.optim.Op
     learned = [p for p in trainee.parameters() if p.requires_grad]
     return torch.optim.AdamW(learned, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
 
+# %% ../nbs/lib/training.ipynb #22854394
+def make_accelerator(config: TrainingConfig, device: torch.device) -> "Accelerator":  # noqa: F821
+    """Accelerate, set to a device and a precision."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
+
+    if AcceleratorState._shared_state and PartialState().num_processes == 1:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    mixed = "bf16" if resolve_precision(config.precision, device) == "bfloat16" else "no"
+    return Accelerator(mixed_precision=mixed, cpu=device.type == "cpu")
+
 # %% ../nbs/lib/training.ipynb #1dfeacdb
 @dataclass
 class Step:
@@ -107,7 +119,7 @@ class Step:
     seconds: float  # since this call of `fit` began
     state: State
 
-# %% ../nbs/lib/training.ipynb #f755264a
+# %% ../nbs/lib/training.ipynb #d2933bcf
 def fit(
     model: nn.Module,
     method: Method,
@@ -120,11 +132,7 @@ def fit(
 
     Everything random is keyed by (seed, step), so a resumed run continues as if it had never stopped.
     """
-    from accelerate import Accelerator
-
-    place = resolve_device(device)
-    mixed = "bf16" if resolve_precision(config.precision, place) == "bfloat16" else "no"
-    accelerator = Accelerator(mixed_precision=mixed, cpu=place.type == "cpu")
+    accelerator = make_accelerator(config, resolve_device(device))
     trainee = Trainee(model, method).to(accelerator.device).train()
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     optimizer = make_optimizer(trainee, config)

@@ -76,16 +76,19 @@ class Scrubber:
         state = {control.name: control.values[control.default] for control in self.controls}
         return state | ({self.token_control: None} if self.token_control else {})
 
-# %% ../nbs/lib/widgets.ipynb #20b672f5
+# %% ../nbs/lib/widgets.ipynb #d0783ac6
 class Latest:
     """Calls `work` soon after a request, at most once per `interval`; requests in between count as one."""
 
     def __init__(
         self,
         work: Callable[[], None],
+        busy: Callable[[], bool] = lambda: False,  # whether the previous work still has effects
         interval: float = 0.06,  # seconds
+        patience: float = 0.3,  # seconds to wait at most while busy
     ):
-        self.work, self.interval, self.free, self.waiting = work, interval, 0.0, False
+        self.work, self.busy, self.interval, self.patience = work, busy, interval, patience
+        self.began, self.waiting = 0.0, False
 
     def __call__(self) -> None:
         try:
@@ -94,16 +97,16 @@ class Latest:
             return self.work()
         if not self.waiting:
             self.waiting = True
-            loop.call_later(max(0.0, self.free - loop.time()), self._run, loop)
+            loop.call_later(max(0.0, self.began + self.interval - loop.time()), self._run, loop)
 
     def _run(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.waiting = False
-        try:
+        if self.busy() and loop.time() < self.began + self.patience:
+            loop.call_later(0.01, self._run, loop)
+        else:
+            self.waiting, self.began = False, loop.time()
             self.work()
-        finally:
-            self.free = loop.time() + self.interval
 
-# %% ../nbs/lib/widgets.ipynb #7e278820
+# %% ../nbs/lib/widgets.ipynb #36144a31
 class Stage:
     """A scrubber on screen: its state, its figure, and what went wrong."""
 
@@ -111,7 +114,8 @@ class Stage:
         self.scrubber, self.state, self.error = scrubber, scrubber.defaults(), w.HTML()
         self.figure = go.FigureWidget(figure(scrubber.view(**self.state)))
         self.figure._config = {"displayModeBar": False, "doubleClick": False}
-        self.redraw = Latest(self.draw)
+        self.drawing = False  # in the browser, which sends this message when it has drawn
+        self.redraw = Latest(self.draw, lambda: self.drawing)
 
     def set(self, **changes: Any) -> None:
         """Change the state; the figure follows soon."""
@@ -124,9 +128,12 @@ class Stage:
             panels = self.scrubber.view(**self.state)
             with self.figure.batch_update():
                 update(self.figure, panels)
-            self.error.value = ""
+            self.drawing, self.error.value = True, ""
         except Exception as error:
             self.error.value = complaint(error, self.state)
+
+    def _drawn(self, _: Any) -> None:
+        self.drawing = False
 
 # %% ../nbs/lib/widgets.ipynb #bbff5285
 def complaint(

@@ -16,6 +16,7 @@ from conftest import ROOT
 from maskalign_lab import batch, paths, refreshing
 from maskalign_lab.batch import run_study, save_figure
 
+LARGE = base64.b64encode(bytes(100_001)).decode()
 DECLARED = 'preset: str = "laptop"  # smoke | laptop\nseed: int = 0\nout_dir: str = ""'
 
 
@@ -50,8 +51,9 @@ def test_a_job_from_end_to_end(tmp_path, output, monkeypatch, capsys):
     spec.mkdir(parents=True)  # a python3 that belongs to somebody else
     (spec / "kernel.json").write_text('{"argv": ["/bin/false"], "display_name": "other", "language": "python"}')
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
-    facts = "import os, sys\nimport ipywidgets\nipywidgets.IntSlider()\nprint([preset, seed, out_dir, sys.executable, os.getcwd()])"
-    job = run_study(write(tmp_path / "study.ipynb", facts), {"preset": "smoke", "seed": 3})
+    facts = "import os, sys\nprint([preset, seed, out_dir, sys.executable, os.getcwd()])"
+    widget = "import ipywidgets\nipywidgets.IntSlider()"
+    job = run_study(write(tmp_path / "study.ipynb", widget, facts), {"preset": "smoke", "seed": 3})
     assert (job.status, job.exit_code) == ("ok", 0)
     (folder,) = output.iterdir()
     assert str(folder) == job.folder and folder.name.startswith("study-")
@@ -63,7 +65,7 @@ def test_a_job_from_end_to_end(tmp_path, output, monkeypatch, capsys):
     assert told["command"] == "maskalign-lab run study -p preset smoke -p seed 3"
     assert told["versions"]["papermill"] and told["seconds"] > 0
     printed = capsys.readouterr().out
-    assert "[3/3]" in printed and "A study" in printed and str(folder) in batch.summary(job)
+    assert "[4/4]" in printed and "A study" in printed and str(folder) in batch.summary(job)
 
 
 def test_a_failing_cell_keeps_what_was_done(tmp_path, output):
@@ -187,7 +189,8 @@ save_figure(Figure(figsize=(1, 1)), "dot", out_dir, {"study": "study", "seed": s
     (picture,) = batch.figures_of(job)
     side = json.loads(picture.with_suffix(".json").read_text())
     assert picture.read_bytes()[:4] == b"\x89PNG" and side["figure"] == "dot" and side["seed"] == 5
-    assert side["command"] == "maskalign-lab run study -p seed 5" and side["parameters"] == {"preset": "laptop", "seed": 5}
+    assert side["command"] == "maskalign-lab run study -p seed 5"
+    assert side["parameters"] == {"preset": "laptop", "seed": 5}
     assert side["versions"]["python"] and "git" in side and str(tmp_path) not in json.dumps(side)
 
 
@@ -267,7 +270,7 @@ def test_clean_changes_nothing_in_a_refreshed_notebook(tree):
     "output, message",
     [
         (nbformat.v4.new_output("stream", text="x" * 100_001), "100 KB"),
-        (nbformat.v4.new_output("display_data", {"image/png": base64.b64encode(bytes(100_001)).decode()}), "image/png of 100 KB"),
+        (nbformat.v4.new_output("display_data", {"image/png": LARGE}), "image/png of 100 KB"),
         (nbformat.v4.new_output("stream", text=f"saved to {os.path.expanduser('~')}/x"), "shows the path"),
     ],
 )

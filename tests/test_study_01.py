@@ -1,0 +1,168 @@
+"""Study 01 as its users run it: papermill end to end, mistakes in seconds, and an edited loss that is really trained."""
+
+import json
+import re
+
+import nbformat
+import pytest
+
+from maskalign_lab import paths
+from maskalign_lab.batch import run_study
+from maskalign_lab.datasets import load_dataset
+from maskalign_lab.parameters import study_parameters
+from maskalign_lab.recipes import from_json, make_recipe, train
+
+STUDY = paths.notebooks() / "01_gradient_norms.ipynb"
+
+
+@pytest.fixture(autouse=True)
+def own_folders(monkeypatch, tmp_path):
+    monkeypatch.setenv("MASKALIGN_LAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("MASKALIGN_LAB_OUTPUT", str(tmp_path / "runs"))
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """One execution with preset smoke, shared by the tests that look at its results."""
+    folder = tmp_path_factory.mktemp("smoke")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MASKALIGN_LAB_CACHE", str(folder / "cache"))
+        return run_study("01", {"preset": "smoke"}, folder / "job")
+
+
+def test_smoke_runs_end_to_end(smoke):
+    assert smoke.status == "ok", smoke.error
+    executed = nbformat.read(smoke.path(".ipynb"), as_version=4)
+    assert "widgets" not in executed.metadata
+    assert all(cell.execution_count for cell in executed.cells if cell.cell_type == "code")
+
+
+def test_the_job_holds_a_page_that_asks_the_network_for_nothing(smoke):
+    page = smoke.path(".html").read_text(encoding="utf-8")
+    assert len(page) < 1_000_000 and (smoke.path(".html").parent / "plotly.min.js").exists()
+    assert not re.findall(r"""(?:src|href)=["']https?://[^"']+\.(?:js|css|woff2?)""", page)
+
+
+def test_figures_are_small_and_traceable(smoke):
+    folder = smoke.path(".html").parent
+    for name in ("01_position_probability", "01_filmstrip"):
+        assert (folder / f"{name}.png").stat().st_size <= 100_000
+        side = json.loads((folder / f"{name}.json").read_text())
+        assert side["study"] == "01_gradient_norms" and "-p preset smoke" in side["command"] and side["versions"]
+
+
+def test_the_scrubber_comes_by_the_third_code_cell():
+    code = [c for c in nbformat.read(STUDY, as_version=4).cells if c.cell_type == "code"]
+    assert any("show(scrubber" in cell.source for cell in code[:3])
+    assert "parameters" in code[1].metadata.get("tags", [])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"preest": "smoke"}, "Did you mean 'preset'"),
+        ({"preset": "smkoe"}, "Did you mean 'smoke'"),
+        ({"seed": "zero"}, "expected int, got str"),
+    ],
+)
+def test_bad_parameters_are_refused_before_a_kernel_starts(given, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run_study("01", given, tmp_path / "job")
+    assert not (tmp_path / "job").exists()
+
+
+def test_a_lost_tag_is_refused(tmp_path):
+    book = nbformat.read(STUDY, as_version=4)
+    for cell in book.cells:
+        cell.metadata.pop("tags", None)
+    nbformat.write(book, tmp_path / "untagged.ipynb")
+    with pytest.raises(ValueError, match="tag"):
+        study_parameters(tmp_path / "untagged.ipynb")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"run": "repa-shaeps"}, "no run 'repa-shaeps'"),
+        ({"preset": "smoke", "dataset": "shpaes"}, "Did you mean 'shapes'"),
+        ({"preset": "smoke", "overrides": "method.depth=9"}, "depth 9 is outside the network"),
+        ({"preset": "smoke", "overrides": "network.patch_size=8"}, "grid"),
+        ({"preset": "smoke", "overrides": "method.dpeth=2"}, "Did you mean 'method.depth'"),
+    ],
+)
+def test_mistakes_inside_fail_with_a_clear_error_and_keep_the_notebook(given, message, tmp_path):
+    job = run_study("01", given, tmp_path / "job")
+    assert job.status == "failed" and job.exit_code == 1
+    assert message in job.error and job.path(".ipynb").exists()
+
+
+def test_an_empty_folder_and_one_class_are_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises((ValueError, FileNotFoundError), match="empty"):
+        load_dataset(f"folder:{tmp_path / 'empty'}")
+    (tmp_path / "one" / "cat").mkdir(parents=True)
+    from PIL import Image
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "one" / "cat" / "a.png")
+    with pytest.raises(ValueError, match="class"):
+        load_dataset(f"folder:{tmp_path / 'one'}")
+
+
+def test_a_given_run_is_studied(tmp_path):
+    path = train(make_recipe("sit", "smoke", overrides="training.steps=2"), tmp_path / "mine", "cpu", 0)
+    job = run_study("01", {"preset": "smoke", "run": str(path)}, tmp_path / "job")
+    assert job.status == "ok", job.error
+    findings = json.loads((tmp_path / "job" / "01_filmstrip.json").read_text())["findings"]
+    assert findings[0]["run"] == "mine"
+
+
+EDIT = """
+from functools import partial
+from maskalign_lab.recipes import build, edit_digest, identity, make_recipe, make_batches
+from maskalign_lab.training import fit
+recipe = make_recipe("repa", "smoke", overrides="training.steps=2")
+batches = make_batches(recipe)
+net, method = build(recipe, 10, batches.features.shape[-1])
+losses = [float(step.losses["alignment"]) for step in fit(net, method, batches, recipe.training, device="cpu")]
+import json
+print("RESULT", json.dumps([losses, identity(recipe), edit_digest("repa")]))
+"""
+
+
+def play_alignment_notebook(edit) -> list:
+    """Run the exported cells of lib/alignment as a person would, with an edit, and train REPA there."""
+    from nbclient import NotebookClient
+
+    book = nbformat.read(paths.notebooks() / "lib" / "alignment.ipynb", as_version=4)
+    book.cells = [c for c in book.cells if c.cell_type == "code" and "#| export" in c.source]
+    for cell in book.cells:
+        cell.source = edit(cell.source)
+    book.cells.append(nbformat.v4.new_code_cell(EDIT))
+    NotebookClient(book, timeout=120, kernel_name="python3").execute()
+    text = "".join(output.get("text", "") for output in book.cells[-1].outputs)
+    return json.loads(text.split("RESULT", 1)[1])
+
+
+def test_editing_the_loss_cell_changes_what_is_trained():
+    same, same_id, same_digest = play_alignment_notebook(lambda source: source + "\n# a comment\n")
+    edited, edited_id, edited_digest = play_alignment_notebook(
+        lambda source: source.replace("return -F.cosine_similarity(", "return -2 * F.cosine_similarity(")
+    )
+    recipe = make_recipe("repa", "smoke", overrides="training.steps=2")
+    from maskalign_lab.recipes import identity
+
+    assert same_digest == "" and same_id == identity(recipe)  # untouched cells find the runs that ship
+    assert edited_digest and edited_id != same_id  # edited ones never do
+    assert edited[0] == pytest.approx(2 * same[0], rel=1e-4)
+    assert edited[1] != pytest.approx(2 * same[1], rel=1e-6)  # the edit has changed the weights, too
+
+
+def test_shipped_runs_are_what_their_recipes_say():
+    folders = sorted((paths.data() / "runs").glob("*/recipe.json"))
+    assert [path.parent.name for path in folders] == ["repa-shapes", "sit-shapes"]
+    repa, sit = (from_json(path.read_text()) for path in folders)
+    assert (repa.data, repa.network, repa.objective, repa.training) == (sit.data, sit.network, sit.objective, sit.training)
+    digest = load_dataset("shapes").digest
+    for path in folders:
+        assert json.loads((path.parent / "facts.json").read_text())["data_digest"] == digest
+        assert (path.parent / "maps.safetensors").exists() and (path.parent / "card.md").exists()
