@@ -61,12 +61,12 @@ def save_step(
     write_atomic(Path(run) / "latest", final.name)
     return final
 
-# %% ../nbs/lib/checkpoints.ipynb #3b6245b0
+# %% ../nbs/lib/checkpoints.ipynb #d8d5c779
 def steps_of(run: Path) -> list[int]:
     """The complete steps of a run, ascending."""
     return sorted(int(p.name) for p in (Path(run) / "steps").glob("[0-9]*") if (p / "state.json").exists())
 
-
+# %% ../nbs/lib/checkpoints.ipynb #7513b2a6
 def step_folder(
     run: Path,  # the run's folder
     step: int | None = None,  # None: the latest
@@ -82,19 +82,19 @@ def step_folder(
         raise FileNotFoundError(f"run {run} has no step {step}; it has {known}")
     return Path(run) / "steps" / f"{step:06d}"
 
-
+# %% ../nbs/lib/checkpoints.ipynb #6191fb6f
 def load_tensors(folder: Path, name: str, device: str = "cpu") -> dict[str, Tensor]:
     """One state dict of a step, in float32 if it was stored in half precision."""
     tensors = load_file(Path(folder) / f"{name}.safetensors", device=str(device))
     return {k: v.float() if v.dtype in (torch.float16, torch.bfloat16) else v for k, v in tensors.items()}
 
-# %% ../nbs/lib/checkpoints.ipynb #f4da2c99
+# %% ../nbs/lib/checkpoints.ipynb #3cf324db
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The per-parameter state of an optimiser as a flat dict of tensors."""
     states = optimizer.state_dict()["state"]
     return {f"{i}.{key}": torch.as_tensor(value) for i, state in states.items() for key, value in state.items()}
 
-
+# %% ../nbs/lib/checkpoints.ipynb #46959783
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Put a flat dict back into a fresh optimiser over the same parameters."""
     state: dict[int, dict[str, Tensor]] = {}

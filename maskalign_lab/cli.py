@@ -119,14 +119,14 @@ def run_train(options: Train) -> int:
     print(f"done. Next: maskalign-lab sample {quoted}\n            maskalign-lab run 01 -p run {quoted}")
     return 0
 
-# %% ../nbs/lib/cli.ipynb #04f7b321
+# %% ../nbs/lib/cli.ipynb #0dab1aca
 @dataclass
 class Teach:
     """Teach a small teacher, without labels: `teach folder:PATH --out teachers/mine`."""
 
     dataset: Positional[str]  # shapes, digits or folder:PATH
     out: str = ""  # the teacher's folder; default: under runs/teachers, named after the dataset
-    steps: int = 2000  # of training
+    steps: int = 1000  # of training
     seed: int = 0  # of initialisation, data order and views
     device: str = "auto"  # auto, cpu, cuda, mps
 

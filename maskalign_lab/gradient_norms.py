@@ -129,12 +129,12 @@ def observe(run: "Run") -> Observed:  # noqa: F821
     observer = load_observer(run, depth) or fit_observer(run, depth)
     return Observed(run.name, run, run.net, observer, depth, recipe.data.teacher)
 
-# %% ../nbs/01_gradient_norms.ipynb #6798f455
+# %% ../nbs/01_gradient_norms.ipynb #1f47a169
 def fit_observer(
     run: "Run",  # noqa: F821
     depth: int,  # whose tokens it reads
     width: int = 256,  # of the projector
-    steps: int = 600,
+    steps: int = 300,
     batch_size: int = 64,
 ) -> nn.Module:
     """REPA's projector, fitted to a frozen network's hidden tokens."""

@@ -24,19 +24,19 @@ class Coefficients:
     d_alpha: Tensor
     d_sigma: Tensor
 
-# %% ../nbs/lib/interpolants.ipynb #8387df7f
+# %% ../nbs/lib/interpolants.ipynb #8b930e13
 def linear(t: Tensor) -> Coefficients:
     """alpha = 1 - t, sigma = t."""
     return Coefficients(1 - t, t, -torch.ones_like(t), torch.ones_like(t))
 
-
+# %% ../nbs/lib/interpolants.ipynb #fde4a315
 def cosine(t: Tensor) -> Coefficients:
     """alpha = cos(pi t / 2), sigma = sin(pi t / 2)."""
     angle = torch.pi / 2 * t
     alpha, sigma = torch.cos(angle), torch.sin(angle)
     return Coefficients(alpha, sigma, -torch.pi / 2 * sigma, torch.pi / 2 * alpha)
 
-# %% ../nbs/lib/interpolants.ipynb #04848f12
+# %% ../nbs/lib/interpolants.ipynb #45087273
 def vp(t: Tensor, beta_min: float = 0.1, beta_max: float = 20.0) -> Coefficients:
     """alpha = exp(-(beta_max - beta_min) t^2 / 4 - beta_min t / 2), sigma = sqrt(1 - alpha^2)."""
     log_alpha = -0.25 * t**2 * (beta_max - beta_min) - 0.5 * t * beta_min
@@ -46,7 +46,7 @@ def vp(t: Tensor, beta_min: float = 0.1, beta_max: float = 20.0) -> Coefficients
     d_alpha = d_log_alpha * alpha
     return Coefficients(alpha, sigma, d_alpha, -alpha * d_alpha / sigma)
 
-
+# %% ../nbs/lib/interpolants.ipynb #f225a197
 INTERPOLANTS = {"linear": linear, "cosine": cosine, "vp": vp}
 
 # %% ../nbs/lib/interpolants.ipynb #c40b477f
@@ -59,7 +59,7 @@ def coefficients(
     path = INTERPOLANTS[one_of(interpolant, INTERPOLANTS, "interpolant")]
     return path(t.to(like.dtype).view(-1, *[1] * (like.ndim - 1)))
 
-# %% ../nbs/lib/interpolants.ipynb #cad9fc41
+# %% ../nbs/lib/interpolants.ipynb #da1b803b
 def interpolate(
     x: Tensor,  # (b, ...) data
     noise: Tensor,  # (b, ...) eps
@@ -70,7 +70,7 @@ def interpolate(
     c = coefficients(interpolant, t, x)
     return c.alpha * x + c.sigma * noise
 
-
+# %% ../nbs/lib/interpolants.ipynb #06b9b99e
 def velocity(
     x: Tensor,  # (b, ...) data
     noise: Tensor,  # (b, ...) eps

@@ -6,12 +6,14 @@
 __all__ = ['METHODS', 'INSTALLED', 'Batch', 'Draw', 'Losses', 'State', 'shard', 'MethodConfig', 'Method', 'denoise', 'PlainSiT',
            'method_class', 'behaviour', 'edit_digest']
 
-# %% ../nbs/lib/methods.ipynb #6b3a06be
+# %% ../nbs/lib/methods.ipynb #82687cc6
+import ast
 import hashlib
 import inspect
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from .errors import one_of
 from .interpolants import interpolate
 from .objectives import Objective, denoising_loss, draw_noise, draw_time
 
-# %% ../nbs/lib/methods.ipynb #1a413f6b
+# %% ../nbs/lib/methods.ipynb #888ae6a8
 @dataclass
 class Batch:
     """What the data give to one step."""
@@ -30,7 +32,7 @@ class Batch:
     y: Tensor  # (b,) labels
     features: Tensor | None = None  # (b, n, d) clean teacher tokens
 
-
+# %% ../nbs/lib/methods.ipynb #63d3bd18
 @dataclass
 class Draw:
     """Every random choice of one step."""
@@ -39,7 +41,7 @@ class Draw:
     noise: Tensor  # (b, c, h, w)
     y: Tensor  # (b,) labels after label dropout
 
-
+# %% ../nbs/lib/methods.ipynb #86278a0b
 @dataclass
 class Losses:
     """What is minimised, and its parts before weighting, for the log."""
@@ -47,7 +49,7 @@ class Losses:
     total: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
 
-
+# %% ../nbs/lib/methods.ipynb #e6acfa9e
 @dataclass
 class State:
     """What a loss may look at besides its batch."""
@@ -68,11 +70,11 @@ def shard(
     present = {f.name: getattr(values, f.name) for f in fields(values)}
     return replace(values, **{name: v[rank::world] for name, v in present.items() if isinstance(v, Tensor)})
 
-# %% ../nbs/lib/methods.ipynb #4029f3c9
+# %% ../nbs/lib/methods.ipynb #39d7b983
 METHODS: dict[str, type["Method"]] = {}  # what a recipe's name means now
 INSTALLED: dict[str, type["Method"]] = {}  # what it means without the notebook's own definitions
 
-
+# %% ../nbs/lib/methods.ipynb #0b3efd2e
 @dataclass(frozen=True)
 class MethodConfig:
     """What every method's settings hold: its name. Subclasses add their own fields."""
@@ -119,7 +121,7 @@ class Method(nn.Module):
         """The method's loss, deterministic given batch and draw."""
         raise NotImplementedError(f"{type(self).__name__} defines no loss")
 
-# %% ../nbs/lib/methods.ipynb #c62e111a
+# %% ../nbs/lib/methods.ipynb #d13e2b3b
 def denoise(
     method: Method,
     model: nn.Module,
@@ -131,7 +133,7 @@ def denoise(
     out = model(x_t, draw.t, draw.y, collect=method.collect)
     return denoising_loss(method.objective, out.prediction, batch.x, draw.noise, draw.t).mean(), out.hidden
 
-
+# %% ../nbs/lib/methods.ipynb #81f605e9
 class PlainSiT(Method, name="sit"):
     """Denoising alone (SiT)."""
 
@@ -144,35 +146,33 @@ def method_class(name: str) -> type[Method]:
     """The class registered under a name."""
     return METHODS[one_of(name, METHODS, "method")]
 
-# %% ../nbs/lib/methods.ipynb #e8f04ea6
+# %% ../nbs/lib/methods.ipynb #4d9796f8
 def behaviour(thing: Any, seen: frozenset = frozenset()) -> str:
-    """A digest of what a class or function does: its compiled code, and that of same-module functions it names."""
+    """A digest of what a class or function does: its own code, and that of same-module functions it names."""
     if isinstance(thing, type):
-        parts = [
-            f"{name}={behaviour(value)}"
-            for name, value in sorted(vars(thing).items())
-            if not name.startswith("__") or name == "__init__"
-        ]
+        own = {name: value for name, value in vars(thing).items() if not name.startswith("__") or name == "__init__"}
+        parts = [f"{name}={behaviour(value)}" for name, value in sorted(own.items())]
     elif inspect.isfunction(thing):
         called = [thing.__globals__.get(name) for name in _names(thing.__code__)]
-        own = [f for f in called if inspect.isfunction(f) and f.__module__ == thing.__module__ and f not in seen]
-        parts = [_code(thing.__code__), repr(thing.__defaults__), *(behaviour(f, seen | {thing, *own}) for f in own)]
+        near = [f for f in called if inspect.isfunction(f) and f.__module__ == thing.__module__ and f not in seen]
+        parts = [_tree(thing), *(behaviour(f, seen | {thing, *near}) for f in near)]
     else:
         parts = [getattr(thing, "__qualname__", repr(thing))]
     return hashlib.blake2b("|".join(parts).encode(), digest_size=8).hexdigest()
 
-# %% ../nbs/lib/methods.ipynb #28f813cd
-def _nested(code: CodeType) -> list[CodeType]:
-    return [const for const in code.co_consts if isinstance(const, CodeType)]
-
-
+# %% ../nbs/lib/methods.ipynb #ccfd0a51
 def _names(code: CodeType) -> list[str]:
-    return sorted({*code.co_names, *(name for inner in _nested(code) for name in _names(inner))})
+    inner = [const for const in code.co_consts if isinstance(const, CodeType)]
+    return sorted({*code.co_names, *(name for nested in inner for name in _names(nested))})
 
-
-def _code(code: CodeType) -> str:
-    constants = [repr(const) for const in code.co_consts if not isinstance(const, CodeType)]
-    return f"{code.co_code.hex()} {code.co_names} {constants} {[_code(inner) for inner in _nested(code)]}"
+# %% ../nbs/lib/methods.ipynb #01050971
+def _tree(function: FunctionType) -> str:
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    except OSError:  # generated, like a dataclass's __init__: names and defaults tell all
+        return f"{function.__code__.co_varnames} {function.__defaults__}"
+    tree.name = ""
+    return ast.dump(tree)
 
 # %% ../nbs/lib/methods.ipynb #8057a375
 def edit_digest(name: str) -> str:

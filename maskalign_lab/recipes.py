@@ -33,7 +33,7 @@ from .seeding import batch_indices, key
 from .sit import SiT
 from .training import TrainingConfig, fit, resolve_device, with_log
 
-# %% ../nbs/lib/recipes.ipynb #e2ae9124
+# %% ../nbs/lib/recipes.ipynb #5c494090
 @dataclass(frozen=True)
 class DataConfig:
     """Which images, and which teacher looks at them."""
@@ -43,7 +43,7 @@ class DataConfig:
     n: int | None = None  # training images; None takes all
     teacher: str = "tiny"  # tiny | tiny:PATH | oracle | timm:MODEL; used by methods that align
 
-
+# %% ../nbs/lib/recipes.ipynb #9811c5a1
 @dataclass(frozen=True)
 class NetworkConfig:
     """A SiT, free in size. Defaults: the small network of the shipped runs."""
@@ -54,7 +54,7 @@ class NetworkConfig:
     heads: int = 3
     qk_norm: bool = False
 
-
+# %% ../nbs/lib/recipes.ipynb #743558be
 @dataclass(frozen=True)
 class Recipe:
     """Everything that a run depends on."""
@@ -65,12 +65,12 @@ class Recipe:
     method: MethodConfig = field(default_factory=MethodConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
-# %% ../nbs/lib/recipes.ipynb #25895b0e
+# %% ../nbs/lib/recipes.ipynb #d939e834
 def to_json(recipe: Recipe) -> str:
     """A recipe as canonical JSON: sorted keys, so equal recipes give equal text."""
     return json.dumps(dataclasses.asdict(recipe), indent=1, sort_keys=True)
 
-
+# %% ../nbs/lib/recipes.ipynb #55d6dd46
 def from_json(text: str) -> Recipe:
     """The recipe that `to_json` wrote; unknown names are errors, missing ones take today's defaults."""
     tree = json.loads(text)
@@ -184,7 +184,7 @@ def build(
         method = make(net, recipe.objective, recipe.method, recipe.training.label_dropout, teacher_dim)
     return net, method
 
-# %% ../nbs/lib/recipes.ipynb #ef60f82e
+# %% ../nbs/lib/recipes.ipynb #7a2ace08
 @dataclass
 class Batches:
     """Step -> batch, from images in memory."""
@@ -198,7 +198,7 @@ class Batches:
         features = None if self.features is None else self.features[index].float()
         return Batch(self.dataset.images(index), torch.as_tensor(self.dataset.labels[index]), features)
 
-
+# %% ../nbs/lib/recipes.ipynb #728ab483
 def make_batches(recipe: Recipe, device: str = "cpu") -> Batches:
     """Load the training images and, if needed, let the teacher look at them once."""
     dataset = load_dataset(recipe.data.name, recipe.data.size, "train", recipe.data.n)
@@ -208,10 +208,10 @@ def make_batches(recipe: Recipe, device: str = "cpu") -> Batches:
         features = dataset_features(recipe.data.teacher, dataset, side, resolve_device(device))
     return Batches(dataset, features, recipe.training)
 
-# %% ../nbs/lib/recipes.ipynb #34f5f49f
+# %% ../nbs/lib/recipes.ipynb #a9e31de4
 _images = lru_cache(maxsize=4)(load_dataset)  # a study asks for the same images many times
 
-
+# %% ../nbs/lib/recipes.ipynb #d3d3cbd5
 @dataclass
 class Run:
     """A trained network at one step, ready to be looked at."""
@@ -228,6 +228,7 @@ class Run:
 
     def images(self, split: str = "validation", n: int | None = None) -> Dataset:
         """Images of the dataset that the run was trained on."""
+        n = self.recipe.data.n if split == "train" and n is None else n
         return _images(self.recipe.data.name, self.recipe.data.size, split, n)
 
     def survey_images(self, n: int) -> Dataset:
@@ -237,13 +238,13 @@ class Run:
         held_out = self.images("validation")
         return held_out if len(held_out) >= n else self.images("train")
 
-# %% ../nbs/lib/recipes.ipynb #4831c7e1
+# %% ../nbs/lib/recipes.ipynb #2a0522ef
 def run_folders() -> dict[str, Path]:
     """Every known run by name; shipped ones win."""
     places = paths.cache() / "runs", paths.output() / "trained", paths.data() / "runs"
     return {p.parent.name: p.parent for place in places for p in sorted(place.glob("*/recipe.json"))}
 
-
+# %% ../nbs/lib/recipes.ipynb #b39d2566
 def find_run(name: str) -> Path:
     """The folder of a run given by path or name; the error names the nearest known run."""
     if (Path(name) / "recipe.json").exists():

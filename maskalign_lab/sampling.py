@@ -18,7 +18,7 @@ from .interpolants import coefficients, convert
 from .objectives import Objective, draw_noise, predicted_velocity
 from .seeding import generator
 
-# %% ../nbs/lib/sampling.ipynb #b10cb97a
+# %% ../nbs/lib/sampling.ipynb #7091ad11
 @dataclass(frozen=True)
 class SamplerConfig:
     """How to sample. Paper scale: REPA uses 250 Euler-Maruyama steps, guidance 1.8 on t <= 0.7."""
@@ -39,7 +39,7 @@ class SamplerConfig:
                 f"guidance interval [{self.guidance_low}, {self.guidance_high}] must lie in [0, 1], low first"
             )
 
-
+# %% ../nbs/lib/sampling.ipynb #b5fe54d2
 SOLVERS = ("euler", "heun", "euler-maruyama")
 
 # %% ../nbs/lib/sampling.ipynb #de951526
@@ -67,19 +67,19 @@ class Field:
         prediction = self.net(x.to(dtype), times.to(dtype), y).prediction
         return predicted_velocity(self.objective, prediction.double(), x, times)
 
-# %% ../nbs/lib/sampling.ipynb #b3dd52d1
+# %% ../nbs/lib/sampling.ipynb #355145b5
 def euler(field: Field, x: Tensor, t: float, t_next: float) -> Tensor:
     """One step along the tangent."""
     return x + (t_next - t) * field(x, t)
 
-
+# %% ../nbs/lib/sampling.ipynb #6f2f9daf
 def heun(field: Field, x: Tensor, t: float, t_next: float) -> Tensor:
     """One step along the mean of the tangents at both ends."""
     v = field(x, t)
     ahead = x + (t_next - t) * v
     return ahead if t_next == 0 else x + (t_next - t) * 0.5 * (v + field(ahead, t_next))
 
-
+# %% ../nbs/lib/sampling.ipynb #c281edd6
 def reverse_drift(field: Field, x: Tensor, t: float) -> Tensor:
     """v - w s / 2 with w = 2t, the drift of the reverse SDE; guidance acts on the velocity within."""
     v = field(x, t)
@@ -88,7 +88,7 @@ def reverse_drift(field: Field, x: Tensor, t: float) -> Tensor:
     noise = convert(v, "v", "eps", x, times, path)
     return v + t * noise / coefficients(path, times, x).sigma
 
-
+# %% ../nbs/lib/sampling.ipynb #3d5956d9
 def euler_maruyama(field: Field, x: Tensor, t: float, t_next: float, noise: Tensor) -> Tensor:
     """One stochastic step; pass zero noise for the last one."""
     dt = t_next - t
@@ -101,7 +101,7 @@ def time_grid(config: SamplerConfig) -> list[float]:
         return torch.linspace(1, 0, config.steps + 1, dtype=torch.float64).tolist()
     return [*torch.linspace(1, config.last_step, config.steps, dtype=torch.float64).tolist(), 0.0]
 
-# %% ../nbs/lib/sampling.ipynb #7db5f4d2
+# %% ../nbs/lib/sampling.ipynb #d10123ff
 @dataclass
 class SampleStep:
     """What the sampler yields: the time reached and the state there."""
@@ -109,7 +109,7 @@ class SampleStep:
     t: float
     x: Tensor  # (b, c, h, w) float64
 
-
+# %% ../nbs/lib/sampling.ipynb #b622af3b
 @torch.no_grad()
 def sample(
     net: nn.Module,  # usually a run's EMA
@@ -137,7 +137,7 @@ def sample(
             x = (euler if config.solver == "euler" else heun)(field, x, t, t_next)
         yield SampleStep(t_next, x)
 
-
+# %% ../nbs/lib/sampling.ipynb #0f291361
 def last_sample(*args, **kwargs) -> Tensor:  # (b, c, h, w) float32, in [-1, 1] up to overshoot
     """The final state of `sample`."""
     for step in sample(*args, **kwargs):

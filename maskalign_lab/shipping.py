@@ -26,10 +26,10 @@ from .plots import loss_per_t, sample_grid, save_png
 from .recipes import Recipe, Run, load_run, make_recipe, train
 from .sampling import SamplerConfig, last_sample
 
-# %% ../nbs/lib/shipping.ipynb #094ec94f
+# %% ../nbs/lib/shipping.ipynb #de36f274
 SHIPPED = {"sit-shapes": ("sit", "shapes"), "repa-shapes": ("repa", "shapes")}
 LONG = "training.steps=8000 training.warmup=200 training.save_every=500"  # beyond preset laptop
-TIMES = tuple(np.linspace(0, 1, 21).round(2).tolist())  # of the stored maps
+TIMES = tuple(np.linspace(0, 1, 11).round(2).tolist())  # of the stored maps
 
 # %% ../nbs/lib/shipping.ipynb #c9152235
 def shipped_recipe(name: str) -> Recipe:
@@ -56,8 +56,8 @@ def pack(
     write_atomic(Path(out) / "latest", final.name)
     return Path(out)
 
-# %% ../nbs/lib/shipping.ipynb #8ed37d28
-def map_steps(steps: list[int], rows: int = 5) -> list[int]:
+# %% ../nbs/lib/shipping.ipynb #5bd4fbbf
+def map_steps(steps: list[int], rows: int = 4) -> list[int]:
     """The last step and earlier ones, each at most half of the next."""
     chosen = [steps[-1]]
     while len(chosen) < rows and (earlier := [s for s in steps if s <= chosen[0] / 2]):

@@ -104,7 +104,7 @@ class SiT(nn.Module):
         """Tokens with their positions (b, n, d), and the conditioning (b, d)."""
         return self.x_embedder(x) + self.pos_embed, self.t_embedder(t) + self.y_embedder(y)
 
-# %% ../nbs/lib/sit.ipynb #aa04e630
+# %% ../nbs/lib/sit.ipynb #cb585a2a
 def check_sizes(input_size: int, patch_size: int, width: int, heads: int) -> None:
     """Refuse sizes that do not divide."""
     if input_size % patch_size:
@@ -112,7 +112,7 @@ def check_sizes(input_size: int, patch_size: int, width: int, heads: int) -> Non
     if width % heads or width % 4:
         raise ValueError(f"width {width} must be a multiple of heads ({heads}) and of 4 (sin-cos positions)")
 
-
+# %% ../nbs/lib/sit.ipynb #c9d97585
 def check_depths(depths: tuple[int, ...], depth: int) -> None:
     """Refuse depths that the network does not have."""
     for d in depths:
@@ -155,7 +155,7 @@ def hidden_tokens(
         tokens = block(tokens, c)
     return tokens
 
-# %% ../nbs/lib/sit.ipynb #6c29b659
+# %% ../nbs/lib/sit.ipynb #4fd06b8f
 SIZES = {
     "S": dict(width=384, depth=12, heads=6),
     "B": dict(width=768, depth=12, heads=12),
@@ -164,7 +164,7 @@ SIZES = {
 }
 NAMES = [f"SiT-{size}/{patch}" for size in SIZES for patch in (2, 4, 8)]
 
-
+# %% ../nbs/lib/sit.ipynb #db10ebc5
 def published_size(name: str) -> dict:  # width, depth, heads, patch_size
     """Constructor arguments of a published size such as "SiT-XL/2"."""
     size, patch = one_of(name, NAMES, "network").removeprefix("SiT-").split("/")

@@ -43,14 +43,14 @@ class TrainingConfig:
     save_every: int = 1000  # steps between checkpoints
     log_every: int = 50  # steps between lines of log.jsonl
 
-# %% ../nbs/lib/training.ipynb #6e8b0391
+# %% ../nbs/lib/training.ipynb #00b2eabc
 def native_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 in hardware."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
 
-
+# %% ../nbs/lib/training.ipynb #6f7f4883
 def resolve_precision(precision: str, device: torch.device) -> str:
     """ "auto" becomes "bfloat16" where it is faster, else "float32"."""
     one_of(precision, ("auto", "float32", "bfloat16"), "precision")
@@ -58,7 +58,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
         return precision
     return "bfloat16" if native_bfloat16(device) else "float32"
 
-
+# %% ../nbs/lib/training.ipynb #b0a00992
 def resolve_device(device: str) -> torch.device:
     """ "auto" becomes the best accelerator at hand, else the CPU."""
     if device != "auto":
@@ -159,18 +159,18 @@ def fit(
         parts = {name: value.detach() for name, value in losses.parts.items()}
         yield Step(done, config.steps, parts, norm, time.perf_counter() - began, State(model, ema, done))
 
-# %% ../nbs/lib/training.ipynb #d646b510
+# %% ../nbs/lib/training.ipynb #9ea92c35
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with its tensors on the device."""
     return Batch(**{name: v if v is None else v.to(device, non_blocking=True) for name, v in vars(batch).items()})
 
-
+# %% ../nbs/lib/training.ipynb #64de465c
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainingConfig, step: int) -> None:
     """Linear warm-up, then constant."""
     for group in optimizer.param_groups:
         group["lr"] = config.lr * min(1.0, (step + 1) / max(1, config.warmup))
 
-# %% ../nbs/lib/training.ipynb #264bcf4e
+# %% ../nbs/lib/training.ipynb #3d2d88ce
 def store(
     run: Path, step: int, model: nn.Module, ema: nn.Module, method: Method, optimizer: torch.optim.Optimizer
 ) -> None:
@@ -181,7 +181,7 @@ def store(
         tensors["method"] = method.state_dict()
     save_step(run, step, tensors, {})
 
-
+# %% ../nbs/lib/training.ipynb #3049ee77
 def resume(run: Path, model: nn.Module, ema: nn.Module, method: Method, optimizer: torch.optim.Optimizer) -> int:
     """Load the latest checkpoint of a run into the given objects; the number of steps done, 0 if there is none."""
     if not steps_of(run):
@@ -194,7 +194,7 @@ def resume(run: Path, model: nn.Module, ema: nn.Module, method: Method, optimize
     load_optimizer(optimizer, load_tensors(folder, "optimizer"))
     return int(folder.name)
 
-# %% ../nbs/lib/training.ipynb #2cc4882e
+# %% ../nbs/lib/training.ipynb #306aab7a
 def with_log(
     steps: Iterator[Step],
     run: Path | None,  # folder of log.jsonl; None writes none
@@ -220,7 +220,7 @@ def with_log(
                 print(progress_line(step, record, step.step - first + 1), flush=True)
         yield step
 
-
+# %% ../nbs/lib/training.ipynb #768b96a4
 def progress_line(step: Step, record: dict, done: int) -> str:
     """One line: where we are, the losses, the rate, the time that is left."""
     rate = done / max(step.seconds, 1e-9)
