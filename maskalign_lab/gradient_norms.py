@@ -316,12 +316,12 @@ def _noised_pixels(dataset: Dataset, t: float) -> np.ndarray:  # (k, h, w, 3) ui
     x_t = interpolate(x, noise, torch.full((len(x),), float(t)))
     return ((x_t.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
 
-# %% ../nbs/01_gradient_norms.ipynb #36a39e2e
+# %% ../nbs/01_gradient_norms.ipynb #8be2ea9e
 def view(film: Film, run: int, image: int, time: int, token: tuple[int, int] | None = None) -> Panels:
     """What the scrubber shows in one state of its controls."""
     side = int(film.norms.shape[-1] ** 0.5)
     norms, t = film.norms[run, image], film.times[time]
-    row, column = token or divmod(int(norms[time].argmax()), side)
+    row, column = token or divmod(int(norms.mean(0).argmax()), side)  # the same token at every t
     top = top_tokens(torch.from_numpy(norms[time])).float().numpy()
     panels = (
         Picture(film.labels[image], film.clean[image]),

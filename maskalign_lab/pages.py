@@ -31,7 +31,7 @@ def mathml(
     except Exception:
         return f"<code>{html.escape(tex)}</code>"
 
-# %% ../nbs/lib/pages.ipynb #ed244bb4
+# %% ../nbs/lib/pages.ipynb #11f42c33
 class Renderer(IPythonRenderer):
     """nbconvert's Markdown with equations as MathML."""
 
@@ -43,7 +43,7 @@ class Renderer(IPythonRenderer):
 
     multiline_math = latex_environment = block_math
 
-
+# %% ../nbs/lib/pages.ipynb #79ed1e55
 class Exporter(HTMLExporter):
     """The cells of a notebook as HTML, without a head, scripts or styles."""
 
@@ -85,7 +85,7 @@ for (const film of document.querySelectorAll(".film")) {
 }
 """
 
-# %% ../nbs/lib/pages.ipynb #377f7c88
+# %% ../nbs/lib/pages.ipynb #316dc407
 def with_films(
     notebook: NotebookNode,
     folder: Path,  # where the films lie
@@ -101,7 +101,7 @@ def with_films(
                 warnings.warn(f"{folder / name} is missing: the page shows a filmstrip instead of a slider", stacklevel=3)
     return notebook
 
-
+# %% ../nbs/lib/pages.ipynb #98b96966
 def film_html(
     film: dict[str, Any],  # written by `show`
     png: str,  # the filmstrip, base64
@@ -153,7 +153,7 @@ PAGE = """<!doctype html>
 {scripts}</body></html>
 """
 
-# %% ../nbs/lib/pages.ipynb #2ff6a08c
+# %% ../nbs/lib/pages.ipynb #496869c0
 def write_page(
     executed_notebook: str | Path,  # its films lie beside it
     out: str | Path,  # the .html file; plotly.min.js is put beside it if the page has a film
@@ -174,7 +174,7 @@ def write_page(
     out.write_text(PAGE.format(title=html.escape(title(notebook)), style=style, body=body, scripts=scripts), encoding="utf-8")
     return out
 
-
+# %% ../nbs/lib/pages.ipynb #4cb07d1c
 def title(
     notebook: NotebookNode,
 ) -> str:

@@ -121,12 +121,13 @@ def write_card(run: Run, out: Path, command: str, config: SamplerConfig = Sample
     save_png(grid, Path(out) / "samples.png")
     save_png(loss_per_t({card["name"]: (mean.numpy(), half.numpy())}), Path(out) / "loss.png")
 
-# %% ../nbs/lib/shipping.ipynb #2723a4aa
+# %% ../nbs/lib/shipping.ipynb #fa510a7d
 CARD = """\
 # {name}
 
 Method `{method}` on `{data.name}` at {data.size} px.
-SiT with {net.depth} blocks, {net.width} wide, patch {net.patch_size}; {step:,} steps of {training.batch_size} images, seed {training.seed}, {training_seconds} s of training.
+SiT with {net.depth} blocks, {net.width} wide, patch {net.patch_size}; {step:,} steps
+of {training.batch_size} images, seed {training.seed}, {training_seconds} s of training.
 Weights: moving average in float16. Licence {licence}.
 
 Made by `{command}`. Data digest `{data_digest}`.

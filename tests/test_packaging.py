@@ -165,11 +165,14 @@ def test_notebook_is_light(path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_is_literate(path):
-    """Bounds, not aims: a median cell of at most 8 lines, 90 % of at most 30, and 15 words of prose for each."""
+    """Bounds, not aims: a study's median cell has at most 8 lines, 90 % at most 30, and 15 words of prose each.
+
+    The foundations hold whole functions with a comment for each parameter, so their median may reach 16.
+    """
     cells = [(cell["cell_type"], "".join(cell["source"])) for cell in notebook(path)["cells"]]
     lines = sorted(source.count("\n") + 1 for kind, source in cells if kind == "code" and source.strip())
     words = sum(len(source.split()) for kind, source in cells if kind == "markdown")
-    assert statistics.median(lines) <= 8
+    assert statistics.median(lines) <= (16 if path.parent.name == "lib" else 8)
     assert lines[int(0.9 * (len(lines) - 1))] <= 30
     assert words / len(lines) >= 15
 
