@@ -102,7 +102,7 @@ class Panels:
     curve: Curve | None = None
     token: tuple[int, int] | None = None  # (row, column), outlined on every panel
 
-# %% ../nbs/lib/plots.ipynb #5e90f413
+# %% ../nbs/lib/plots.ipynb #23bb0822
 def colour_range(
     panel: TokenMap,
     shown: Sequence[Picture | TokenMap],  # the panels that it is shown with
@@ -112,7 +112,7 @@ def colour_range(
     if fixed:
         return fixed
     alike = [other for other in shown if isinstance(other, TokenMap) and other.quantity == panel.quantity]
-    largest = max(other.range[1] if other.range else np.nanmax(other.values) for other in alike)
+    largest = max(other.range[1] if other.range else np.nanmax(other.values, initial=0) for other in alike)
     return 0.0, float(largest) if largest > 0 else 1.0
 
 # %% ../nbs/lib/plots.ipynb #8df95570

@@ -6,7 +6,7 @@
 __all__ = ['Control', 'Scrubber', 'Latest', 'Drawing', 'Stage', 'complaint', 'picker', 'pickers', 'clickable', 'live', 'watched',
            'save_film', 'show']
 
-# %% ../nbs/lib/widgets.ipynb #8f1d088a
+# %% ../nbs/lib/widgets.ipynb #338ef31c
 import asyncio
 import base64
 import html
@@ -14,6 +14,7 @@ import json
 import os
 import traceback
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -106,9 +107,9 @@ class Latest:
             self.waiting, self.began = False, loop.time()
             self.work()
 
-# %% ../nbs/lib/widgets.ipynb #2c2721e1
+# %% ../nbs/lib/widgets.ipynb #a434d28e
 class Drawing(go.FigureWidget):
-    """A FigureWidget that the browser never sees half made."""
+    """A FigureWidget that the browser never sees half made or out of date."""
 
     made = False
 
@@ -118,9 +119,15 @@ class Drawing(go.FigureWidget):
         self.open()
 
     def open(self) -> None:
-        """Tell the browser about this widget; called too early by the constructor of the base class."""
+        """Tell the browser about this widget; the constructor of the base class calls it too early."""
         if self.made:
             super().open()
+
+    def get_state(self, key: Any = None, drop_defaults: bool = False) -> dict[str, Any]:
+        """What the browser is told, with the present traces and layout if it asks for all."""
+        if self.made and key is None:  # written past the traits: a notification would be a message too many
+            self._trait_values |= {"_widget_data": deepcopy(self._data), "_widget_layout": deepcopy(self._layout)}
+        return super().get_state(key, drop_defaults)
 
 # %% ../nbs/lib/widgets.ipynb #0c8e8a3e
 class Stage:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskalign_lab.alignment import REPA, REPAConfig, cosine_alignment
-from maskalign_lab.methods import METHODS, Batch, Method, MethodConfig, PlainSiT, State, shard
+from maskalign_lab.methods import INSTALLED, METHODS, Batch, Method, MethodConfig, PlainSiT, State, shard
 from maskalign_lab.objectives import Objective
 from maskalign_lab.seeding import batch_indices, generator
 from maskalign_lab.sit import SiT
@@ -94,6 +94,7 @@ def test_alignment_beyond_the_net_is_refused_at_once():
 
 def test_the_notebooks_definition_wins_whichever_comes_last(monkeypatch):
     monkeypatch.setitem(METHODS, "repa", REPA)
+    monkeypatch.setitem(INSTALLED, "repa", REPA)
 
     class Edited(Method, name="repa"):
         __module__ = "__main__"

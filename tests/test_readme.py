@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from maskalign_lab.cli import COMMANDS as KNOWN
 from maskalign_lab.cli import parse
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,7 +28,8 @@ def test_there_are_commands():
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c[0] == "maskalign-lab"], ids=" ".join)
 def test_commands_of_the_package_parse(command):
-    assert type(parse(command[1:])).__name__.lower() == command[1]
+    options, _ = KNOWN[command[1]]
+    assert isinstance(parse(options, command[2:]), options)
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c[0] == "python3"], ids=" ".join)

@@ -1,0 +1,192 @@
+"""Figures: one form for all views, values that change, files that stay small."""
+
+import base64
+import io
+import json
+
+import numpy as np
+import plotly.graph_objects as go
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from maskalign_lab import plots
+from maskalign_lab.plots import Curve, Panels, Picture, TokenMap
+
+
+def picture(size=32, seed=0):
+    return Picture("picture", np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8))
+
+
+def view(t=0.0, side=8, size=32, seed=0, token=None):
+    draw = np.random.default_rng(seed)
+    maps = [TokenMap(name, draw.random((side, side)), name) for name in plots.QUANTITIES]
+    x = np.linspace(0, 1, 5)
+    return Panels((picture(size, seed), *maps), Curve("curve", x, {"a": x, "b": 1 - x}, "t", "value", t), token)
+
+
+def pixels(uri):
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))))
+
+
+def squares(figure, n):
+    """Width and height in pixels, and the left edge, of each panel."""
+    names = ["axis" + (str(i) if i > 1 else "") for i in range(1, n + 1)]
+    x, y = (np.array([figure.layout[letter + name].domain for name in names]) for letter in "xy")
+    return np.ptp(x, axis=1) * figure.layout.width, np.ptp(y, axis=1) * figure.layout.height, x
+
+
+# the live figure
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 9), st.text(max_size=60), st.booleans())
+def test_panels_are_equal_squares_that_do_not_overlap(n, words, curve):
+    panels = Panels(tuple(TokenMap(words, np.eye(4), "norm") for _ in range(n)), view().curve if curve else None)
+    width, height, x = squares(plots.figure(panels), n)
+    assert np.allclose(width, width[0]) and np.allclose(width, height)
+    assert (x[1:, 0] > x[:-1, 1]).all() and x.min() > 0 and x.max() <= 1
+
+
+@given(st.lists(st.text("abcdefgh", min_size=1, max_size=12), min_size=1, max_size=12), st.integers(90, 240))
+def test_titles_keep_their_words_and_fit_their_panel(words, size):
+    lines = plots.wrapped(" ".join(words), size).split("<br>")
+    assert " ".join(lines).split() == words or max(map(len, words)) > 8
+    assert max(map(len, lines)) * 7.6 <= max(size + plots.GAP / 2, 8 * 7.6)
+
+
+def test_updating_equals_making_anew():
+    figure, other = plots.figure(view(seed=0)), view(0.5, seed=1, token=(2, 5))
+    plots.update(figure, other)
+    assert json.loads(figure.to_json()) == json.loads(plots.figure(other).to_json())
+
+
+def test_updating_sends_only_what_changed():
+    figure = go.FigureWidget(plots.figure(view(0.25)))
+    sent = []
+    figure._send_update_msg = lambda **message: sent.append(message)
+    with figure.batch_update():
+        plots.update(figure, view(0.5))
+    assert len(sent) == 1
+    assert set(sent[0]["restyle_data"]) == {"x", "y"}  # marker and dots; no map, no picture
+
+
+@pytest.mark.parametrize("change", ["a panel less", "another order", "a line more"])
+def test_another_form_of_view_is_refused(change):
+    panels, curve = view().panels, view().curve
+    other = {
+        "a panel less": Panels(panels[:-1], curve),
+        "another order": Panels(panels[::-1], curve),
+        "a line more": Panels(panels, Curve("", curve.x, {**curve.ys, "c": curve.x}, "", "")),
+    }[change]
+    with pytest.raises(ValueError, match="another form"):
+        plots.update(plots.figure(view()), other)
+
+
+def test_the_token_lies_at_the_same_place_on_every_panel():
+    figure = plots.figure(view(size=32, token=(2, 5)))
+    outlines = [trace for trace in figure.data if trace.type == "scatter" and trace.xaxis != "x99"]
+    assert len(outlines) == 12
+    assert {(min(trace.x), max(trace.x), min(trace.y), max(trace.y)) for trace in outlines} == {(4.5, 5.5, 1.5, 2.5)}
+    image = figure.data[0]
+    left, right = image.x0 - image.dx / 2, image.x0 + 31.5 * image.dx
+    assert (left, right) == (-0.5, 7.5)  # 32 pixels over 8 tokens
+
+
+@pytest.mark.parametrize("size", [8, 64, 100, 256, 700])
+def test_pictures_arrive_whole_whatever_their_size(size):
+    figure = plots.figure(view(size=size))
+    got = pixels(figure.data[0].source)
+    assert got.shape[0] == min(size, 256)
+    assert np.isclose(got.shape[0] * figure.data[0].dx, 8)
+    if size <= 64:
+        assert np.array_equal(got, picture(size).pixels)
+
+
+def test_a_marker_sits_on_its_lines():
+    dots = plots.figure(view(0.3)).data[-1]
+    assert np.allclose(dots.y, [0.3, 0.7]) and set(dots.x) == {0.3}
+
+
+def test_a_constant_map_and_a_missing_value_can_be_drawn():
+    values = np.zeros((4, 4))
+    values[0, 0] = np.nan
+    panels = Panels((TokenMap("zero", values, "norm"), TokenMap("missing", np.full((4, 4), np.nan), "loss")))
+    assert [trace.zmax for trace in plots.figure(panels).data[::3]] == [1, 1]
+    assert plots.rgb(panels.panels[0], (0, 1))[0, 0].tolist() == [190] * 3
+
+
+def test_an_unknown_quantity_names_the_nearest():
+    with pytest.raises(ValueError, match="Did you mean 'probability'"):
+        TokenMap("", np.eye(2), "probabilty")
+
+
+@pytest.mark.parametrize("size, most", [(32, 400_000), (256, 450_000)])
+def test_a_film_is_small_and_begins_with_its_default(size, most):
+    views = [view(t, side=16, size=size, seed=i) for i, t in enumerate(np.linspace(0, 1, 21))]
+    film = plots.film(views, 4)
+    assert len(film.to_json()) < most and len(film.frames) == 21
+    assert film.data[0].source == film.frames[4].data[0].source
+    assert np.array_equal(film.data[3].z, film.frames[4].data[3].z)
+
+
+# colours
+
+
+def simulated(colours, matrix):
+    """What a dichromat sees, in linear RGB."""
+    linear = (colours / 255.0) ** 2.2
+    return np.clip(linear @ np.array(matrix).T, 0, 1)
+
+
+# Machado, Oliveira and Fernandes 2009, table 1, severity 1.0
+BLIND = {
+    "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritan": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+
+
+@pytest.mark.parametrize("kind", BLIND)
+@pytest.mark.parametrize("quantity", ["norm", "probability", "loss"])
+def test_scales_rise_in_lightness_for_the_colour_blind(kind, quantity):
+    seen = simulated(plots.colours(plots.QUANTITIES[quantity].scale)[::16], BLIND[kind])
+    assert (np.diff(seen @ [0.2126, 0.7152, 0.0722]) > 0).all()
+
+
+# static figures
+
+
+def test_pngs_keep_to_their_limit():
+    noise = [Picture("", np.random.default_rng(i).integers(0, 256, (64, 64, 3), dtype=np.uint8)) for i in range(11)]
+    figure = plots.filmstrip({"one": noise, "two": noise}, [f"{i}" for i in range(11)])
+    sizes = [len(plots.png(figure, most)) for most in (1_000_000, 100_000, 30_000)]
+    assert sizes[0] > 100_000 and sizes[1] <= 100_000 and sizes[2] <= 30_000
+    with pytest.raises(ValueError, match="does not fit into 100 bytes"):
+        plots.png(figure, 100)
+
+
+def test_save_png_makes_the_folder(tmp_path):
+    path = plots.save_png(plots.loss_per_t({"run": (np.ones(4), np.ones(4))}), tmp_path / "new" / "figure.png")
+    assert Image.open(path).format == "PNG"
+
+
+def test_a_filmstrip_is_aligned():
+    panels = view().panels[:3]
+    figure = plots.filmstrip({panel.title: [panel] * 4 for panel in panels}, list("abcd"), "title")
+    corners = np.array([axes.get_position().bounds for axes in figure.axes]).reshape(3, 5, 4)
+    assert np.allclose(corners[:, :, 0], corners[0, :, 0]) and np.allclose(corners[:, :, 1], corners[:, :1, 1])
+    inches = corners[:, :4, 2:] * figure.get_size_inches()
+    assert np.allclose(inches, inches[0, 0, 0])
+
+
+def test_a_row_of_the_wrong_length_is_refused():
+    with pytest.raises(ValueError, match="row 'norm' has 2 panels, but there are 3 columns"):
+        plots.filmstrip({"norm": [picture()] * 2}, list("abc"))
+
+
+def test_sample_grids_keep_order_and_fill_the_last_row():
+    images = np.arange(7, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8)
+    shown = plots.sample_grid(images, 3, ["a", "b", "c"]).axes[0].images[0].get_array()
+    assert shown[3::6, 3::6, 0].tolist() == [[0, 1, 2], [3, 4, 5], [6, 255, 255]]
