@@ -7,7 +7,7 @@ __all__ = ['PRESETS', 'ALIGNED', 'DataConfig', 'NetworkConfig', 'Recipe', 'to_js
            'absolute', 'identity', 'build', 'Batches', 'make_batches', 'Run', 'run_folders', 'find_run', 'load_run',
            'train', 'ensure_run']
 
-# %% ../nbs/lib/recipes.ipynb #9c9a056f
+# %% ../nbs/lib/recipes.ipynb #14765924
 import dataclasses
 import hashlib
 import json
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import alignment, paths  # importing a module registers its methods
+from . import alignment, paths  # noqa: F401  (importing a module registers its methods)
 from .checkpoints import load_tensors, step_folder, steps_of, write_atomic
 from .datasets import Dataset, load_dataset
 from .encoders import dataset_features

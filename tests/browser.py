@@ -17,7 +17,6 @@ ROOT = Path(__file__).resolve().parents[1]
 FLAGS = """--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
 --disable-component-update --disable-sync""".split()
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-MUTED = ("favicon.ico",)
 
 
 @dataclass(frozen=True)
@@ -144,3 +143,13 @@ def settled(page, seconds: float = 90) -> None:
                    return prompts.length && prompts.every(p => /\\[\\d+\\]/.test(p)) }""",
         timeout=seconds * 1000,
     )  # fmt: skip
+
+
+def messages(page) -> list[str]:
+    """What the kernel said outside of cells: JupyterLab hides errors of callbacks in its log console."""
+    button = page.locator(".jp-LogConsoleStatusItem [role=button]")
+    if not button.count() or not button.first.is_visible():
+        return []
+    button.first.click()
+    page.locator(".jp-LogConsolePanel .jp-OutputArea-child").first.wait_for(timeout=20_000)
+    return page.locator(".jp-LogConsolePanel .jp-OutputArea-child").all_inner_texts()

@@ -2,12 +2,16 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
-from nbformat import write
+from nbformat import read, write
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from maskalign_lab import pages
 from maskalign_lab.pages import Exporter, mathml, write_page
+
+NOTEBOOKS = Path(__file__).parents[1] / "nbs"
 
 TEX = r"""
 g_i = \lVert \partial \mathcal{L}_\text{align} / \partial h_i \rVert_2
@@ -52,6 +56,22 @@ def test_aligned_equations_become_tables(name):
 def test_markdown_with_equations_code_and_prices():
     text = Exporter().markdown2html("Of $x_t$, `$x_t$` and\n\n$$a < b$$\n\n| $\\alpha$ |\n|---|\n| 1 |")
     assert text.count("<math") == 3 and "<code>$x_t$</code>" in text and "<table>" in text
+
+
+@pytest.mark.parametrize("notebook", sorted(NOTEBOOKS.rglob("*.ipynb")), ids=lambda path: path.stem)
+def test_every_equation_of_the_notebooks_is_translated(notebook, monkeypatch):
+    failed, translate = [], pages.mathml
+
+    def checked(tex, display="inline"):
+        found = translate(tex, display)
+        failed.extend([] if found.startswith("<math") else [tex])
+        return found
+
+    monkeypatch.setattr(pages, "mathml", checked)
+    for cell in read(notebook, 4).cells:
+        if cell.cell_type == "markdown":
+            Exporter().markdown2html(cell.source)
+    assert not failed
 
 
 def test_a_page_holds_everything(tmp_path):

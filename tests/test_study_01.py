@@ -10,7 +10,8 @@ from maskalign_lab import paths
 from maskalign_lab.batch import run_study
 from maskalign_lab.datasets import load_dataset
 from maskalign_lab.parameters import study_parameters
-from maskalign_lab.recipes import from_json, make_recipe, train
+from maskalign_lab.recipes import from_json, identity, make_recipe, train
+from maskalign_lab.shipping import shipped_recipe
 
 STUDY = paths.notebooks() / "01_gradient_norms.ipynb"
 
@@ -149,8 +150,6 @@ def test_editing_the_loss_cell_changes_what_is_trained():
         lambda source: source.replace("return -F.cosine_similarity(", "return -2 * F.cosine_similarity(")
     )
     recipe = make_recipe("repa", "smoke", overrides="training.steps=2")
-    from maskalign_lab.recipes import identity
-
     assert same_digest == "" and same_id == identity(recipe)  # untouched cells find the runs that ship
     assert edited_digest and edited_id != same_id  # edited ones never do
     assert edited[0] == pytest.approx(2 * same[0], rel=1e-4)
@@ -165,4 +164,5 @@ def test_shipped_runs_are_what_their_recipes_say():
     digest = load_dataset("shapes").digest
     for path in folders:
         assert json.loads((path.parent / "facts.json").read_text())["data_digest"] == digest
+        assert identity(from_json(path.read_text())) == identity(shipped_recipe(path.parent.name))
         assert (path.parent / "maps.safetensors").exists() and (path.parent / "card.md").exists()
