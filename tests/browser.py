@@ -26,6 +26,31 @@ class Lab:
     url: str
     folder: Path  # its root
 
+    def run_all(self, page, notebook: str, seconds: float = 120) -> None:
+        """Open a notebook, run all its cells and wait until none of them waits for the kernel."""
+        page.goto(f"{self.url}/lab/tree/{notebook}?reset")
+        page.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=seconds * 1000)
+        page.get_by_text("| Idle").first.wait_for(timeout=seconds * 1000)  # sooner, Lab asks which kernel to start
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        page.wait_for_function(ALL_RAN, timeout=seconds * 1000)
+
+    def messages(self, page) -> list[str]:
+        """What the kernel said outside of cells: JupyterLab hides errors of callbacks in its log console."""
+        button = page.locator(".jp-LogConsoleStatusItem [role=button]")
+        if not button.count() or not button.first.is_visible():
+            return []
+        button.first.click()
+        entries = page.locator(".jp-LogConsolePanel .jp-OutputArea-child")
+        entries.first.wait_for(timeout=20_000)
+        return entries.all_inner_texts()
+
+
+ALL_RAN = """() => {
+  const prompts = [...document.querySelectorAll(".jp-CodeCell .jp-InputArea-prompt")].map(prompt => prompt.textContent);
+  return prompts.length && prompts.every(prompt => /\\[\\d+\\]/.test(prompt));
+}"""
+
 
 def chromium_path() -> str | None:
     """The Chromium of this machine."""
@@ -77,9 +102,9 @@ def wait_for(url: str, server: subprocess.Popen, log: Path, seconds: float = 60)
     raise RuntimeError(f"JupyterLab does not answer at {url}:\n{log.read_text()[-3000:]}")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium():
-    """One Chromium for the session."""
+    """One Chromium for a module. Not for the session: Playwright keeps an event loop running in the main thread."""
     path = chromium_path()
     if path is None:
         pytest.skip(f"no Chromium found: none of {', '.join(NAMES)} is on the PATH")
@@ -90,34 +115,30 @@ def chromium():
         browser.close()
 
 
-def listen(page) -> None:
-    """Collect what goes wrong on a page in `page.errors`."""
-    page.errors = []
+def new_page(browser, **how):
+    """A page that collects what goes wrong in `errors` and what it asks of the network in `requests`."""
+    page = browser.new_context(**how).new_page()
+    page.errors, page.requests = [], []
     page.on("pageerror", lambda error: page.errors.append(f"page: {error}"))
-    page.on("console", lambda message: message.type == "error" and page.errors.append(f"{message.text} {message.location['url']}"))
+    page.on("console", lambda entry: entry.type == "error" and page.errors.append(f"{entry.text} {entry.location['url']}"))
+    page.on("request", lambda request: request.url.startswith(("http", "ws")) and page.requests.append(request.url))
+    return page
 
 
 @pytest.fixture
 def page(chromium):
-    """A page in which `page.errors` collects what goes wrong."""
-    context = chromium.new_context(viewport={"width": 1440, "height": 1000})
-    page = context.new_page()
-    listen(page)
+    """A page of the size of a laptop's screen."""
+    page = new_page(chromium, viewport={"width": 1440, "height": 1000})
     yield page
-    context.close()
+    page.context.close()
 
 
 @pytest.fixture
 def offline_page(chromium):
-    """A page without a network: `page.requests` collects what it asked for beyond files."""
-    context = chromium.new_context(viewport={"width": 1280, "height": 900})
-    context.set_offline(True)
-    page = context.new_page()
-    listen(page)
-    page.requests = []
-    page.on("request", lambda request: request.url.startswith(("http", "ws")) and page.requests.append(request.url))
+    """A page without a network."""
+    page = new_page(chromium, viewport={"width": 1280, "height": 900}, offline=True)
     yield page
-    context.close()
+    page.context.close()
 
 
 @pytest.fixture(scope="module")
@@ -125,31 +146,3 @@ def lab(tmp_path_factory):
     """JupyterLab in an empty folder."""
     with jupyterlab(tmp_path_factory.mktemp("lab")) as running:
         yield running
-
-
-def run_all(page, lab: Lab, notebook: str, timeout: float = 90) -> None:
-    """Open a notebook in JupyterLab and run all its cells."""
-    page.goto(f"{lab.url}/lab/tree/{notebook}?reset")
-    page.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=timeout * 1000)
-    page.get_by_text("| Idle").first.wait_for(timeout=timeout * 1000)  # sooner, Lab asks which kernel to start
-    page.get_by_role("menuitem", name="Run", exact=True).click()
-    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-
-
-def settled(page, seconds: float = 90) -> None:
-    """Wait until no cell waits for the kernel."""
-    page.wait_for_function(
-        """() => { const prompts = [...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')].map(p => p.textContent);
-                   return prompts.length && prompts.every(p => /\\[\\d+\\]/.test(p)) }""",
-        timeout=seconds * 1000,
-    )  # fmt: skip
-
-
-def messages(page) -> list[str]:
-    """What the kernel said outside of cells: JupyterLab hides errors of callbacks in its log console."""
-    button = page.locator(".jp-LogConsoleStatusItem [role=button]")
-    if not button.count() or not button.first.is_visible():
-        return []
-    button.first.click()
-    page.locator(".jp-LogConsolePanel .jp-OutputArea-child").first.wait_for(timeout=20_000)
-    return page.locator(".jp-LogConsolePanel .jp-OutputArea-child").all_inner_texts()
