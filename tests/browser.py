@@ -26,31 +26,6 @@ class Lab:
     url: str
     folder: Path  # its root
 
-    def run_all(self, page, notebook: str, seconds: float = 120) -> None:
-        """Open a notebook, run all its cells and wait until none of them waits for the kernel."""
-        page.goto(f"{self.url}/lab/tree/{notebook}?reset")
-        page.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=seconds * 1000)
-        page.get_by_text("| Idle").first.wait_for(timeout=seconds * 1000)  # sooner, Lab asks which kernel to start
-        page.get_by_role("menuitem", name="Run", exact=True).click()
-        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-        page.wait_for_function(ALL_RAN, timeout=seconds * 1000)
-
-    def messages(self, page) -> list[str]:
-        """What the kernel said outside of cells: JupyterLab hides errors of callbacks in its log console."""
-        button = page.locator(".jp-LogConsoleStatusItem [role=button]")
-        if not button.count() or not button.first.is_visible():
-            return []
-        button.first.click()
-        entries = page.locator(".jp-LogConsolePanel .jp-OutputArea-child")
-        entries.first.wait_for(timeout=20_000)
-        return entries.all_inner_texts()
-
-
-ALL_RAN = """() => {
-  const prompts = [...document.querySelectorAll(".jp-CodeCell .jp-InputArea-prompt")].map(prompt => prompt.textContent);
-  return prompts.length && prompts.every(prompt => /\\[\\d+\\]/.test(prompt));
-}"""
-
 
 def chromium_path() -> str | None:
     """The Chromium of this machine."""
@@ -115,30 +90,34 @@ def chromium():
         browser.close()
 
 
-def new_page(browser, **how):
-    """A page that collects what goes wrong in `errors` and what it asks of the network in `requests`."""
-    page = browser.new_context(**how).new_page()
-    page.errors, page.requests = [], []
+def listen(page) -> None:
+    """Collect what goes wrong on a page in `page.errors`."""
+    page.errors = []
     page.on("pageerror", lambda error: page.errors.append(f"page: {error}"))
-    page.on("console", lambda entry: entry.type == "error" and page.errors.append(f"{entry.text} {entry.location['url']}"))
-    page.on("request", lambda request: request.url.startswith(("http", "ws")) and page.requests.append(request.url))
-    return page
+    page.on("console", lambda message: message.type == "error" and page.errors.append(f"{message.text} {message.location['url']}"))
 
 
 @pytest.fixture
 def page(chromium):
-    """A page of the size of a laptop's screen."""
-    page = new_page(chromium, viewport={"width": 1440, "height": 1000})
+    """A page in which `page.errors` collects what goes wrong."""
+    context = chromium.new_context(viewport={"width": 1440, "height": 1000})
+    page = context.new_page()
+    listen(page)
     yield page
-    page.context.close()
+    context.close()
 
 
 @pytest.fixture
 def offline_page(chromium):
-    """A page without a network."""
-    page = new_page(chromium, viewport={"width": 1280, "height": 900}, offline=True)
+    """A page without a network: `page.requests` collects what it asked for beyond files."""
+    context = chromium.new_context(viewport={"width": 1280, "height": 900})
+    context.set_offline(True)
+    page = context.new_page()
+    listen(page)
+    page.requests = []
+    page.on("request", lambda request: request.url.startswith(("http", "ws")) and page.requests.append(request.url))
     yield page
-    page.context.close()
+    context.close()
 
 
 @pytest.fixture(scope="module")
@@ -146,3 +125,31 @@ def lab(tmp_path_factory):
     """JupyterLab in an empty folder."""
     with jupyterlab(tmp_path_factory.mktemp("lab")) as running:
         yield running
+
+
+def run_all(page, lab: Lab, notebook: str, timeout: float = 90) -> None:
+    """Open a notebook in JupyterLab and run all its cells."""
+    page.goto(f"{lab.url}/lab/tree/{notebook}?reset")
+    page.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=timeout * 1000)
+    page.get_by_text("| Idle").first.wait_for(timeout=timeout * 1000)  # sooner, Lab asks which kernel to start
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+
+
+def settled(page, seconds: float = 90) -> None:
+    """Wait until no cell waits for the kernel."""
+    page.wait_for_function(
+        """() => { const prompts = [...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')].map(p => p.textContent);
+                   return prompts.length && prompts.every(p => /\\[\\d+\\]/.test(p)) }""",
+        timeout=seconds * 1000,
+    )  # fmt: skip
+
+
+def messages(page) -> list[str]:
+    """What the kernel said outside of cells: JupyterLab hides errors of callbacks in its log console."""
+    button = page.locator(".jp-LogConsoleStatusItem [role=button]")
+    if not button.count() or not button.first.is_visible():
+        return []
+    button.first.click()
+    page.locator(".jp-LogConsolePanel .jp-OutputArea-child").first.wait_for(timeout=20_000)
+    return page.locator(".jp-LogConsolePanel .jp-OutputArea-child").all_inner_texts()

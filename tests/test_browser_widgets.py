@@ -7,6 +7,7 @@ import textwrap
 import nbformat
 import papermill
 import pytest
+from browser import messages, run_all, settled
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from maskalign_lab.pages import write_page
@@ -64,8 +65,6 @@ def write_demonstration(path, fails=False, out_dir=None):
     nbformat.write(book, path)
 
 
-DRAWN = ".js-plotly-plot .heatmaplayer image"
-
 # What a person sees, read from the figure itself. Trips are from a key to the drawing of the view that it asked for.
 SPY = """() => {
   const figure = document.querySelector(".js-plotly-plot");
@@ -83,30 +82,18 @@ SPY = """() => {
 }"""
 
 
-@pytest.fixture(scope="module")
-def opened(chromium, lab):
+@pytest.fixture
+def demo(page, lab):
     """The demonstration, open in JupyterLab with all cells run."""
-    page = chromium.new_context(viewport={"width": 1440, "height": 1000}).new_page()
-    page.errors = []
-    page.on("pageerror", lambda error: page.errors.append(str(error)))
-    page.on("console", lambda entry: entry.type == "error" and page.errors.append(entry.text))
     write_demonstration(lab.folder / "demo.ipynb")
-    lab.run_all(page, "demo.ipynb")
-    page.locator(DRAWN).first.wait_for(timeout=60_000)
+    run_all(page, lab, "demo.ipynb")
+    page.locator(".js-plotly-plot .heatmaplayer image").first.wait_for(timeout=90_000)
+    settled(page)
     page.locator(".js-plotly-plot").scroll_into_view_if_needed()
     page.evaluate(SPY)
     yield page
-    page.context.close()
-
-
-@pytest.fixture
-def demo(opened, lab):
-    """The demonstration in its first state; whatever a test does, nothing may go wrong unseen."""
-    opened.get_by_role("button", name="Restore defaults").click()
-    sees(opened, "t = 0.50 | ")
-    sees(opened, "token None")
-    yield opened
-    assert opened.errors == [] and lab.messages(opened) == []
+    assert page.errors == []
+    assert messages(page) == []
 
 
 def press(page, key="ArrowRight"):
@@ -155,7 +142,7 @@ def test_a_hundred_fast_drags_end_in_the_last(demo):
 
 
 def test_a_clicked_token_moves_the_curve_and_defaults_come_back(demo):
-    box = demo.locator(DRAWN).first.bounding_box()
+    box = demo.locator(".js-plotly-plot .heatmaplayer image").first.bounding_box()
     demo.mouse.move(*middle(box, 3.5 / 8, 5.5 / 8))
     demo.wait_for_timeout(300)
     demo.mouse.click(*middle(box, 3.5 / 8, 5.5 / 8))
@@ -182,15 +169,15 @@ def test_a_page_that_is_loaded_again_shows_the_present_view(demo):
     press(demo)
     demo.wait_for_timeout(500)
     demo.reload()
-    demo.locator(DRAWN).first.wait_for(timeout=60_000)
+    demo.locator(".js-plotly-plot .heatmaplayer image").first.wait_for(timeout=90_000)
     demo.evaluate(SPY)
     assert demo.evaluate("seen()") == "t = 0.60"
 
 
 def test_an_error_of_the_view_is_read_under_the_figure(page, lab):
     write_demonstration(lab.folder / "fragile.ipynb", fails=True)
-    lab.run_all(page, "fragile.ipynb")
-    page.locator(DRAWN).first.wait_for(timeout=60_000)
+    run_all(page, lab, "fragile.ipynb")
+    page.locator(".js-plotly-plot .heatmaplayer image").first.wait_for(timeout=90_000)
     page.locator(".noUi-handle").first.focus()
     page.keyboard.press("End")
     page.locator(".scrubber-error").wait_for(timeout=20_000)
