@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TrainingConfig', 'native_bfloat16', 'resolve_precision', 'resolve_device', 'Trainee', 'update_ema', 'make_optimizer',
-           'make_accelerator', 'Step', 'fit', 'to_device', 'set_learning_rate', 'store', 'resume', 'with_log',
+           'make_accelerator', 'Step', 'fit', 'to_device', 'learning_rate', 'store', 'resume', 'with_log',
            'progress_line']
 
 # %% ../nbs/lib/training.ipynb #b189e706
@@ -33,6 +33,7 @@ class TrainingConfig:
     batch_size: int = 64
     lr: float = 1e-3
     warmup: int = 200  # steps of linear warm-up from 0
+    cooldown: float = 0.0  # share of the steps, at the end, over which the rate falls linearly to 0
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
     clip: float = 1.0  # largest gradient norm
@@ -149,7 +150,8 @@ def fit(
             losses = wrapped(ema, step, shard(batch, *mine), shard(draw, *mine))
         accelerator.backward(losses.total)
         norm = accelerator.clip_grad_norm_(trainee.parameters(), config.clip)
-        set_learning_rate(optimizer, config, step)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         update_ema(averaged, current, config.ema, step)
@@ -165,10 +167,11 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return Batch(**{name: v if v is None else v.to(device, non_blocking=True) for name, v in vars(batch).items()})
 
 # %% ../nbs/lib/training.ipynb #64de465c
-def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainingConfig, step: int) -> None:
-    """Linear warm-up, then constant."""
-    for group in optimizer.param_groups:
-        group["lr"] = config.lr * min(1.0, (step + 1) / max(1, config.warmup))
+def learning_rate(config: TrainingConfig, step: int) -> float:
+    """The rate of one step: linear warm-up, plateau, and a linear cool-down if there is one."""
+    rise = (step + 1) / max(1, config.warmup)
+    fall = (config.steps - step) / max(1, config.cooldown * config.steps)
+    return config.lr * min(1.0, rise, fall)
 
 # %% ../nbs/lib/training.ipynb #3d2d88ce
 def store(

@@ -162,6 +162,18 @@ def test_playing_moves_on(demo):
     demo.locator(".widget-play button").first.click()
 
 
+def test_a_page_that_is_loaded_again_shows_the_present_view(demo):
+    demo.keyboard.press("Control+s")
+    demo.locator(".noUi-handle").first.focus()
+    press(demo)
+    press(demo)
+    demo.wait_for_timeout(500)
+    demo.reload()
+    demo.locator(".js-plotly-plot .heatmaplayer image").first.wait_for(timeout=90_000)
+    demo.evaluate(SPY)
+    assert demo.evaluate("seen()") == "t = 0.60"
+
+
 def test_an_error_of_the_view_is_read_under_the_figure(page, lab):
     write_demonstration(lab.folder / "fragile.ipynb", fails=True)
     run_all(page, lab, "fragile.ipynb")
