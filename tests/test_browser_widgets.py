@@ -90,10 +90,19 @@ def demo(page, lab):
     page.locator(".js-plotly-plot .heatmaplayer image").first.wait_for(timeout=90_000)
     settled(page)
     page.locator(".js-plotly-plot").scroll_into_view_if_needed()
+    at_rest(page.locator(".js-plotly-plot"))
     page.evaluate(SPY)
     yield page
     assert page.errors == []
     assert messages(page) == []
+
+
+def at_rest(locator):
+    """Wait until an element has not moved for half a second: JupyterLab scrolls on while cells grow."""
+    before, now = None, locator.bounding_box()
+    while now != before:
+        locator.page.wait_for_timeout(500)
+        before, now = now, locator.bounding_box()
 
 
 def press(page, key="ArrowRight"):
