@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'OVERRIDE', 'PARAMETER', 'command', 'parse', 'overview', 'main', 'Train', 'folder_for', 'run_train',
-           'Teach', 'run_teach', 'Sample', 'chosen_classes', 'run_sample', 'Runs', 'run_runs', 'Run', 'report',
-           'run_run', 'Open', 'copy_notebooks', 'start_lab', 'run_open', 'Doctor', 'run_doctor', 'Refresh',
-           'run_refresh', 'Figures', 'run_figures', 'Make', 'run_make']
+           'Teach', 'run_teach', 'Sample', 'chosen_classes', 'run_sample', 'Runs', 'run_runs', 'Import', 'run_import',
+           'Export', 'run_export', 'Run', 'report', 'run_run', 'Open', 'copy_notebooks', 'start_lab', 'run_open',
+           'Doctor', 'run_doctor', 'Refresh', 'run_refresh', 'Figures', 'run_figures', 'Make', 'run_make']
 
 # %% ../nbs/lib/cli.ipynb #687e7694
 import dataclasses
@@ -204,6 +204,53 @@ def run_runs(options: Runs) -> int:
         recipe, steps = from_json((folder / "recipe.json").read_text()), steps_of(folder)
         step = f"step {steps[-1]:,}" if steps else "no step"
         print(f"{name:32} {recipe.method.name:6} {recipe.data.name:24} {step:13} {folder}")
+    return 0
+
+# %% ../nbs/lib/cli.ipynb #cdc12e98
+@dataclass
+class Import:
+    """Make a run of a published checkpoint: `import last.pt --out runs/trained/repa-xl`."""
+
+    file: Positional[str]  # .safetensors, .pt or .pth; a pickle that holds code is refused
+    out: str = ""  # the run's folder; default: under runs/trained, named after the file
+    family: str = ""  # sit or repa; default: the file's own word, or read off its tensors
+    config: str = ""  # JSON: arguments of the official constructor that the file does not tell
+    dataset: str = ""  # what it was trained on, if the lab has it
+
+# %% ../nbs/lib/cli.ipynb #c57afa91
+@command("import", Import)
+def run_import(options: Import) -> int:
+    """Import a checkpoint and name its folder."""
+    import json
+
+    from maskalign_lab.official import import_run
+
+    try:
+        config = json.loads(options.config or "{}")
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"--config {options.config!r} is not JSON ({error}); expected e.g. '{{\"num_heads\": 12}}'"
+        ) from None
+    folder = folder_for(options.out, "trained", Path(options.file).stem)
+    print(import_run(options.file, folder, options.family, config, options.dataset))
+    return 0
+
+# %% ../nbs/lib/cli.ipynb #60d855d1
+@dataclass
+class Export:
+    """Write a run in the official layout: `export repa-shapes --out repa.safetensors`."""
+
+    run: Positional[str]  # a run's name or folder
+    out: str = "official.safetensors"  # the file
+
+# %% ../nbs/lib/cli.ipynb #35756928
+@command("export", Export)
+def run_export(options: Export) -> int:
+    """Export a run's averaged weights."""
+    from maskalign_lab.official import export_run
+    from maskalign_lab.recipes import load_run
+
+    print(export_run(load_run(options.run), options.out))
     return 0
 
 # %% ../nbs/lib/cli.ipynb #8d59259b

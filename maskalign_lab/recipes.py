@@ -53,6 +53,9 @@ class NetworkConfig:
     depth: int = 12
     heads: int = 3
     qk_norm: bool = False
+    mlp_ratio: float = 4.0
+    learn_sigma: bool = False  # as in SiT's released weights
+    data_at_one: bool = False  # likewise: t = 1 is data inside of the network
 
 # %% ../nbs/lib/recipes.ipynb #743558be
 @dataclass(frozen=True)
@@ -173,12 +176,13 @@ def build(
     recipe: Recipe,
     num_classes: int,  # of the dataset
     teacher_dim: int = 0,  # channels of the teacher's features, 0 without a teacher
+    channels: int = 3,  # of the images or latents
 ) -> tuple[SiT, Method]:
     """A fresh network and method."""
     sizes = dataclasses.asdict(recipe.network)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(recipe.training.seed, 0, "network"))
-        net = SiT(input_size=recipe.data.size, in_channels=3, num_classes=num_classes, **sizes)
+        net = SiT(input_size=recipe.data.size, in_channels=channels, num_classes=num_classes, **sizes)
         torch.manual_seed(key(recipe.training.seed, 0, "method"))
         make = method_class(recipe.method.name)
         method = make(net, recipe.objective, recipe.method, recipe.training.label_dropout, teacher_dim)
@@ -271,7 +275,7 @@ def load_run(
     folder = step_folder(path, step)
     recipe = from_json((path / "recipe.json").read_text())
     facts = json.loads((path / "facts.json").read_text())
-    net, method = build(recipe, facts["num_classes"], facts["teacher_dim"])
+    net, method = build(recipe, facts["num_classes"], facts["teacher_dim"], facts.get("channels", 3))
     net.load_state_dict(load_tensors(folder, "ema"))
     if method.state_dict():
         method.load_state_dict(load_tensors(folder, "method"))

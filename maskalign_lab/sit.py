@@ -70,11 +70,13 @@ class SiT(nn.Module):
         mlp_ratio: float = 4.0,  # hidden width of the MLP over the width
         qk_norm: bool = False,  # normalise queries and keys per head
         learn_sigma: bool = False,  # output twice the channels, drop half
+        data_at_one: bool = False,  # the weights were trained with t = 1 as data and v = x - eps (SiT's repository)
     ):
         super().__init__()
         check_sizes(input_size, patch_size, width, heads)
         self.patch_size, self.in_channels, self.num_classes = patch_size, in_channels, num_classes
         self.width, self.depth, self.side = width, depth, input_size // patch_size
+        self.data_at_one = data_at_one
         self.x_embedder = PatchEmbed(in_channels, width, patch_size)
         self.t_embedder = TimestepEmbedder(width)
         self.y_embedder = LabelEmbedder(num_classes, width)
@@ -97,11 +99,12 @@ class SiT(nn.Module):
             tokens = block(tokens, c)
             if depth in collect:
                 hidden[depth] = tokens
-        image = unpatchify(self.final_layer(tokens, c), self.patch_size)  # (b, c or 2c, h, w)
-        return Output(image[:, : self.in_channels], hidden)
+        image = unpatchify(self.final_layer(tokens, c), self.patch_size)[:, : self.in_channels]  # (b, c, h, w)
+        return Output(-image if self.data_at_one else image, hidden)
 
     def embed(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens with their positions (b, n, d), and the conditioning (b, d)."""
+        t = 1 - t if self.data_at_one else t
         return self.x_embedder(x) + self.pos_embed, self.t_embedder(t) + self.y_embedder(y)
 
 # %% ../nbs/lib/sit.ipynb #cb585a2a

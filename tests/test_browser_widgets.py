@@ -153,7 +153,7 @@ def test_a_hundred_fast_drags_end_in_the_last(demo):
 def test_a_clicked_token_moves_the_curve_and_defaults_come_back(demo):
     box = demo.locator(".js-plotly-plot .heatmaplayer image").first.bounding_box()
     demo.mouse.move(*middle(box, 3.5 / 8, 5.5 / 8))
-    demo.wait_for_timeout(300)
+    demo.locator(".hoverlayer .hovertext").first.wait_for()  # plotly has noticed the mouse
     demo.mouse.click(*middle(box, 3.5 / 8, 5.5 / 8))
     sees(demo, "token (5, 3)")
     demo.get_by_role("button", name="second").click()
