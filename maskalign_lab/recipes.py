@@ -31,7 +31,7 @@ from .objectives import Objective
 from .parameters import parse_value
 from .seeding import batch_indices, key
 from .sit import SiT
-from .training import TrainingConfig, fit, resolve_device, with_log
+from .training import TrainingConfig, cut_log, fit, resolve_device, with_log
 
 # %% ../nbs/lib/recipes.ipynb #5c494090
 @dataclass(frozen=True)
@@ -305,6 +305,7 @@ def train(
         "data_digest": batches.dataset.digest,
     }
     write_atomic(path / "facts.json", json.dumps(facts, indent=1))
+    cut_log(path)
     steps = fit(net, method, batches, recipe.training, path, device)
     for _ in with_log(steps, path, recipe.training.log_every, print_every):
         pass

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['TrainingConfig', 'native_bfloat16', 'resolve_precision', 'resolve_device', 'Trainee', 'update_ema', 'make_optimizer',
-           'make_accelerator', 'Step', 'fit', 'to_device', 'learning_rate', 'store', 'resume', 'with_log',
-           'progress_line']
+           'make_accelerator', 'Step', 'fit', 'told_to_stop', 'to_device', 'learning_rate', 'store', 'resume',
+           'with_log', 'cut_log', 'progress_line']
 
 # %% ../nbs/lib/training.ipynb #b189e706
+import contextlib
 import copy
 import json
 import time
@@ -19,8 +20,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .checkpoints import load_optimizer, load_tensors, optimizer_tensors, save_step, step_folder, steps_of
+from maskalign_lab.checkpoints import (
+    load_optimizer,
+    load_tensors,
+    optimizer_tensors,
+    save_step,
+    step_folder,
+    steps_of,
+    write_atomic,
+)
 from .errors import one_of
+from .guards import PREEMPTED, Guard, NonFinite, culprit, notice
 from .methods import Batch, Draw, Losses, Method, State, shard
 from .seeding import generator
 
@@ -131,35 +141,59 @@ def fit(
 ) -> Iterator[Step]:
     """Train, yielding after every step. Resumes where `run` ends; stopping the iteration stops the training.
 
-    Everything random is keyed by (seed, step), so a resumed run continues as if it had never stopped.
+    Everything random is keyed by (seed, step), so a resumed run continues as if it had never stopped. With a run folder, SIGTERM saves
+    and leaves with exit code 75. A loss or gradient that is not finite raises `NonFinite`, which names the step and the module.
     """
     accelerator = make_accelerator(config, resolve_device(device))
     trainee = Trainee(model, method).to(accelerator.device).train()
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     optimizer = make_optimizer(trainee, config)
     start = resume(run, model, ema, method, optimizer) if run else 0
+    guard = Guard(optimizer, accelerator.device)
     wrapped, optimizer = accelerator.prepare(trainee, optimizer)
     averaged, current = list(ema.parameters()), list(model.parameters())
     keyed = partial(generator, config.seed, device=accelerator.device)
     began = time.perf_counter()
-    for step in range(start, config.steps):
+
+    def forward(step: int, module: nn.Module = wrapped) -> Losses:
         batch = to_device(batches(step), accelerator.device)
         draw = method.draw(batch, step, keyed)
         mine = accelerator.process_index, accelerator.num_processes
         with accelerator.autocast():
-            losses = wrapped(ema, step, shard(batch, *mine), shard(draw, *mine))
-        accelerator.backward(losses.total)
-        norm = accelerator.clip_grad_norm_(trainee.parameters(), config.clip)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        update_ema(averaged, current, config.ema, step)
-        done = step + 1
-        if run and accelerator.is_main_process and (done % config.save_every == 0 or done == config.steps):
-            store(run, done, model, ema, method, optimizer)
-        parts = {name: value.detach() for name, value in losses.parts.items()}
-        yield Step(done, config.steps, parts, norm, time.perf_counter() - began, State(model, ema, done))
+            return module(ema, step, shard(batch, *mine), shard(draw, *mine))
+
+    with notice() if run else contextlib.nullcontext([]) as signals:
+        for step in range(start, config.steps):
+            losses = forward(step)
+            accelerator.backward(losses.total)
+            norm = accelerator.clip_grad_norm_(trainee.parameters(), config.clip)
+            guard.watch(norm, step)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, step)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if (bad := guard.bad_step(step)) is not None:
+                where = culprit(trainee, lambda: forward(bad, trainee).total)  # noqa: B023
+                saved = f"; the state before it is {store(run, bad, model, ema, method, optimizer)}" if run else ""
+                raise NonFinite(f"step {bad + 1}: not finite, first in {where}{saved}")
+            update_ema(averaged, current, config.ema, step)
+            done, leave = step + 1, told_to_stop(signals, accelerator, step)
+            if run and accelerator.is_main_process and (done % config.save_every == 0 or done == config.steps or leave):
+                store(run, done, model, ema, method, optimizer)
+            parts = {name: value.detach() for name, value in losses.parts.items()}
+            yield Step(done, config.steps, parts, norm, time.perf_counter() - began, State(model, ema, done))
+            if leave and done < config.steps:
+                print(f"told to stop: saved after step {done}; the same command goes on from there", flush=True)
+                raise SystemExit(PREEMPTED)
+
+# %% ../nbs/lib/training.ipynb #d17456b7
+def told_to_stop(signals: list[int], accelerator: "Accelerator", step: int, every: int = 10) -> bool:  # noqa: F821
+    """Whether a signal has arrived, at any of the processes."""
+    if accelerator.num_processes == 1:
+        return bool(signals)
+    if step % every:
+        return False
+    return bool(accelerator.reduce(torch.tensor(float(bool(signals)), device=accelerator.device)) > 0)
 
 # %% ../nbs/lib/training.ipynb #9ea92c35
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -176,13 +210,13 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
 # %% ../nbs/lib/training.ipynb #3d2d88ce
 def store(
     run: Path, step: int, model: nn.Module, ema: nn.Module, method: Method, optimizer: torch.optim.Optimizer
-) -> None:
-    """Write a full checkpoint."""
+) -> Path:
+    """Write a full checkpoint; its folder."""
     inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
     tensors = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer_tensors(inner)}
     if method.state_dict():
         tensors["method"] = method.state_dict()
-    save_step(run, step, tensors, {})
+    return save_step(run, step, tensors, {})
 
 # %% ../nbs/lib/training.ipynb #3049ee77
 def resume(run: Path, model: nn.Module, ema: nn.Module, method: Method, optimizer: torch.optim.Optimizer) -> int:
@@ -222,6 +256,14 @@ def with_log(
                 printed = step.seconds
                 print(progress_line(step, record, step.step - first + 1), flush=True)
         yield step
+
+# %% ../nbs/lib/training.ipynb #59481108
+def cut_log(run: Path) -> None:
+    """Drop lines of log.jsonl beyond the latest checkpoint, and a half-written last line."""
+    path, done = Path(run) / "log.jsonl", max(steps_of(run), default=0)
+    if path.exists():
+        whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+        write_atomic(path, "".join(line for line in whole if json.loads(line)["step"] <= done))
 
 # %% ../nbs/lib/training.ipynb #768b96a4
 def progress_line(step: Step, record: dict, done: int) -> str:

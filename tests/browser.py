@@ -94,7 +94,10 @@ def listen(page) -> None:
     """Collect what goes wrong on a page in `page.errors`."""
     page.errors = []
     page.on("pageerror", lambda error: page.errors.append(f"page: {error}"))
-    page.on("console", lambda message: message.type == "error" and page.errors.append(f"{message.text} {message.location['url']}"))
+    page.on(
+        "console",
+        lambda message: message.type == "error" and page.errors.append(f"{message.text} {message.location['url']}"),
+    )
 
 
 @pytest.fixture

@@ -19,7 +19,12 @@ def test_run_all_and_drag_the_slider_in_jupyterlab(page, lab):  # noqa: F811
     shutil.copy(paths.notebooks() / "01_gradient_norms.ipynb", lab.folder)
     run_all(page, lab, "01_gradient_norms.ipynb")
     settled(page, 300)
-    assert page.locator(".jp-OutputArea-output[data-mime-type*='error'], .jp-RenderedText[data-mime-type*='stderr']").count() == 0
+    assert (
+        page.locator(
+            ".jp-OutputArea-output[data-mime-type*='error'], .jp-RenderedText[data-mime-type*='stderr']"
+        ).count()
+        == 0
+    )
     page.locator(".js-plotly-plot").first.scroll_into_view_if_needed()
     before = page.evaluate(NORMS)
     page.locator(".widget-slider .noUi-handle, .jupyter-widgets .noUi-handle").first.focus()

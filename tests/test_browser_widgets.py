@@ -39,7 +39,9 @@ def demonstration():
         lines = {"this token": norms[:, row, column], "mean": norms.mean((1, 2))}
         curve = Curve(f"token {token}", times, lines, "t (0: data, 1: noise)", "norm", times[t])
         maps = TokenMap("gradient norm", norms[t], "norm", (0, 1)), TokenMap("top 10 %", top, "top")
-        return Panels((Picture("image", picture.astype(np.uint8)), Picture(f"t = {times[t]:.2f}", noised), *maps), curve, token)
+        return Panels(
+            (Picture("image", picture.astype(np.uint8)), Picture(f"t = {times[t]:.2f}", noised), *maps), curve, token
+        )
 
     def strip():
         columns = range(0, 21, 5)
@@ -53,7 +55,10 @@ def demonstration():
         return view(t, image, token)
 
     labels = [f"{t:.2f}" for t in times]
-    controls = [Control("t", "t", range(21), labels, 10, "slider"), Control("image", "Image", [0, 1], ["first", "second"])]
+    controls = [
+        Control("t", "t", range(21), labels, 10, "slider"),
+        Control("image", "Image", [0, 1], ["first", "second"]),
+    ]
     show(Scrubber(fragile if fails else view, controls, strip, "token"), "demo", out_dir)  # noqa: F821
 
 

@@ -39,7 +39,9 @@ def test_the_ends_are_finite_with_a_clamp(pair, path, t, clamp):
     assert convert(truth[source], source, target, x_t, times, path, clamp).isfinite().all()
 
 
-@pytest.mark.parametrize(("source", "target", "t"), [("x", "eps", 0.0), ("x", "v", 0.0), ("eps", "x", 1.0), ("eps", "v", 1.0)])
+@pytest.mark.parametrize(
+    ("source", "target", "t"), [("x", "eps", 0.0), ("x", "v", 0.0), ("eps", "x", 1.0), ("eps", "v", 1.0)]
+)
 def test_the_ends_are_singular_without_one(source, target, t):
     truth, x_t, times = scene(0, t, "linear")
     wrong = truth[source] + 0.1
@@ -59,7 +61,11 @@ def test_a_perfect_network_has_no_loss(prediction, space, path, t, seed):
 @given(st.sampled_from(KINDS), st.floats(0.1, 0.9), st.integers(0, 99))
 def test_loss_spaces_differ_by_a_factor_of_t_alone(prediction, t, seed):
     truth, _, times = scene(seed, t, "linear")
-    guess = truth[prediction] + torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
-    losses = {s: denoising_loss(Objective("linear", prediction, s), guess, truth["x"], truth["eps"], times) for s in KINDS}
+    guess = truth[prediction] + torch.randn(
+        1, 3, 4, 4, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64
+    )
+    losses = {
+        s: denoising_loss(Objective("linear", prediction, s), guess, truth["x"], truth["eps"], times) for s in KINDS
+    }
     torch.testing.assert_close(losses["eps"] * t**2, losses["x"] * (1 - t) ** 2)
     torch.testing.assert_close(losses["v"] * t**2, losses["x"])

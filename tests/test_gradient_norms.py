@@ -38,7 +38,9 @@ def test_closed_form_pulled_back_equals_autograd(seed):
 def test_norms_do_not_depend_on_batch_or_neighbours():
     mlp, h, r = tokens(0)
     norms = token_gradient_norms(mlp, h, r)
-    torch.testing.assert_close(token_gradient_norms(mlp, h[1:2, 3:4], r[1:2, 3:4])[0, 0], norms[1, 3], rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        token_gradient_norms(mlp, h[1:2, 3:4], r[1:2, 3:4])[0, 0], norms[1, 3], rtol=1e-12, atol=0
+    )
     order = torch.randperm(9)
     torch.testing.assert_close(token_gradient_norms(mlp, h[:, order], r[:, order]), norms[:, order], rtol=1e-12, atol=0)
 

@@ -33,7 +33,12 @@ def page_of(folder, *cells):
 
 
 def film_cell(folder, saved=True):
-    film = {"label": "t </script>", "labels": ["<0>", "1"], "default": 1, "plot": {"data": [], "layout": {}, "frames": []}}
+    film = {
+        "label": "t </script>",
+        "labels": ["<0>", "1"],
+        "default": 1,
+        "plot": {"data": [], "layout": {}, "frames": []},
+    }
     if saved:
         (folder / "film.json").write_text(json.dumps(film))
     note = {"maskalign_lab": {"scrubber": "film.json"}}
@@ -75,7 +80,9 @@ def test_every_equation_of_the_notebooks_is_translated(notebook, monkeypatch):
 
 
 def test_a_page_holds_everything(tmp_path):
-    text = page_of(tmp_path, new_markdown_cell("# The *title* <b>\n\n$x_t$"), new_code_cell("1 + 1"), film_cell(tmp_path))
+    text = page_of(
+        tmp_path, new_markdown_cell("# The *title* <b>\n\n$x_t$"), new_code_cell("1 + 1"), film_cell(tmp_path)
+    )
     loads = re.findall(r"""(?:src|href)=["']([^"']*)|@import|url\(([^)]*)""", text)
     assert [a for a, _ in loads if not a.startswith("data:")] == ["plotly.min.js"]
     assert "mathjax" not in text.lower() and "require.js" not in text and "mermaid" not in text

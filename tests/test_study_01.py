@@ -160,7 +160,12 @@ def test_shipped_runs_are_what_their_recipes_say():
     folders = sorted((paths.data() / "runs").glob("*/recipe.json"))
     assert [path.parent.name for path in folders] == ["repa-shapes", "sit-shapes"]
     repa, sit = (from_json(path.read_text()) for path in folders)
-    assert (repa.data, repa.network, repa.objective, repa.training) == (sit.data, sit.network, sit.objective, sit.training)
+    assert (repa.data, repa.network, repa.objective, repa.training) == (
+        sit.data,
+        sit.network,
+        sit.objective,
+        sit.training,
+    )
     digest = load_dataset("shapes").digest
     for path in folders:
         assert json.loads((path.parent / "facts.json").read_text())["data_digest"] == digest

@@ -189,7 +189,9 @@ def test_papermill_leaves_a_picture_and_no_widgets(tmp_path, monkeypatch, static
         monkeypatch.setenv("MASKALIGN_LAB_STATIC", static)
     cells = [new_code_cell(f"out_dir = {str(tmp_path)!r}"), new_code_cell(NOTEBOOK)]
     write(new_notebook(cells=cells), tmp_path / "book.ipynb")
-    papermill.execute_notebook(tmp_path / "book.ipynb", tmp_path / "out.ipynb", kernel_name="python3", progress_bar=False)
+    papermill.execute_notebook(
+        tmp_path / "book.ipynb", tmp_path / "out.ipynb", kernel_name="python3", progress_bar=False
+    )
     book = read(tmp_path / "out.ipynb", 4)
     printed, picture = book.cells[1].outputs
     assert printed.text == "False\n" and "widgets" not in book.metadata

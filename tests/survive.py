@@ -1,0 +1,44 @@
+"""A small training in a process of its own, for tests that interrupt it: python survive.py FOLDER [STEPS] [RANKS...]."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from maskalign_lab.methods import Batch, MethodConfig, PlainSiT
+from maskalign_lab.objectives import Objective
+from maskalign_lab.seeding import generator
+from maskalign_lab.sit import SiT
+from maskalign_lab.training import TrainingConfig, cut_log, fit, with_log
+
+
+def tiny():
+    """A network and a method that train in a blink."""
+    torch.manual_seed(0)
+    net = SiT(input_size=8, patch_size=4, in_channels=3, width=16, depth=2, heads=2, num_classes=10)
+    return net, PlainSiT(net, Objective(), MethodConfig())
+
+
+def batches(step):
+    g = generator(0, step, "data")
+    return Batch(torch.randn(8, 3, 8, 8, generator=g), torch.randint(0, 10, (8,), generator=g))
+
+
+def config(steps=12, **changes):
+    return TrainingConfig(
+        **dict(steps=steps, save_every=3, log_every=1, warmup=2, precision="float32", ema=0.9) | changes
+    )
+
+
+def train(folder, steps=12, **changes):
+    """Train into a folder; the network and its average."""
+    folder.mkdir(parents=True, exist_ok=True)
+    cut_log(folder)
+    for step in with_log(fit(*tiny(), batches, config(steps, **changes), folder, "cpu"), folder, 1, 0):
+        print("step", step.step, flush=True)
+    return step.state
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    train(Path(sys.argv[1]), int(sys.argv[2]))
