@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEACHERS', 'Features', 'prepare', 'Teacher', 'build_vit', 'tiny_teacher', 'load_tiny', 'load_timm', 'create_vit',
-           'check_grid', 'load_teacher', 'dataset_features']
+           'check_grid', 'load_teacher', 'dataset_features', 'teacher_digest']
 
 # %% ../nbs/lib/encoders.ipynb #6ff2cecf
 import hashlib
@@ -215,3 +215,11 @@ def dataset_features(
     starts = range(0, len(dataset), batch_size)
     rows = [model(dataset.images(slice(k, k + batch_size), device)).tokens.half().cpu() for k in starts]
     return torch.cat(rows)
+
+# %% ../nbs/lib/encoders.ipynb #7a860d6c
+def teacher_digest(
+    teacher: str,  # a teacher's name, or "oracle"
+    size: int,  # pixels along a side of the images
+) -> str:
+    """What identifies a teacher's weights; the oracle has none, and is its own name."""
+    return teacher if teacher == "oracle" else load_teacher(teacher, size).digest

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'ALIGNED', 'DataConfig', 'NetworkConfig', 'Recipe', 'to_json', 'from_json', 'override', 'make_recipe',
            'absolute', 'identity', 'build', 'Batches', 'make_batches', 'Run', 'run_folders', 'find_run', 'load_run',
-           'train', 'ensure_run']
+           'facts_of', 'check_facts', 'train', 'ensure_run']
 
 # %% ../nbs/lib/recipes.ipynb #14765924
 import dataclasses
@@ -24,7 +24,7 @@ from torch import Tensor
 from . import alignment, paths  # noqa: F401  (importing a module registers its methods)
 from .checkpoints import load_tensors, step_folder, steps_of, write_atomic
 from .datasets import Dataset, load_dataset
-from .encoders import dataset_features
+from .encoders import dataset_features, teacher_digest
 from .errors import nearest, one_of
 from .methods import METHODS, Batch, Method, MethodConfig, edit_digest, method_class
 from .objectives import Objective
@@ -196,6 +196,7 @@ class Batches:
     dataset: Dataset
     features: Tensor | None  # (n, tokens, d) float16
     training: TrainingConfig
+    teacher_digest: str = ""  # of the features
 
     def __call__(self, step: int) -> Batch:
         index = batch_indices(len(self.dataset), self.training.batch_size, step, self.training.seed)
@@ -206,11 +207,11 @@ class Batches:
 def make_batches(recipe: Recipe, device: str = "cpu") -> Batches:
     """Load the training images and, if needed, let the teacher look at them once."""
     dataset = load_dataset(recipe.data.name, recipe.data.size, "train", recipe.data.n)
-    features = None
-    if "features" in method_class(recipe.method.name).needs:
-        side = recipe.data.size // recipe.network.patch_size
-        features = dataset_features(recipe.data.teacher, dataset, side, resolve_device(device))
-    return Batches(dataset, features, recipe.training)
+    if "features" not in method_class(recipe.method.name).needs:
+        return Batches(dataset, None, recipe.training)
+    side = recipe.data.size // recipe.network.patch_size
+    features = dataset_features(recipe.data.teacher, dataset, side, resolve_device(device))
+    return Batches(dataset, features, recipe.training, teacher_digest(recipe.data.teacher, recipe.data.size))
 
 # %% ../nbs/lib/recipes.ipynb #a9e31de4
 _images = lru_cache(maxsize=4)(load_dataset)  # a study asks for the same images many times
@@ -283,6 +284,28 @@ def load_run(
     return Run(path, recipe, int(folder.name), *(m.to(place).eval().requires_grad_(False) for m in (net, method)))
 
 # %% ../nbs/lib/recipes.ipynb #a2636a26
+def facts_of(batches: Batches) -> dict[str, Any]:
+    """What a run was trained on."""
+    return {
+        "num_classes": len(batches.dataset.classes),
+        "teacher_dim": 0 if batches.features is None else batches.features.shape[-1],
+        "data_digest": batches.dataset.digest,
+        "teacher_digest": batches.teacher_digest,
+    }
+
+
+def check_facts(path: Path, facts: dict[str, Any]) -> None:
+    """Refuse to continue a run with other data or another teacher."""
+    if not steps_of(path):
+        return
+    before = json.loads((path / "facts.json").read_text())
+    for name, value in facts.items():
+        if before.get(name, value) != value:
+            raise FileExistsError(
+                f"{path} was trained with {name} {before[name]!r}, which is now {value!r}; choose another folder"
+            )
+
+# %% ../nbs/lib/recipes.ipynb #addcb9ac
 def train(
     recipe: Recipe,
     path: Path,  # the run's folder, made if needed, continued if it has checkpoints
@@ -295,15 +318,11 @@ def train(
     if stored.exists() and identity(from_json(stored.read_text())) != identity(recipe):
         raise FileExistsError(f"{path} holds a run of another recipe; choose another folder or remove it")
     batches = make_batches(recipe, device)
-    teacher_dim = 0 if batches.features is None else batches.features.shape[-1]
-    net, method = build(recipe, len(batches.dataset.classes), teacher_dim)
+    facts = facts_of(batches)
+    check_facts(path, facts)
+    net, method = build(recipe, facts["num_classes"], facts["teacher_dim"])
     path.mkdir(parents=True, exist_ok=True)
     write_atomic(stored, to_json(recipe))
-    facts = {
-        "num_classes": len(batches.dataset.classes),
-        "teacher_dim": teacher_dim,
-        "data_digest": batches.dataset.digest,
-    }
     write_atomic(path / "facts.json", json.dumps(facts, indent=1))
     cut_log(path)
     steps = fit(net, method, batches, recipe.training, path, device)

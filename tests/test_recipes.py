@@ -1,6 +1,7 @@
 """Recipes, runs and training: what is refused at once, what is found again, what resuming changes (nothing)."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +108,27 @@ def test_a_folder_with_another_recipe_is_not_overwritten(tmp_path):
     with pytest.raises(FileExistsError, match="another recipe"):
         train(tiny(steps=3), tmp_path / "run", "cpu", 0)
     assert load_run(tmp_path / "run").step == 2
+
+
+def test_a_run_is_not_continued_with_other_data_or_another_teacher(tmp_path):
+    train(tiny("repa", 2), tmp_path / "run", "cpu", 0)
+    facts = json.loads((tmp_path / "run" / "facts.json").read_text())
+    assert len(facts["data_digest"]) == len(facts["teacher_digest"]) == 16
+    for name in ("data_digest", "teacher_digest"):
+        (tmp_path / "run" / "facts.json").write_text(json.dumps(facts | {name: "0123456789abcdef"}))
+        with pytest.raises(FileExistsError, match=f"{name} '0123456789abcdef', which is now '{facts[name]}'"):
+            train(tiny("repa", 2), tmp_path / "run", "cpu", 0)
+
+
+def test_a_log_that_ran_ahead_of_the_checkpoint_is_cut(tmp_path):
+    train(tiny(steps=4, more="training.save_every=2 training.log_every=1"), tmp_path / "run", "cpu", 0)
+    shutil.rmtree(tmp_path / "run" / "steps" / "000004")
+    (tmp_path / "run" / "latest").write_text("000002")
+    with open(tmp_path / "run" / "log.jsonl", "a") as file:
+        file.write('{"velocity": 0.')
+    train(tiny(steps=4, more="training.save_every=2 training.log_every=1"), tmp_path / "run", "cpu", 0)
+    lines = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert lines == [1, 2, 3, 4]
 
 
 def test_a_step_that_was_not_saved_names_those_that_were(tmp_path):
