@@ -643,6 +643,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'maskalign_lab.training.fit': ('lib/training.html#fit', 'maskalign_lab/training.py'),
                                         'maskalign_lab.training.learning_rate': ( 'lib/training.html#learning_rate',
                                                                                   'maskalign_lab/training.py'),
+                                        'maskalign_lab.training.log_record': ('lib/training.html#log_record', 'maskalign_lab/training.py'),
                                         'maskalign_lab.training.make_accelerator': ( 'lib/training.html#make_accelerator',
                                                                                      'maskalign_lab/training.py'),
                                         'maskalign_lab.training.make_optimizer': ( 'lib/training.html#make_optimizer',

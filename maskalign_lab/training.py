@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TrainingConfig', 'native_bfloat16', 'resolve_precision', 'resolve_device', 'Trainee', 'update_ema', 'make_optimizer',
            'make_accelerator', 'Step', 'fit', 'told_to_stop', 'to_device', 'learning_rate', 'store', 'resume',
-           'with_log', 'cut_log', 'progress_line']
+           'with_log', 'log_record', 'cut_log', 'progress_line']
 
 # %% ../nbs/lib/training.ipynb #b189e706
 import contextlib
@@ -239,23 +239,30 @@ def with_log(
     print_every: float = 10.0,  # seconds between printed lines; 0 prints none
 ) -> Iterator[Step]:
     """Pass steps through, logging and printing on the way."""
+    from accelerate import PartialState
+
     printed, first = 0.0, None
     for step in steps:
         first = first or step.step
         if step.step % log_every == 0 or step.step == step.total:
-            record = {name: round(value.item(), 6) for name, value in step.losses.items()}
-            record |= {
-                "step": step.step,
-                "gradient_norm": round(float(step.gradient_norm), 6),
-                "seconds": round(step.seconds, 3),
-            }
-            if run:
+            record = log_record(step)
+            if run and PartialState().is_main_process:
                 with open(Path(run) / "log.jsonl", "a") as file:
                     file.write(json.dumps(record) + "\n")
-            if print_every and (step.seconds - printed >= print_every or step.step == step.total):
+            due = step.seconds - printed >= print_every or step.step == step.total
+            if print_every and due and PartialState().is_main_process:
                 printed = step.seconds
                 print(progress_line(step, record, step.step - first + 1), flush=True)
         yield step
+
+# %% ../nbs/lib/training.ipynb #b78d9f39
+def log_record(step: Step) -> dict[str, float]:
+    """What is logged of a step; waits for the device, and for the other processes if there are any."""
+    from accelerate.utils import reduce
+
+    losses = {name: round(reduce(value, "mean").item(), 6) for name, value in step.losses.items()}
+    norm, seconds = round(step.gradient_norm.item(), 6), round(step.seconds, 3)
+    return losses | {"step": step.step, "gradient_norm": norm, "seconds": seconds}
 
 # %% ../nbs/lib/training.ipynb #59481108
 def cut_log(run: Path) -> None:
