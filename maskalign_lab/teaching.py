@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['METHOD', 'TeachConfig', 'random_crops', 'random_colours', 'distort', 'Pupil', 'encode', 'fill_in', 'agreement',
-           'lesson_losses', 'Lesson', 'new_pupil', 'learning_rate', 'learn', 'lessons', 'progress', 'linear_probe',
-           'all_features', 'pixel_features', 'class_scores', 'mask_score', 'probe', 'probe_card', 'card_text',
-           'save_teacher', 'check_config', 'teach']
+           'lesson_losses', 'Lesson', 'new_pupil', 'learning_rate', 'learn', 'lessons', 'progress', 'all_features',
+           'pixel_features', 'class_scores', 'mask_score', 'probe', 'probe_card', 'card_text', 'save_teacher',
+           'check_config', 'teach']
 
 # %% ../nbs/lib/teaching.ipynb #41867ac5
 import json
@@ -28,6 +28,7 @@ from .checkpoints import write_atomic
 from .datasets import Dataset, load_dataset, token_means
 from .encoders import Features, Teacher, build_vit, tiny_teacher
 from .layers import patchify
+from .probing import linear_probe
 from .seeding import batch_indices, generator
 from .training import resolve_device, resolve_precision
 
@@ -252,27 +253,6 @@ def progress(lesson: Lesson, steps: int) -> str:
     left = int((steps - lesson.step) / rate)
     losses = "  ".join(f"{name} {loss.item():.4f}" for name, loss in lesson.losses.items())
     return f"step {lesson.step}/{steps}  {losses}  {rate:.1f} steps/s  {left // 60}:{left % 60:02d} left"
-
-# %% ../nbs/lib/teaching.ipynb #1e9491d9
-def linear_probe(
-    train: Tensor,  # (n, d)
-    labels: Tensor,  # (n,) class indices
-    test: Tensor,  # (m, d)
-) -> Tensor:  # (m,) predicted classes
-    """Multinomial logistic regression on standardised features, fitted by L-BFGS from zero."""
-    mean, std = train.mean(0), train.std(0) + 1e-6
-    train, test = (train - mean) / std, (test - mean) / std
-    weight = torch.zeros(train.shape[1] + 1, int(labels.max()) + 1, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight], max_iter=100, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(train @ weight[:-1] + weight[-1], labels) + 1e-3 * weight[:-1].square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return (test @ weight[:-1] + weight[-1]).argmax(1).detach()
 
 # %% ../nbs/lib/teaching.ipynb #9e549b12
 def all_features(
