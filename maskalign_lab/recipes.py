@@ -124,7 +124,7 @@ def _override_one(recipe: Recipe, path: str, text: str) -> Recipe:
 PRESETS = {
     "smoke": "network.width=32 network.depth=4 network.heads=2 data.n=512 "
     "training.steps=20 training.batch_size=32 training.warmup=5",
-    "laptop": "training.steps=300 training.warmup=50",
+    "laptop": "training.steps=200 training.warmup=50 training.cooldown=0.3",
     "gpu": "network.width=384 network.heads=6 "
     "training.steps=20000 training.batch_size=256 training.lr=5e-4 training.ema=0.9995",
     "paper": "network.width=1152 network.depth=28 network.heads=16 network.patch_size=2 "

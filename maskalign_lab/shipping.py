@@ -28,7 +28,7 @@ from .sampling import SamplerConfig, last_sample
 
 # %% ../nbs/lib/shipping.ipynb #de36f274
 SHIPPED = {"sit-shapes": ("sit", "shapes"), "repa-shapes": ("repa", "shapes")}
-LONG = "training.steps=14000 training.lr=2e-3 training.warmup=500 training.cooldown=0.3"  # beyond preset laptop
+LONG = "training.steps=14000 training.lr=2e-3 training.warmup=500"  # beyond preset laptop
 TIMES = tuple(np.linspace(0, 1, 11).round(2).tolist())  # of the stored maps
 
 # %% ../nbs/lib/shipping.ipynb #c9152235
