@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHOD', 'TeachConfig', 'random_crops', 'random_colours', 'distort', 'Pupil', 'encode', 'fill_in', 'agreement',
-           'lesson_losses', 'Lesson', 'new_pupil', 'learning_rate', 'learn', 'lessons', 'progress', 'all_features',
-           'pixel_features', 'class_scores', 'mask_score', 'probe', 'probe_card', 'card_text', 'save_teacher',
-           'check_config', 'teach']
+           'lesson_losses', 'Lesson', 'new_pupil', 'learning_rate', 'learn', 'lessons', 'progress', 'card_text',
+           'save_teacher', 'check_config', 'teach']
 
 # %% ../nbs/lib/teaching.ipynb #41867ac5
 import json
@@ -18,17 +17,16 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from .checkpoints import write_atomic
-from .datasets import Dataset, load_dataset, token_means
-from .encoders import Features, Teacher, build_vit, tiny_teacher
+from .datasets import Dataset, load_dataset
+from .encoders import build_vit, tiny_teacher
+from .grading import probe_card
 from .layers import patchify
-from .probing import linear_probe
 from .seeding import batch_indices, generator
 from .training import resolve_device, resolve_precision
 
@@ -253,86 +251,6 @@ def progress(lesson: Lesson, steps: int) -> str:
     left = int((steps - lesson.step) / rate)
     losses = "  ".join(f"{name} {loss.item():.4f}" for name, loss in lesson.losses.items())
     return f"step {lesson.step}/{steps}  {losses}  {rate:.1f} steps/s  {left // 60}:{left % 60:02d} left"
-
-# %% ../nbs/lib/teaching.ipynb #9e549b12
-def all_features(
-    teacher: Teacher,
-    dataset: Dataset,
-    device: str | torch.device = "cpu",
-    batch_size: int = 256,
-) -> Features:  # float32, on the CPU
-    """Patch tokens and class tokens of every picture."""
-    starts = range(0, len(dataset), batch_size)
-    rows = [teacher(dataset.images(slice(k, k + batch_size), device)) for k in starts]
-    return Features(*(torch.cat([part.float().cpu() for part in parts]) for parts in zip(*rows)))
-
-# %% ../nbs/lib/teaching.ipynb #0ba20117
-def pixel_features(
-    dataset: Dataset,
-    patch_size: int,  # side of a patch
-) -> Features:
-    """What a probe can read without any network: a patch's pixels, and all pixels in place of the class token."""
-    patches = patchify(dataset.images(), patch_size)
-    return Features(patches, patches.flatten(1))
-
-# %% ../nbs/lib/teaching.ipynb #7289536d
-def class_scores(
-    train: Features,
-    test: Features,
-    labels: tuple[np.ndarray, np.ndarray],  # of both splits
-) -> dict[str, float]:
-    """Held-out accuracy of the class, from the mean patch token and from the class token."""
-    known, wanted = map(torch.as_tensor, labels)
-    pairs = {"class from mean": (train.tokens.mean(1), test.tokens.mean(1)), "class from token": (train.cls, test.cls)}
-    right = {name: linear_probe(a, known, b) == wanted for name, (a, b) in pairs.items()}
-    return {name: round(hits.float().mean().item(), 4) for name, hits in right.items()}
-
-# %% ../nbs/lib/teaching.ipynb #962bcb34
-def mask_score(
-    train: Features,
-    test: Features,
-    masks: tuple[np.ndarray, np.ndarray],  # (n, h, w) of both splits
-) -> dict[str, float]:
-    """Held-out intersection over union of the patches on the object, from single patch tokens."""
-    grid = math.isqrt(train.tokens.shape[1])
-    known, wanted = (torch.as_tensor(token_means(part, grid) > 0.5).flatten().long() for part in masks)
-    found = linear_probe(train.tokens.flatten(0, 1), known, test.tokens.flatten(0, 1))
-    both, either = (found & wanted).sum(), (found | wanted).sum()
-    return {"object IoU": round((both / either.clamp(min=1)).item(), 4)}
-
-# %% ../nbs/lib/teaching.ipynb #d5d7d5e0
-def probe(
-    train: Features,
-    test: Features,
-    splits: tuple[Dataset, Dataset],  # the pictures behind them
-    patches_of: int = 1000,  # pictures whose patches the mask probe uses
-) -> dict[str, float]:
-    """All scores that the data set allows."""
-    scores = class_scores(train, test, tuple(part.labels for part in splits))
-    if all(part.masks is not None for part in splits):
-        few = [Features(part.tokens[:patches_of], part.cls[:patches_of]) for part in (train, test)]
-        scores |= mask_score(*few, tuple(part.masks[:patches_of] for part in splits))
-    return scores
-
-# %% ../nbs/lib/teaching.ipynb #9f2f08e7
-def probe_card(
-    teacher: Teacher,
-    spec: str,  # the data set
-    n: int = 4000,  # pictures of each split that are used at most
-    device: str | torch.device = "cpu",
-) -> dict[str, dict[str, float]]:
-    """Linear probes of a tiny teacher, of the same network with random weights and of raw pixels."""
-    patch, side = teacher.vit.patch_embed.patch_size[0], teacher.side
-    splits = tuple(load_dataset(spec, side, split, n) for split in ("train", "validation"))
-    width, depth, heads = teacher.dim, len(teacher.vit.blocks), teacher.vit.blocks[0].attn.num_heads
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        random = Teacher(build_vit(side, patch, width, depth, heads), "random", teacher.grid, "random").to(device)
-    return {
-        "teacher": probe(*(all_features(teacher, part, device) for part in splits), splits),
-        "random network": probe(*(all_features(random, part, device) for part in splits), splits),
-        "raw pixels": probe(*(pixel_features(part, patch) for part in splits), splits),
-    }
 
 # %% ../nbs/lib/teaching.ipynb #dc72f3cf
 METHOD = "two distorted views, patches hidden; hidden pixels filled in (MAE), class tokens contrasted (SimCLR)"

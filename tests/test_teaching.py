@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from maskalign_lab import teaching
+from maskalign_lab import grading, teaching
 from maskalign_lab.datasets import load_dataset, oracle_features
 from maskalign_lab.encoders import Features, dataset_features, load_teacher
 from maskalign_lab.seeding import generator
@@ -103,7 +103,7 @@ def test_probe_finds_the_object_in_its_own_mask(dataset):
     good = torch.from_numpy(oracle_features(dataset, 8))
     noise = torch.randn(good.shape, generator=generator(0, 0, "noise"))
     split = dataset, dataset
-    scores = [teaching.probe(Features(t, t.mean(1)), Features(t, t.mean(1)), split) for t in (good, noise)]
+    scores = [grading.probe(Features(t, t.mean(1)), Features(t, t.mean(1)), split) for t in (good, noise)]
     assert scores[0]["object IoU"] > 0.9 and scores[1]["object IoU"] < 0.1
 
 
