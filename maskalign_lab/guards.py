@@ -35,9 +35,9 @@ class Guard:
         self.first = torch.where((self.first < 0) & ~norm.isfinite(), step, self.first)
         self.optimizer.found_inf = (self.first >= 0).float()
 
-    def bad_step(self, step: int) -> int | None:
-        """The first step whose gradient was not finite, looked for every few steps."""
-        if step % self.every:
+    def bad_step(self, step: int, due: bool = False) -> int | None:
+        """The first step whose gradient was not finite, looked for every few steps, and when it is due: before saving."""
+        if step % self.every and not due:
             return None
         first = int(self.first)
         return first if first >= 0 else None

@@ -172,13 +172,15 @@ def fit(
                 group["lr"] = learning_rate(config, step)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            if (bad := guard.bad_step(step)) is not None:
+            done, leave = step + 1, told_to_stop(signals, accelerator, step)
+            due = leave or done % config.save_every == 0 or done == config.steps
+            saves = run and accelerator.is_main_process
+            if (bad := guard.bad_step(step, due)) is not None:
                 where = culprit(trainee, lambda: forward(bad, trainee).total)  # noqa: B023
-                saved = f"; the state before it is {store(run, bad, model, ema, method, optimizer)}" if run else ""
+                saved = f"; the state before it is {store(run, bad, model, ema, method, optimizer)}" if saves else ""
                 raise NonFinite(f"step {bad + 1}: not finite, first in {where}{saved}")
             update_ema(averaged, current, config.ema, step)
-            done, leave = step + 1, told_to_stop(signals, accelerator, step)
-            if run and accelerator.is_main_process and (done % config.save_every == 0 or done == config.steps or leave):
+            if saves and due:
                 store(run, done, model, ema, method, optimizer)
             parts = {name: value.detach() for name, value in losses.parts.items()}
             yield Step(done, config.steps, parts, norm, time.perf_counter() - began, State(model, ema, done))

@@ -18,7 +18,7 @@ import torch
 
 from maskalign_lab import checkpoints
 from maskalign_lab.checkpoints import load_tensors, step_folder, steps_of
-from maskalign_lab.guards import NonFinite
+from maskalign_lab.guards import Guard, NonFinite
 from maskalign_lab.training import fit
 
 HERE = Path(__file__).parent
@@ -202,6 +202,24 @@ def test_a_number_that_is_not_finite_stops_with_step_place_and_state(whole, tmp_
     assert steps_of(tmp_path)[-1] == at
     survive.train(tmp_path)  # with the good batch, the run goes on as if nothing had been
     same(content(tmp_path), content(whole))
+
+
+@pytest.mark.parametrize(("at", "noticed"), [(3, 5), (11, 11)])
+def test_a_device_that_is_looked_at_rarely_is_looked_at_before_saving(tmp_path, monkeypatch, at, noticed):
+    """As on a GPU: a look every ten steps. No checkpoint may hide a bad step, the last one neither."""
+    watch, steps = Guard.watch, []
+
+    def rarely(self, norm, step):
+        self.every = 10
+        steps.append(step)
+        watch(self, norm, step)
+
+    monkeypatch.setattr(Guard, "watch", rarely)
+    with pytest.raises(NonFinite, match=f"step {at + 1}: "):
+        for _ in fit(*survive.tiny(), spoiled(at, "batch"), survive.config(), tmp_path, "cpu"):
+            pass
+    assert steps[-1] == noticed and steps_of(tmp_path)[-1] == at
+    assert all(value.isfinite().all() for part in content(tmp_path).values() for value in part.values())
 
 
 def test_the_guilty_layer_is_named(tmp_path):
