@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['linear_probe', 'pooled_hidden', 'probe_over_depth', 'hsic', 'neighbours', 'cknna', 'cknna_over_depth',
-           'gradient_cosine', 'block_cosine']
+           'gradient_cosine', 'block_gradients']
 
 # %% ../nbs/lib/probing.ipynb #f2260266
 from collections.abc import Sequence
@@ -58,8 +58,9 @@ def pooled_hidden(
     for part, eps, labels in zip(x.split(batch_size), noise.split(batch_size), y.split(batch_size), strict=True):
         times = torch.full((len(part),), t, device=x.device)
         noised = interpolate(part, eps, times, objective.interpolant)
-        rows.append(net(noised, times, labels, collect=tuple(depths)).hidden)
-    return {depth: torch.cat([row[depth].float().mean(1) for row in rows]) for depth in depths}
+        hidden = net(noised, times, labels, collect=tuple(depths)).hidden
+        rows.append({depth: tokens.float().mean(1) for depth, tokens in hidden.items()})
+    return {depth: torch.cat([row[depth] for row in rows]) for depth in depths}
 
 # %% ../nbs/lib/probing.ipynb #27520630
 def probe_over_depth(
@@ -148,15 +149,13 @@ def gradient_cosine(
     for t in times:
         draw = Draw(torch.full((len(batch.x),), t, device=batch.x.device), noise, batch.y)
         losses = method.loss(State(net, net, 0), batch, draw).parts
-        rows.append([block_cosine(*(losses[name] for name in parts), block) for block in blocks])
+        one, other = (block_gradients(losses[name], blocks) for name in parts)
+        rows.append([float(a @ b / (a.norm() * b.norm())) for a, b in zip(one, other, strict=True)])
     return torch.tensor(rows)
 
 
-def block_cosine(one: Tensor, other: Tensor, parameters: list[nn.Parameter]) -> float:
-    """Cosine between two losses' gradients with respect to some parameters, in float64."""
-    a, b = (
-        torch.cat([g.double().flatten() for g in torch.autograd.grad(
-            loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)])
-        for loss in (one, other)
-    )  # fmt: skip
-    return float(a @ b / (a.norm() * b.norm()))
+def block_gradients(loss: Tensor, blocks: list[list[nn.Parameter]]) -> list[Tensor]:
+    """A loss's gradient with respect to each block, as one float64 vector a block, from one backward pass."""
+    flat = [p for block in blocks for p in block]
+    gradients = iter(torch.autograd.grad(loss, flat, retain_graph=True, allow_unused=True, materialize_grads=True))
+    return [torch.cat([next(gradients).double().flatten() for _ in block]) for block in blocks]

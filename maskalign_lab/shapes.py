@@ -118,11 +118,11 @@ def draw_pose(
 ) -> dict[str, np.ndarray]:
     """Centre `x`, `y` and `scale` (the radius) in widths of the picture, `rotation` in radians; each (250,)."""
     law = placement_law(placement)
-    pose = {"scale": 0.2 + 0.11 * lots(seed, split, block, "scale")}
+    pose = {"scale": 0.27 + 0.1 * lots(seed, split, block, "scale")}
     for axis, (low, high) in law.items():
         room = low + (high - low) * lots(seed, split, block, axis)
         pose[axis] = pose["scale"] + (1 - 2 * pose["scale"]) * room
-    pose["rotation"] = (lots(seed, split, block, "rotation") - 0.5) * np.pi / 3
+    pose["rotation"] = (lots(seed, split, block, "rotation") - 0.5) * np.pi / 6
     return pose
 
 # %% ../nbs/lib/shapes.ipynb #b51499ca
@@ -149,7 +149,7 @@ def draw_colours(
     side, level, gap, swing, chroma, hue, shift, own_chroma, own_hue = lots(seed, split, block, "colour", 9).T
     mean = np.where(side < 0.5, 0.3 + 0.25 * level, 0.62 + 0.23 * level)
     contrast = np.where(side < 0.5, 1, -1) * (0.28 + 0.1 * gap)
-    swing, shift, chroma = 0.03 + 0.05 * swing, 0.12 * shift, 0.02 + 0.07 * chroma
+    swing, shift, chroma = 0.015 + 0.03 * swing, 0.08 * shift, 0.02 + 0.07 * chroma
     return {
         "low": oklch_to_rgb(mean - swing, chroma, hue - shift),
         "high": oklch_to_rgb(mean + swing, chroma, hue + shift),
