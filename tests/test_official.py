@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -81,6 +82,23 @@ def test_a_bare_pickle_is_refused_too(tmp_path):
         read_weights(tmp_path / "bad.pt")
 
 
+@pytest.mark.parametrize("name", ["weights.safetensors", "weights.pt"])
+@pytest.mark.parametrize("kept", [0, 100, 5000])
+def test_a_file_that_is_cut_off_says_so(name, kept, tmp_path):
+    path = tmp_path / name
+    (save_file if path.suffix == ".safetensors" else torch.save)(golden("sit_ls1").weights, path)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=name):
+        read_weights(path)
+
+
+@pytest.mark.parametrize("content", [[torch.zeros(2)], torch.zeros(2), {"ema": [1, 2]}, {"loss": 0.5}])
+def test_a_pickle_without_a_state_dict_says_so(content, tmp_path):
+    torch.save(content, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="no state dict"):
+        read_weights(tmp_path / "other.pt")
+
+
 def test_old_names_of_the_later_blocks_are_understood():
     record = golden("repa")
 
@@ -103,6 +121,7 @@ def test_old_names_of_the_later_blocks_are_understood():
         ({"z_dims": [48, 48]}, "one teacher"),
         ({"class_dropout_prob": 0}, "null class"),
         ({"path_type": "edm"}, "path_type"),
+        ({"path_type": "GVP"}, "path_type of repa"),
         ({"decoder_hidden_size": 768}, "decoder_hidden_size"),
     ],
 )
@@ -124,6 +143,23 @@ def test_shapes_tell_what_they_can_and_heads_are_asked_for(tmp_path, capsys):
     save_file(record.weights, tmp_path / "bare.safetensors")
     assert main(["import", str(tmp_path / "bare.safetensors"), "--out", str(tmp_path / "run")]) == 2
     assert "num_heads" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "assumed", "silent"),
+    [
+        ({"path_type": "cosine", "encoder_depth": 2}, [], ["path_type", "encoder_depth"]),
+        ({"encoder_depth": 2}, ["path_type 'linear'"], ["encoder_depth"]),
+    ],
+)
+def test_what_leaves_no_trace_is_assumed_aloud_or_given(given, assumed, silent, tmp_path, capsys):
+    save_file(golden("repa").weights, tmp_path / "bare.safetensors")
+    words = [str(tmp_path / "bare.safetensors"), "--config", json.dumps({"num_heads": 4} | given)]
+    assert main(["import", *words, "--out", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert all(f"assumed {word}" in said for word in assumed) and not any(word in said for word in silent)
+    run = load_run(tmp_path / "run")
+    assert run.recipe.objective.interpolant == given.get("path_type", "linear") and run.method.config.depth == 2
 
 
 @pytest.mark.parametrize("size", ["S", "B", "L", "XL"])
@@ -152,8 +188,6 @@ def test_an_objective_without_an_official_layout_is_refused(tmp_path, capsys):
     recipe = json.loads((run.path / "recipe.json").read_text())
     recipe["objective"]["prediction"] = "x"
     folder = tmp_path / "x"
-    import shutil
-
     shutil.copytree(run.path, folder)
     (folder / "recipe.json").write_text(json.dumps(recipe))
     assert main(["export", str(folder), "--out", str(tmp_path / "x.safetensors")]) == 2
