@@ -75,9 +75,7 @@ def step_folder(
     known = steps_of(run)
     if not known:
         raise FileNotFoundError(f"no checkpoint in {run}: expected steps/NNNNNN with state.json")
-    if step is None:
-        pointer = Path(run) / "latest"
-        step = int(pointer.read_text()) if pointer.exists() else known[-1]
+    step = known[-1] if step is None else step
     if step not in known:
         raise FileNotFoundError(f"run {run} has no step {step}; it has {known}")
     return Path(run) / "steps" / f"{step:06d}"

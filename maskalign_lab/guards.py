@@ -93,15 +93,19 @@ PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h
 
 @contextlib.contextmanager
 def notice() -> Iterator[list[int]]:  # signals that have arrived
-    """Collect SIGTERM and SIGUSR1 instead of dying from them, where this thread may."""
+    """Collect SIGTERM, SIGUSR1 and Ctrl-C instead of dying from them, where this thread may."""
     arrived: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield arrived
         return
-    names = [name for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # Windows has one of them
-    before = {
-        getattr(signal, n): signal.signal(getattr(signal, n), lambda number, _: arrived.append(number)) for n in names
-    }
+
+    def note(number: int, frame: object) -> None:
+        if number == signal.SIGINT and number in arrived:
+            raise KeyboardInterrupt
+        arrived.append(number)
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
+    before = {number: signal.signal(number, note) for number in numbers}  # Windows lacks SIGUSR1
     try:
         yield arrived
     finally:

@@ -92,6 +92,7 @@ def draw_labels(
 # %% ../nbs/lib/shapes.ipynb #b1e46106
 PLACEMENTS = {
     "uniform": {"x": (0.0, 1.0), "y": (0.0, 1.0)},
+    "middle": {"x": (0.3, 0.7), "y": (0.3, 0.7)},
     "centre": {"x": (0.5, 0.5), "y": (0.5, 0.5)},
     "left": {"x": (0.0, 0.25), "y": (0.0, 1.0)},
 }

@@ -115,8 +115,9 @@ const plotly = async (model) => {
   const holder = await model.widget_manager.get_model(model.get("_plotly"));
   return import(URL.createObjectURL(new Blob([holder.get("value")], {type: "text/javascript"})));
 };
+const forget = (error) => { globalThis.maskalignPlotly = undefined; throw error; };
 const load = async (model) => {
-  const made = (await (globalThis.maskalignPlotly ??= plotly(model))).default();
+  const made = (await (globalThis.maskalignPlotly ??= plotly(model).catch(forget))).default();
   await made.initialize({model});
   return made;
 };

@@ -146,7 +146,8 @@ def test_digest_names_pixels_and_labels():
 
 
 def test_cards_state_the_digests(standard):
-    for data in (*standard, load_dataset("digits"), load_dataset("digits", split="validation")):
+    others = (load_dataset(name, split=split) for name in ("digits", "photos") for split in ("train", "validation"))
+    for data in (*standard, *others):
         assert f"{data.split} `{data.digest}`" in (CARDS / data.name / "card.md").read_text()
 
 
@@ -298,7 +299,7 @@ def test_every_prefix_is_stratified(labels, seed):
 
 
 def test_refused_names():
-    with pytest.raises(ValueError, match=r"'shpaes'.*'shapes'.*shapes, digits, folder:PATH"):
+    with pytest.raises(ValueError, match=r"'shpaes'.*'shapes'.*shapes, digits, photos, folder:PATH"):
         load_dataset("shpaes")
     with pytest.raises(ValueError, match="'validaton'.*'validation'"):
         load_dataset("shapes", split="validaton")

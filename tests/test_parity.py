@@ -325,16 +325,10 @@ def test_the_sde_solvers_of_sit(key):
 
 
 def test_patches_are_ordered_as_in_the_official_code():
-    tokens = golden("sit_ls1").out["h.final_tokens"]  # (3, 64, 2*2*8): row, column, channel
-    whole = torch.cat(
-        [
-            -opened("sit_ls1")
-            .net(*(golden("sit_ls1").inputs["x"], 1 - golden("sit_ls1").inputs["t"], golden("sit_ls1").inputs["y"]))
-            .prediction
-        ],
-        1,
-    )
-    close(patchify(whole, 2), tokens.view(3, 64, 4, 8)[..., :4].reshape(3, 64, 16))
+    record = golden("sit_ls1")
+    tokens = record.out["h.final_tokens"].view(3, 64, 4, 2, 4)  # pixel, half, channel; the second half is sigma
+    image = opened("sit_ls1").net(record.inputs["x"], 1 - record.inputs["t"], record.inputs["y"]).prediction
+    close(patchify(-image, 2), tokens[:, :, :, 0].reshape(3, 64, 16))
 
 
 def test_plain_sit_is_what_a_file_without_projectors_holds():

@@ -5,6 +5,8 @@ import errno
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,10 +17,12 @@ from pathlib import Path
 import pytest
 import survive
 import torch
+from test_batch import write
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskalign_lab import checkpoints
 from maskalign_lab.checkpoints import load_tensors, step_folder, steps_of
-from maskalign_lab.guards import Guard, NonFinite
+from maskalign_lab.guards import Guard, NonFinite, notice
 from maskalign_lab.training import fit
 
 HERE = Path(__file__).parent
@@ -81,35 +85,79 @@ def test_sigterm_saves_and_asks_to_be_called_again(whole, tmp_path):
     assert log == list(range(1, done + 1))
 
 
-def kill_and_check(folder, draw, steps=10_000):
-    """Kill a training at a random instant; what is on disk must load and be whole."""
-    process = start(folder, steps)
+def test_an_interrupt_saves_and_is_an_interrupt(whole, tmp_path):
+    """Ctrl-C at a terminal, and Jupyter's stop button."""
+    process = start(tmp_path, 100_000)
     for line in process.stdout:
-        if line.startswith("step"):
+        if line.startswith("step 5"):
+            process.send_signal(signal.SIGINT)
             break
+    rest = process.communicate(timeout=60)[0]
+    done = steps_of(tmp_path)[-1]
+    assert process.returncode not in (0, 75) and "KeyboardInterrupt" in rest and f"saved after step {done}" in rest
+    assert max(int(line.split()[1]) for line in rest.splitlines() if line.startswith("step ")) <= done
+
+
+def test_a_second_interrupt_does_not_wait():
+    with notice() as arrived:
+        signal.raise_signal(signal.SIGINT)
+        assert arrived == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_job_that_is_told_to_stop_saves_the_training_in_its_cell(tmp_path):
+    """Scheduler -> papermill job -> kernel -> training: the step is saved and the job is marked."""
+    cell = f"import sys; sys.path.insert(0, {str(HERE)!r})\nimport survive\nfrom pathlib import Path\n"
+    write(tmp_path / "study.ipynb", cell + f"survive.train(Path({str(tmp_path / 'run')!r}), 100_000)")
+    code = "import sys; from maskalign_lab.batch import run_study; sys.exit(run_study(*sys.argv[1:2], out=sys.argv[2]).exit_code)"
+    command = [sys.executable, "-c", code, str(tmp_path / "study.ipynb"), str(tmp_path / "job")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=HERE.parent)
+    for line in process.stdout:
+        if line.startswith("step 5"):
+            process.terminate()
+            break
+    process.communicate(timeout=120)
+    job = json.loads((tmp_path / "job" / "job.json").read_text())
+    assert (process.returncode, job["status"]) == (75, "preempted")
+    done = steps_of(tmp_path / "run")[-1]
+    assert f"saved after step {done}" in (tmp_path / "job" / "study.ipynb").read_text()
+
+
+def kill_and_check(folder, draw, steps=10_000):
+    """Kill a training at a random instant. What is on disk must be whole, and lack at most one interval of what was done."""
+    process = start(folder, steps)
+    process.stdout.readline()
     time.sleep(draw.uniform(0, 0.6))
     process.kill()
-    process.wait()
-    if steps_of(folder):
+    done = max(map(int, re.findall(r"^step (\d+)\n", process.communicate()[0], re.MULTILINE)), default=0)
+    saved = max(steps_of(folder), default=0)
+    assert saved > done - survive.config().save_every
+    if saved:
         tensors = content(folder)
         assert set(tensors) == {"model", "ema", "optimizer"}
         assert all(value.isfinite().all() for part in tensors.values() for value in part.values())
-    return max(steps_of(folder), default=0)
+    for step in steps_of(folder)[:-1]:
+        shutil.rmtree(folder / "steps" / f"{step:06d}")
+    return saved
+
+
+def kill_often(folder, times, seed):
+    """Kill the same training again and again; it never falls back."""
+    draw, reached = random.Random(seed), [0]
+    for _ in range(times):
+        reached.append(kill_and_check(folder, draw, 1_000_000))
+    assert reached == sorted(reached) and reached[-1] > 0
 
 
 def test_a_kill_at_any_instant_costs_at_most_one_interval(tmp_path):
-    draw, reached = random.Random(0), [0]
-    for _ in range(3):
-        reached.append(kill_and_check(tmp_path, draw))
-    assert reached == sorted(reached)
+    kill_often(tmp_path, 5, seed=0)
 
 
 @pytest.mark.slow
-def test_two_hundred_kills(tmp_path):
-    draw, reached = random.Random(1), [0]
-    for _ in range(200):
-        reached.append(kill_and_check(tmp_path, draw, 1_000_000))
-    assert reached == sorted(reached)
+def test_two_hundred_kills_cost_at_most_one_interval_each(tmp_path):
+    kill_often(tmp_path, 200, seed=1)
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES])
@@ -231,10 +279,36 @@ def test_the_guilty_layer_is_named(tmp_path):
     hook.remove()
 
 
-def test_nothing_waits_for_the_device_between_logged_steps(monkeypatch):
-    """Reading a tensor from the host goes through one of these; on a CPU only the guard may."""
-    reads, item = [], torch.Tensor.item
-    monkeypatch.setattr(torch.Tensor, "item", lambda self: reads.append(1) or item(self))
-    for _ in fit(*survive.tiny(), survive.batches, survive.config(), None, "cpu"):
-        pass
-    assert not reads
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for a device: reading a number, or a result whose size depends on the data."""
+
+    WAITING = {torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal}
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket in self.WAITING
+        return function(*args, **kwargs or {})
+
+
+def test_the_counter_of_waits_counts():
+    with Waits() as waits:
+        torch.ones(2).sum().item(), bool(torch.ones(()) > 0), torch.ones(3).nonzero()
+    assert waits.count == 3
+
+
+@pytest.mark.parametrize(("every", "looks"), [(1, 12), (5, 4)])  # steps 0, 5 and 10, and the last one
+def test_nothing_waits_for_the_device_but_the_guard(monkeypatch, every, looks):
+    watch = Guard.watch
+
+    def seldom(self, norm, step):
+        self.every = every
+        watch(self, norm, step)
+
+    monkeypatch.setattr(Guard, "watch", seldom)
+    with Waits() as waits:
+        for _ in fit(*survive.tiny(), survive.batches, survive.config(save_every=100), None, "cpu"):
+            pass
+    assert waits.count == looks
