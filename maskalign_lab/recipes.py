@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'ALIGNED', 'DataConfig', 'NetworkConfig', 'Recipe', 'to_json', 'from_json', 'override', 'make_recipe',
-           'absolute', 'identity', 'build', 'Batches', 'make_batches', 'Run', 'run_folders', 'find_run', 'load_run',
-           'facts_of', 'check_facts', 'train', 'ensure_run']
+           'absolute', 'identity', 'build', 'images_of', 'Sources', 'load_sources', 'Batches', 'make_batches', 'Run',
+           'run_folders', 'find_run', 'load_run', 'check_facts', 'train', 'ensure_run']
 
 # %% ../nbs/lib/recipes.ipynb #14765924
 import dataclasses
@@ -16,15 +16,16 @@ import typing
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import alignment, paths  # noqa: F401  (importing a module registers its methods)
+from .caching import Cache
 from .checkpoints import load_tensors, step_folder, steps_of, write_atomic
-from .datasets import Dataset, load_dataset
-from .encoders import dataset_features, teacher_digest
+from .datasets import STREAMS, Dataset, load_dataset
+from .encoders import Teacher, cached_features, dataset_features, load_teacher
 from .errors import nearest, one_of
 from .methods import METHODS, Batch, Method, MethodConfig, edit_digest, method_class
 from .objectives import Objective
@@ -38,7 +39,8 @@ from .training import TrainingConfig, cut_log, fit, resolve_device, with_log
 class DataConfig:
     """Which images, and which teacher looks at them."""
 
-    name: str = "shapes"  # shapes | digits | folder:PATH
+    name: str = "shapes"  # shapes | digits | photos | folder:PATH
+    variant: str = ""  # shapes: a placement law; photos: "scrambled", the texture control; empty: as they are
     size: int = 32  # pixels along a side
     n: int | None = None  # training images; None takes all
     teacher: str = "tiny"  # tiny | tiny:PATH | oracle | timm:MODEL; used by methods that align
@@ -189,32 +191,64 @@ def build(
     return net, method
 
 # %% ../nbs/lib/recipes.ipynb #7a2ace08
+def images_of(data: DataConfig, split: str, n: int | None = None) -> Dataset:
+    """The images that a recipe names; n of them, or all."""
+    options = {}
+    if data.variant:
+        options[STREAMS[one_of(data.name, STREAMS, "dataset with variants")]] = data.variant
+    return load_dataset(data.name, data.size, split, n, **options)
+
+# %% ../nbs/lib/recipes.ipynb #0e1fe7e4
+class Sources(NamedTuple):
+    """Images and teacher of a recipe, and what identifies them."""
+
+    dataset: Dataset
+    teacher: Teacher | None  # None for the oracle, and for methods that do not align
+    facts: dict[str, Any]  # num_classes, data_digest, teacher_digest
+
+
+def load_sources(recipe: Recipe, device: str = "cpu") -> Sources:
+    """Load the training images and, if needed, the teacher; it must have the network's grid."""
+    data, teacher = recipe.data, None
+    dataset = images_of(data, "train", data.n)
+    aligned = "features" in method_class(recipe.method.name).needs
+    if aligned and data.teacher != "oracle":
+        teacher = load_teacher(data.teacher, data.size, resolve_device(device), data.size // recipe.network.patch_size)
+    digest = teacher.digest if teacher else data.teacher if aligned else ""
+    facts = {"num_classes": len(dataset.classes), "data_digest": dataset.digest, "teacher_digest": digest}
+    return Sources(dataset, teacher, facts)
+
+# %% ../nbs/lib/recipes.ipynb #728ab483
 @dataclass
 class Batches:
     """Step -> batch, from images in memory."""
 
     dataset: Dataset
-    features: Tensor | None  # (n, tokens, d) float16
+    features: Tensor | Cache | None  # (n, tokens, d) float16
     training: TrainingConfig
-    teacher_digest: str = ""  # of the features
 
     def __call__(self, step: int) -> Batch:
         index = batch_indices(len(self.dataset), self.training.batch_size, step, self.training.seed)
         features = None if self.features is None else self.features[index].float()
         return Batch(self.dataset.images(index), torch.as_tensor(self.dataset.labels[index]), features)
 
-# %% ../nbs/lib/recipes.ipynb #728ab483
-def make_batches(recipe: Recipe, device: str = "cpu") -> Batches:
-    """Load the training images and, if needed, let the teacher look at them once."""
-    dataset = load_dataset(recipe.data.name, recipe.data.size, "train", recipe.data.n)
-    if "features" not in method_class(recipe.method.name).needs:
-        return Batches(dataset, None, recipe.training)
-    side = recipe.data.size // recipe.network.patch_size
-    features = dataset_features(recipe.data.teacher, dataset, side, resolve_device(device))
-    return Batches(dataset, features, recipe.training, teacher_digest(recipe.data.teacher, recipe.data.size))
+# %% ../nbs/lib/recipes.ipynb #5a09cafd
+def make_batches(
+    recipe: Recipe,
+    device: str = "cpu",  # where the teacher looks at the images
+    sources: Sources | None = None,  # None loads them
+) -> Batches:
+    """The batches of a recipe; features are computed unless they are in the cache."""
+    dataset, teacher, facts = sources or load_sources(recipe, device)
+    features = None
+    if teacher:
+        features = cached_features(teacher, dataset)
+    elif facts["teacher_digest"] == "oracle":
+        features = dataset_features("oracle", dataset, recipe.data.size // recipe.network.patch_size)
+    return Batches(dataset, features, recipe.training)
 
 # %% ../nbs/lib/recipes.ipynb #a9e31de4
-_images = lru_cache(maxsize=4)(load_dataset)  # a study asks for the same images many times
+_kept_images = lru_cache(maxsize=4)(images_of)  # a study asks for the same images many times
 
 # %% ../nbs/lib/recipes.ipynb #d3d3cbd5
 @dataclass
@@ -234,11 +268,11 @@ class Run:
     def images(self, split: str = "validation", n: int | None = None) -> Dataset:
         """Images of the dataset that the run was trained on."""
         n = self.recipe.data.n if split == "train" and n is None else n
-        return _images(self.recipe.data.name, self.recipe.data.size, split, n)
+        return _kept_images(self.recipe.data, split, n)
 
     def survey_images(self, n: int) -> Dataset:
         """About n images: held-out ones if there are enough, else the training images."""
-        if self.recipe.data.name == "shapes":  # procedural, so there are always enough
+        if self.recipe.data.name in STREAMS:  # made on demand, so there are always enough
             return self.images("validation", n)
         held_out = self.images("validation")
         return held_out if len(held_out) >= n else self.images("train")
@@ -284,16 +318,6 @@ def load_run(
     return Run(path, recipe, int(folder.name), *(m.to(place).eval().requires_grad_(False) for m in (net, method)))
 
 # %% ../nbs/lib/recipes.ipynb #a2636a26
-def facts_of(batches: Batches) -> dict[str, Any]:
-    """What a run was trained on."""
-    return {
-        "num_classes": len(batches.dataset.classes),
-        "teacher_dim": 0 if batches.features is None else batches.features.shape[-1],
-        "data_digest": batches.dataset.digest,
-        "teacher_digest": batches.teacher_digest,
-    }
-
-
 def check_facts(path: Path, facts: dict[str, Any]) -> None:
     """Refuse to continue a run with other data or another teacher."""
     if not steps_of(path):
@@ -317,9 +341,11 @@ def train(
     stored = path / "recipe.json"
     if stored.exists() and identity(from_json(stored.read_text())) != identity(recipe):
         raise FileExistsError(f"{path} holds a run of another recipe; choose another folder or remove it")
-    batches = make_batches(recipe, device)
-    facts = facts_of(batches)
-    check_facts(path, facts)
+    sources = load_sources(recipe, device)
+    check_facts(path, sources.facts)
+    batches = make_batches(recipe, device, sources)
+    facts = sources.facts | {"teacher_dim": 0 if batches.features is None else batches.features.shape[-1]}
+    del sources  # the teacher need not stay on the device
     net, method = build(recipe, facts["num_classes"], facts["teacher_dim"])
     path.mkdir(parents=True, exist_ok=True)
     write_atomic(stored, to_json(recipe))

@@ -28,7 +28,7 @@ from .sampling import SamplerConfig, last_sample
 
 # %% ../nbs/lib/shipping.ipynb #de36f274
 SHIPPED = {"sit-shapes": ("sit", "shapes"), "repa-shapes": ("repa", "shapes")}
-LONG = "training.steps=14000 training.lr=2e-3 training.warmup=500"  # beyond preset laptop
+LONG = "data.variant=middle training.steps=7000 training.cooldown=0.4 training.lr=2e-3 training.warmup=500"
 TIMES = tuple(np.linspace(0, 1, 11).round(2).tolist())  # of the stored maps
 
 # %% ../nbs/lib/shipping.ipynb #c9152235
@@ -125,7 +125,7 @@ def write_card(run: Run, out: Path, command: str, config: SamplerConfig = Sample
 CARD = """\
 # {name}
 
-Method `{method}` on `{data.name}` at {data.size} px.
+Method `{method}` on `{data.name}` at {data.size} px{variant}.
 SiT with {net.depth} blocks, {net.width} wide, patch {net.patch_size}; {step:,} steps
 of {training.batch_size} images, seed {training.seed}, {training_seconds} s of training.
 Weights: moving average in float16. Licence {licence}.
@@ -151,7 +151,8 @@ def card_text(run: Run, card: dict) -> str:
     rows = [f"| {a:.1f} to {b:.1f} | {m:.4f} | {h:.4f} |" for a, b, m, h in zip(edges, edges[1:], losses, halves)]
     recipe = run.recipe
     parts = {"method": recipe.method.name, "data": recipe.data, "net": recipe.network, "training": recipe.training}
-    return CARD.format(**card, **parts, rows="\n".join(rows), mean=np.mean(losses))
+    variant = f", variant `{recipe.data.variant}`" if recipe.data.variant else ""
+    return CARD.format(**card, **parts, variant=variant, rows="\n".join(rows), mean=np.mean(losses))
 
 # %% ../nbs/lib/shipping.ipynb #68ac7435
 def make(

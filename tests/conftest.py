@@ -21,6 +21,14 @@ def copied(target: Path) -> Path:
     return target
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """No test reads or fills the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MASKALIGN_LAB_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def tree(tmp_path) -> Path:
     """A copy of the clone for one test."""

@@ -121,6 +121,21 @@ def test_random_teachers_are_the_same_each_time_and_leave_the_global_state_alone
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
 
 
+def test_published_teachers_are_known_by_their_weights(monkeypatch):
+    """Not by their name: the same name may get other weights."""
+    first, again = (encoders.load_teacher(RANDOM, grid=2) for _ in range(2))
+    assert first.digest == again.digest and len(first.digest) == 16
+    create = encoders.create_vit
+
+    def changed(*given):
+        vit = create(*given)
+        vit.norm.bias.data[-1] += 1e-3
+        return vit
+
+    monkeypatch.setattr(encoders, "create_vit", changed)
+    assert encoders.load_teacher(RANDOM, grid=2).digest != first.digest
+
+
 def test_oracle(dataset):
     assert encoders.dataset_features("oracle", dataset, 8).shape == (20, 64, 18)
     with pytest.raises(ValueError, match="exact masks.*digits"):

@@ -110,8 +110,10 @@ def test_a_folder_with_another_recipe_is_not_overwritten(tmp_path):
     assert load_run(tmp_path / "run").step == 2
 
 
-def test_a_run_is_not_continued_with_other_data_or_another_teacher(tmp_path):
+def test_a_run_is_not_continued_with_other_data_or_another_teacher(tmp_path, monkeypatch):
+    """And this is said before the teacher has looked at a single image."""
     train(tiny("repa", 2), tmp_path / "run", "cpu", 0)
+    monkeypatch.setattr("maskalign_lab.recipes.make_batches", lambda *_: pytest.fail("features were asked for"))
     facts = json.loads((tmp_path / "run" / "facts.json").read_text())
     assert len(facts["data_digest"]) == len(facts["teacher_digest"]) == 16
     for name in ("data_digest", "teacher_digest"):
