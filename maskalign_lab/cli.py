@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'OVERRIDE', 'PARAMETER', 'command', 'parse', 'overview', 'main', 'Train', 'folder_for', 'run_train',
-           'Teach', 'run_teach', 'Sample', 'chosen_classes', 'run_sample', 'Runs', 'run_runs', 'Import', 'run_import',
-           'Export', 'run_export', 'Run', 'report', 'run_run', 'Open', 'copy_notebooks', 'start_lab', 'run_open',
-           'Doctor', 'run_doctor', 'Refresh', 'run_refresh', 'Figures', 'run_figures', 'Make', 'run_make']
+           'Teach', 'run_teach', 'TrainJudge', 'run_judge', 'Sample', 'chosen_classes', 'run_sample', 'Measure',
+           'run_measure', 'Runs', 'run_runs', 'Import', 'run_import', 'Export', 'run_export', 'Run', 'report',
+           'run_run', 'Open', 'copy_notebooks', 'start_lab', 'run_open', 'Doctor', 'run_doctor', 'Refresh',
+           'run_refresh', 'Figures', 'run_figures', 'Make', 'run_make', 'Bench', 'run_bench']
 
 # %% ../nbs/lib/cli.ipynb #687e7694
 import dataclasses
@@ -89,7 +90,7 @@ class Train:
     method: Positional[str]  # repa, sit: what is trained
     overrides: Positional[tuple[str, ...]] = ()  # section.field=value, as many as you like
     preset: str = "laptop"  # smoke, laptop, gpu or paper
-    dataset: str = "shapes"  # shapes, digits or folder:PATH
+    dataset: str = "shapes"  # shapes, digits, photos or folder:PATH
     seed: int = 0  # of initialisation, data order and noise
     device: str = "auto"  # auto, cpu, cuda, mps
     out: str = ""  # the run's folder; default: under runs/trained, named after the recipe
@@ -124,7 +125,7 @@ def run_train(options: Train) -> int:
 class Teach:
     """Teach a small teacher, without labels: `teach folder:PATH --out teachers/mine`."""
 
-    dataset: Positional[str]  # shapes, digits or folder:PATH
+    dataset: Positional[str]  # shapes, digits, photos or folder:PATH
     out: str = ""  # the teacher's folder; default: under runs/teachers, named after the dataset
     steps: int = 1000  # of training
     seed: int = 0  # of initialisation, data order and views
@@ -140,6 +141,32 @@ def run_teach(options: Teach) -> int:
     teach(options.dataset, folder, TeachConfig(steps=options.steps, seed=options.seed), options.device)
     words = ["maskalign-lab", "train", "repa", "--dataset", options.dataset, f"data.teacher=tiny:{folder.absolute()}"]
     print(f"done: {folder / 'card.md'}\nNext: {shlex.join(words)}")
+    return 0
+
+# %% ../nbs/lib/cli.ipynb #867ece06
+@dataclass
+class TrainJudge:
+    """Train a judge, with labels: `judge folder:PATH`; `measure` asks it about samples."""
+
+    dataset: Positional[str]  # shapes, digits, photos or folder:PATH
+    out: str = ""  # the judge's folder; default: under runs/judges, where `measure` looks
+    steps: int = 400  # of training
+    size: int = 32  # pixels a side
+    seed: int = 0  # of initialisation, data order and augmentation
+    device: str = "auto"  # auto, cpu, cuda, mps
+
+# %% ../nbs/lib/cli.ipynb #f3f544b7
+@command("judge", TrainJudge)
+def run_judge(options: TrainJudge) -> int:
+    """Train a judge and name its card."""
+    from maskalign_lab.judging import JudgeConfig, train_judge
+    from maskalign_lab.recipes import absolute
+
+    spec = absolute(options.dataset)
+    folder = folder_for(options.out, "judges", spec, *([] if options.size == 32 else [str(options.size)]))
+    config = JudgeConfig(steps=options.steps, size=options.size, seed=options.seed)
+    train_judge(spec, folder, config, options.device)
+    print(f"done: {folder / 'card.md'}\nNext: maskalign-lab measure RUN, for a run on {spec}")
     return 0
 
 # %% ../nbs/lib/cli.ipynb #79f6b8c8
@@ -180,12 +207,47 @@ def run_sample(options: Sample) -> int:
 
     config, device = SamplerConfig(options.solver, options.steps, options.guidance), resolve_device(options.device)
     run = load_run(options.run, device=str(device))
+    if run.net.in_channels != 3:
+        raise ValueError(
+            f"run {run.name!r} makes latents of {run.net.in_channels} channels, not images; nothing to draw"
+        )
     classes = chosen_classes(options.classes, run.net.num_classes)
     y = torch.tensor(classes, device=device).repeat_interleave(options.n)
     x = last_sample(run.net, run.recipe.objective, y, config, options.seed)  # (b, c, h, w)
     pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     title = f"{run.name}, step {run.step:,}, guidance {options.guidance:g}"
     print(save_png(sample_grid(pixels, options.n, [f"class {k}" for k in classes], title), Path(options.out)))
+    return 0
+
+# %% ../nbs/lib/cli.ipynb #d85920d0
+@dataclass
+class Measure:
+    """Measure a trained run: `measure repa-shapes --n 1000 --guidance 1.5`."""
+
+    run: Positional[str]  # a run's name or folder
+    n: int = 5000  # samples, spread evenly over the classes; distances compare at equal numbers only
+    guidance: float = 1.0  # scale; 1 is off
+    solver: str = "heun"  # euler, heun or euler-maruyama
+    steps: int = 25  # of the solver
+    seed: int = 0  # of labels and noise
+    judge: str = ""  # the judge's folder; default: the dataset's own
+    device: str = "auto"  # auto, cpu, cuda, mps
+    out: str = ""  # the JSON file; default: under runs/measured, named after the run and the guidance
+
+# %% ../nbs/lib/cli.ipynb #ab7db689
+@command("measure", Measure)
+def run_measure(options: Measure) -> int:
+    """Sample, judge, print and write."""
+    from maskalign_lab.measuring import measure, measured_text, save_measure
+    from maskalign_lab.recipes import load_run
+    from maskalign_lab.sampling import SamplerConfig
+
+    run = load_run(options.run, device=options.device)
+    config = SamplerConfig(options.solver, options.steps, options.guidance)
+    found = measure(run, options.n, config, options.seed, Path(options.judge) if options.judge else None)
+    name = f"{run.name}-step-{run.step}-guidance-{options.guidance:g}.json"
+    print(measured_text(found))
+    print(save_measure(found, folder_for(options.out, "measured", name)))
     return 0
 
 # %% ../nbs/lib/cli.ipynb #3058e410
@@ -396,4 +458,23 @@ def run_make(options: Make) -> int:
     from maskalign_lab.shipping import make
 
     print(make(options.name, device=options.device))
+    return 0
+
+# %% ../nbs/lib/cli.ipynb #07b56deb
+@dataclass
+class Bench:
+    """Time the library against plain ways, side by side: `bench`, or `bench scrub --short`."""
+
+    name: Positional[str] = ""  # of one benchmark; default: all
+    short: bool = False  # few rounds of small work, to see that they run
+    device: str = "auto"  # auto, cpu, cuda, mps
+    out: str = ""  # a JSON file for the machine, the times and the ratios
+
+# %% ../nbs/lib/cli.ipynb #8aba18ae
+@command("bench", Bench)
+def run_bench(options: Bench) -> int:
+    """Run the benchmarks and print one table."""
+    from maskalign_lab.benchmarking import bench
+
+    bench([options.name] if options.name else [], options.short, options.device, options.out)
     return 0

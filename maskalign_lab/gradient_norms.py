@@ -79,7 +79,10 @@ def top_tokens(
 def concentration(
     probability: Tensor,  # (..., n) position probability
 ) -> Tensor:  # (...)
-    """Largest over smallest position probability. MaskAlign reports about 21 for SiT-XL/2 under full alignment."""
+    """Largest over smallest position probability, infinite if a position is never marked.
+
+    MaskAlign reports about 21 for SiT-XL/2 under full alignment.
+    """
     return probability.amax(-1) / probability.amin(-1)
 
 # %% ../nbs/01_gradient_norms.ipynb #27d1dea3

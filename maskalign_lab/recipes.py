@@ -169,7 +169,7 @@ def absolute(
 # %% ../nbs/lib/recipes.ipynb #9b46c7f7
 def identity(recipe: Recipe) -> str:
     """A short digest of all that shapes a run's result."""
-    neutral = replace(recipe.training, save_every=0, log_every=0)
+    neutral = replace(recipe.training, save_every=1, log_every=1)
     text = to_json(replace(recipe, training=neutral)) + edit_digest(recipe.method.name)
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 

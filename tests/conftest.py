@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("maskalign_lab", "nbs", "data", "tests")
+FOLDERS = ("maskalign_lab", "nbs", "data", "tests", "benchmarks")
 
 
 def copied(target: Path) -> Path:

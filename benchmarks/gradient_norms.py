@@ -1,0 +1,78 @@
+"""Norms of the alignment gradient at every token: one backward pass for all of them against one for each.
+
+A projector maps tokens one by one, so the gradient of the summed loss at token i is that of token i's own loss.
+The naive loop does not use this. Both must agree, which is checked in float64 before anything is timed.
+
+    python benchmarks/gradient_norms.py [--short] [--device cuda]
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from maskalign_lab.alignment import cosine_alignment, projector
+from maskalign_lab.benchmarking import Comparison, in_turn, run_script
+from maskalign_lab.gradient_norms import pulled_back, token_gradient_norms
+from maskalign_lab.seeding import generator
+
+TOLERANCE = 1e-10  # of the relative difference in float64
+SIZES = {"small": (96, 256, 192, 256), "SiT-B": (768, 2048, 768, 64)}  # width, hidden, teacher, tokens of the loop
+
+
+def naive(mlp: nn.Module, hidden: Tensor, features: Tensor) -> Tensor:  # (b, n)
+    """One forward and one backward pass for each token."""
+    norms = torch.empty(hidden.shape[:2], dtype=hidden.dtype, device=hidden.device)
+    for i in range(hidden.shape[0]):
+        for j in range(hidden.shape[1]):
+            token = hidden[i, j].detach().requires_grad_()
+            loss = cosine_alignment(mlp(token[None]), features[i, j][None]).sum()
+            norms[i, j] = torch.autograd.grad(loss, token)[0].norm()
+    return norms
+
+
+def closed(mlp: nn.Module, hidden: Tensor, features: Tensor) -> Tensor:  # (b, n)
+    """The closed form at the projector's output, pulled back."""
+    return pulled_back(mlp, hidden, features).norm(dim=-1)
+
+
+def given(name: str, short: bool) -> tuple[nn.Module, Tensor, Tensor]:
+    """A projector, hidden tokens (b, n, d) and teacher tokens (b, n, z), in float64."""
+    width, inside, teacher, tokens = SIZES[name]
+    shape = (1, 16) if short else (tokens // 64, 64)
+    g = generator(0, 0, "benchmark")
+    draw = partial(torch.randn, generator=g, dtype=torch.float64)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        mlp = projector(width, inside, teacher).double()
+    return mlp, draw(*shape, width), draw(*shape, teacher)
+
+
+def difference(mlp: nn.Module, hidden: Tensor, features: Tensor) -> float:
+    """The largest relative difference of either fast way from the naive loop."""
+    exact = naive(mlp, hidden, features)
+    return max(
+        ((way(mlp, hidden, features) - exact).abs() / exact).max().item() for way in (token_gradient_norms, closed)
+    )
+
+
+def compare(name: str, short: bool, device: torch.device) -> Comparison:
+    """Check in float64, then time in float32."""
+    mlp, hidden, features = given(name, short)
+    error = difference(mlp, hidden, features)
+    if not error <= TOLERANCE:
+        raise AssertionError(f"{name}: the norms differ from the naive loop by {error:.1e}, more than {TOLERANCE}")
+    on = [thing.float().to(device) for thing in (mlp, hidden, features)]
+    ways = {"naive: a backward pass per token": naive, "one backward pass": token_gradient_norms, "closed form": closed}
+    seconds = in_turn({way: partial(f, *on) for way, f in ways.items()}, 3 if short else 10, device)
+    facts = {"tokens": hidden.shape[0] * hidden.shape[1], "float64 difference": f"{error:.0e}"}
+    return Comparison(f"gradient norms, {name} projector", seconds, next(iter(ways)), facts)
+
+
+def measure(short: bool, device: torch.device) -> list[Comparison]:
+    """A small projector and one of SiT-B."""
+    return [compare(name, short, device) for name in (["small"] if short else SIZES)]
+
+
+if __name__ == "__main__":
+    run_script(__file__)
