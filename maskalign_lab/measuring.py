@@ -22,7 +22,7 @@ from .datasets import Dataset
 from .judges import Judge, load_judge
 from .judging import real_pair
 from .metrics import balanced_labels, four_digits, judged, mean_interval, validation_loss
-from .recipes import Run
+from .recipes import Run, options_of
 from .sampling import SamplerConfig, last_sample
 from .seeding import key
 
@@ -88,7 +88,7 @@ def measure(
     """The loss of a run, its samples beside real pictures, and real pictures beside real pictures."""
     spec, size = run.recipe.data.name, run.recipe.data.size
     judge = load_judge(spec, size, judge_folder, next(run.net.parameters()).device)
-    real, other = real_pair(spec, size, n)
+    real, other = real_pair(spec, size, n, **options_of(run.recipe.data))
     check_classes(judge, real)
     labels = balanced_labels(len(real), run.net.num_classes, seed)
     facts = {"run": run.name, "step": run.step, "dataset": spec, "judge": judge.digest, "seed": seed}

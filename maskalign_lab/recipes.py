@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'ALIGNED', 'DataConfig', 'NetworkConfig', 'Recipe', 'to_json', 'from_json', 'override', 'make_recipe',
-           'absolute', 'identity', 'build', 'images_of', 'Sources', 'load_sources', 'Batches', 'make_batches', 'Run',
-           'run_folders', 'find_run', 'load_run', 'check_facts', 'train', 'ensure_run']
+           'absolute', 'identity', 'build', 'options_of', 'images_of', 'Sources', 'load_sources', 'Batches',
+           'make_batches', 'Run', 'run_folders', 'find_run', 'load_run', 'check_facts', 'train', 'ensure_run']
 
 # %% ../nbs/lib/recipes.ipynb #14765924
 import dataclasses
@@ -191,12 +191,14 @@ def build(
     return net, method
 
 # %% ../nbs/lib/recipes.ipynb #7a2ace08
+def options_of(data: DataConfig) -> dict[str, str]:
+    """The option of `load_dataset` that gives a recipe's variant."""
+    return {STREAMS[one_of(data.name, STREAMS, "dataset with variants")]: data.variant} if data.variant else {}
+
+
 def images_of(data: DataConfig, split: str, n: int | None = None) -> Dataset:
     """The images that a recipe names; n of them, or all."""
-    options = {}
-    if data.variant:
-        options[STREAMS[one_of(data.name, STREAMS, "dataset with variants")]] = data.variant
-    return load_dataset(data.name, data.size, split, n, **options)
+    return load_dataset(data.name, data.size, split, n, **options_of(data))
 
 # %% ../nbs/lib/recipes.ipynb #0e1fe7e4
 class Sources(NamedTuple):
