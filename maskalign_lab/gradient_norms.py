@@ -398,11 +398,12 @@ def finding(
     probability: np.ndarray,  # (n,) position probability at one time
     images: int,  # that it was estimated from
 ) -> dict[str, float | str]:
-    """Ratio of extremes beside its null, and whether this network's ratio exceeds chance."""
+    """Peak over mean, ratio of extremes beside its null, and whether this network's ratio exceeds chance."""
     ratio = concentration(torch.tensor(probability)).item()
     null = null_concentration(images, len(probability))
     above = ratio > null.max().item()
     return {
+        "peak": float(probability.max() / probability.mean()),
         "ratio": ratio,
         "chance": null.mean().item(),
         "above chance": "yes" if above else "no",
