@@ -91,7 +91,14 @@ def measure(
     real, other = real_pair(spec, size, n, **options_of(run.recipe.data))
     check_classes(judge, real)
     labels = balanced_labels(len(real), run.net.num_classes, seed)
-    facts = {"run": run.name, "step": run.step, "dataset": spec, "judge": judge.digest, "seed": seed}
+    facts = {
+        "run": run.name,
+        "step": run.step,
+        "dataset": spec,
+        "variant": run.recipe.data.variant,
+        "judge": judge.digest,
+        "seed": seed,
+    }
     facts |= {"sampler": asdict(config), "validation loss": loss_of(run, run.images("validation"))}
     samples = torch.cat(list(with_progress(sample_batches(run, labels, config, seed), len(labels), print_every)))
     reference = real.images()

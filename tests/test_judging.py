@@ -253,6 +253,16 @@ def test_a_measured_run(run, card):
     assert "guidance 1" in measuring.measured_text(found)
 
 
+def test_a_run_is_measured_beside_its_own_variant(run, judge):
+    """A placement law moves the real pictures too, so that the floor stays a floor."""
+    recipe = replace(run.recipe, data=replace(run.recipe.data, variant="left"))
+    found = measuring.measure(replace(run, recipe=recipe), 60, SamplerConfig("euler", steps=1), print_every=0)
+    pair = judging.real_pair("shapes", n=60, placement="left")
+    assert max(part.attributes["x"].max() for part in pair) < 0.5 and found["variant"] == "left"
+    expected = metrics.judged(judge, *(part.images() for part in pair), torch.from_numpy(pair[1].labels))
+    assert found["floor"] == expected
+
+
 def test_a_short_measurement_draws_the_first_samples_of_a_long_one(run):
     config, labels = SamplerConfig("euler", steps=1), metrics.balanced_labels(260, 10)
     (short,), long = (list(measuring.sample_batches(run, labels[:n], config)) for n in (250, 260))
