@@ -301,7 +301,7 @@ def describe(
         full["mlp_ratio"], full.get("learn_sigma", False), net.data_at_one,
     )  # fmt: skip
     recipe = Recipe(
-        DataConfig(dataset, full["input_size"]), network, official.objective, method.config, TrainingConfig()
+        DataConfig(dataset, size=full["input_size"]), network, official.objective, method.config, TrainingConfig()
     )
     teacher_dim = full["z_dims"][0] if isinstance(method, REPA) else 0
     facts = {"num_classes": net.num_classes, "teacher_dim": teacher_dim, "channels": net.in_channels}

@@ -111,7 +111,7 @@ def test_colour_does_not_tell_the_class(standard):
     assert RidgeClassifier(100.0).fit(raw[0], train.labels).score(raw[1], held.labels) < 0.25
 
 
-@pytest.mark.parametrize("placement", ["middle", {"z": (0, 1)}, {"x": (0.7, 0.2)}, {"x": (0, 2)}])
+@pytest.mark.parametrize("placement", ["upside", {"z": (0, 1)}, {"x": (0.7, 0.2)}, {"x": (0, 2)}])
 def test_placement_is_checked(placement):
     with pytest.raises(ValueError, match="placement"):
         load_dataset("shapes", n=1, placement=placement)
