@@ -203,6 +203,7 @@ def run_sample(options: Sample) -> int:
     from maskalign_lab.plots import sample_grid, save_png
     from maskalign_lab.recipes import load_run
     from maskalign_lab.sampling import SamplerConfig, last_sample
+    from maskalign_lab.shipping import to_pixels
     from maskalign_lab.training import resolve_device
 
     config, device = SamplerConfig(options.solver, options.steps, options.guidance), resolve_device(options.device)
@@ -214,7 +215,7 @@ def run_sample(options: Sample) -> int:
     classes = chosen_classes(options.classes, run.net.num_classes)
     y = torch.tensor(classes, device=device).repeat_interleave(options.n)
     x = last_sample(run.net, run.recipe.objective, y, config, options.seed)  # (b, c, h, w)
-    pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    pixels = to_pixels(x.cpu())
     title = f"{run.name}, step {run.step:,}, guidance {options.guidance:g}"
     print(save_png(sample_grid(pixels, options.n, [f"class {k}" for k in classes], title), Path(options.out)))
     return 0
