@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .layers import take
 from .methods import Batch, Draw, Losses, Method, MethodConfig, State, denoise
 from .objectives import Objective
 from .sit import check_depths
@@ -71,7 +72,7 @@ class REPA(Method, name="repa"):
         self.projectors = nn.ModuleList([projector(net.width, config.projector_width, teacher_dim)])
 
     def loss(self, state: State, batch: Batch, draw: Draw, phase: str = "main") -> Losses:
-        velocity, hidden = denoise(self, state.model, batch, draw)
+        velocity, _, hidden = denoise(self, state.model, batch, draw)
         projected = self.projectors[0](hidden[self.config.depth])
-        alignment = cosine_alignment(projected, batch.features).mean()
+        alignment = cosine_alignment(projected, take(batch.features, draw.keep)).mean()
         return Losses(velocity + self.config.weight * alignment, {"velocity": velocity, "alignment": alignment})

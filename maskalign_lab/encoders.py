@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TEACHERS', 'BATCH', 'Features', 'prepare', 'Teacher', 'build_vit', 'tiny_teacher', 'load_tiny', 'load_timm',
-           'weights_digest', 'create_vit', 'check_grid', 'load_teacher', 'encode', 'dataset_features', 'description',
-           'cached_features']
+           'weights_digest', 'create_vit', 'check_grid', 'load_teacher', 'encode', 'rows_of', 'dataset_features',
+           'description', 'cached_features']
 
 # %% ../nbs/lib/encoders.ipynb #6ff2cecf
 import hashlib
@@ -59,6 +59,7 @@ class Teacher(nn.Module):
         super().__init__()
         self.vit = vit.eval().requires_grad_(False)
         self.name, self.grid, self.dim, self.digest = name, grid, vit.embed_dim, digest
+        self.has_class_token = vit.cls_token is not None
         self.side = grid * vit.patch_embed.patch_size[0]
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
@@ -73,7 +74,7 @@ class Teacher(nn.Module):
             images, indices=1, return_prefix_tokens=True, norm=True, output_fmt="NLC", intermediates_only=True
         )[0]
         tokens, prefix = last if isinstance(last, tuple) else (last, None)
-        return Features(tokens, tokens.mean(1) if self.vit.cls_token is None else prefix[:, 0])
+        return Features(tokens, prefix[:, 0] if self.has_class_token else tokens.mean(1))
 
 # %% ../nbs/lib/encoders.ipynb #d8007962
 def build_vit(
@@ -226,11 +227,16 @@ def encode(
     start: int = 0,  # first picture
     stop: int | None = None,  # end; None is that of the data set
     batch_size: int = BATCH,
-) -> Tensor:  # (stop - start, grid * grid, d) float16, on the CPU
-    """Patch tokens of a part of the pictures, in the data set's order."""
+) -> Tensor:  # (stop - start, 1 + grid * grid, d) float16, on the CPU
+    """Class token and patch tokens of a part of the pictures, in the data set's order."""
     stop = len(dataset) if stop is None else stop
     parts = [slice(k, min(k + batch_size, stop)) for k in range(start, stop, batch_size)]
-    return torch.cat([teacher(dataset.images(part, teacher.mean.device)).tokens.half().cpu() for part in parts])
+    return torch.cat([rows_of(teacher(dataset.images(part, teacher.mean.device))).half().cpu() for part in parts])
+
+
+def rows_of(features: Features) -> Tensor:  # (b, 1 + n, d)
+    """Class token first, then the patches: the order of tokens in REG's network."""
+    return torch.cat([features.cls.unsqueeze(1), features.tokens], 1)
 
 # %% ../nbs/lib/encoders.ipynb #7a860d6c
 def dataset_features(
@@ -239,17 +245,18 @@ def dataset_features(
     grid: int,  # tokens a side of the network that will be aligned
     device: str | torch.device = "cpu",
     batch_size: int = BATCH,
-) -> Tensor:  # (n, grid * grid, d) float16, on the CPU
-    """Patch tokens of every picture, in memory."""
+) -> Features:  # float16, on the CPU
+    """What a teacher says about every picture, in memory."""
     if teacher == "oracle":
-        return torch.from_numpy(oracle_features(dataset, grid)).half()
-    model = load_teacher(teacher, dataset.pixels.shape[1], device, grid)
-    return encode(model, dataset, batch_size=batch_size)
+        tokens = torch.from_numpy(oracle_features(dataset, grid)).half()
+        return Features(tokens, tokens.mean(1))
+    rows = encode(load_teacher(teacher, dataset.pixels.shape[1], device, grid), dataset, batch_size=batch_size)
+    return Features(rows[:, 1:], rows[:, 0])
 
 # %% ../nbs/lib/encoders.ipynb #370f5c6d
 def description(teacher: Teacher, dataset: Dataset) -> dict[str, Any]:
     """What features depend on, as plain values."""
-    code = "".join(map(inspect.getsource, (prepare, Teacher.forward)))
+    code = "".join(map(inspect.getsource, (prepare, Teacher.forward, rows_of)))
     return {
         "data": dataset.digest,
         "teacher": teacher.digest,
@@ -262,11 +269,11 @@ def description(teacher: Teacher, dataset: Dataset) -> dict[str, Any]:
 def cached_features(
     teacher: Teacher,
     dataset: Dataset,
-) -> Cache:  # (n, grid * grid, d) float16, on disk
-    """Patch tokens of every picture, encoded at most once and kept under `paths.cache() / "features"`.
+) -> Cache:  # (n, 1 + grid * grid, d) float16, on disk
+    """Class token and patch tokens of every picture, encoded at most once and kept under `paths.cache() / "features"`.
 
     Raises `ValueError` that names what is damaged, or what was made by another teacher; see `caching.fill`.
     """
     told = description(teacher, dataset)
-    size = rows_per_shard(2 * teacher.grid**2 * teacher.dim, BATCH)
+    size = rows_per_shard(2 * (1 + teacher.grid**2) * teacher.dim, BATCH)
     return fill(place("features", told), told, len(dataset), lambda a, b: encode(teacher, dataset, a, b), size)

@@ -11,7 +11,6 @@ __all__ = ['SIZES', 'token_gradients', 'token_gradient_norms', 'projected_gradie
 # %% ../nbs/01_gradient_norms.ipynb #de755516
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,6 @@ from torch import Tensor, nn
 
 from .alignment import cosine_alignment, projector
 from .datasets import Dataset
-from .encoders import dataset_features
 from .interpolants import interpolate
 from .plots import Curve, Panels, Picture, TokenMap, filmstrip
 from .seeding import batch_indices, generator, key
@@ -101,36 +99,31 @@ def null_concentration(
     return torch.stack(ratios)
 
 # %% ../nbs/01_gradient_norms.ipynb #8ee22925
-_features = lru_cache(maxsize=2)(dataset_features)  # the teacher looks at a dataset once, not once per checkpoint
-
-
 @dataclass
 class Observed:
     """A network, and the alignment loss through which its tokens are looked at."""
 
     name: str
     run: "Run"  # noqa: F821  (recipes stands above this module)
-    net: SiT
     projector: nn.Module
     depth: int  # counted from 1
-    teacher: str  # by name
-
-    def features(self, dataset: Dataset) -> Tensor:  # (n, tokens, z) float16
-        return _features(self.teacher, dataset, self.net.side, self.device)
 
     @property
-    def device(self) -> torch.device:
-        return self.net.pos_embed.device
+    def net(self) -> SiT:
+        return self.run.net
+
+    def features(self, dataset: Dataset) -> Tensor:  # (n, tokens, z) float16
+        return self.run.teacher_view(dataset).tokens
 
 # %% ../nbs/01_gradient_norms.ipynb #61b7fba6
 def observe(run: "Run") -> Observed:  # noqa: F821
     """Look at a run through its own projector, or through an observer if it has none."""
-    config, recipe = run.method.config, run.recipe
-    if hasattr(run.method, "projectors"):
-        return Observed(run.name, run, run.net, run.method.projectors[0], config.depth, recipe.data.teacher)
+    method = getattr(run.method, "inner", run.method)
+    if hasattr(method, "projectors"):
+        return Observed(run.name, run, method.projectors[0], method.config.depth)
     depth = min(4, run.net.depth)
     observer = load_observer(run, depth) or fit_observer(run, depth)
-    return Observed(run.name, run, run.net, observer, depth, recipe.data.teacher)
+    return Observed(run.name, run, observer, depth)
 
 # %% ../nbs/01_gradient_norms.ipynb #1f47a169
 def fit_observer(
@@ -142,15 +135,15 @@ def fit_observer(
 ) -> nn.Module:
     """REPA's projector, fitted to a frozen network's hidden tokens."""
     dataset = run.images("train")
-    features = _features(run.recipe.data.teacher, dataset, run.net.side, run.net.pos_embed.device)
+    features, device = run.teacher_view(dataset).tokens, run.device
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(0, 0, "observer"))
-        observer = projector(run.net.width, width, features.shape[-1]).to(run.net.pos_embed.device)
+        observer = projector(run.net.width, width, features.shape[-1]).to(device)
     optimizer = torch.optim.AdamW(observer.parameters(), lr=1e-3, weight_decay=0.0)
     for step in range(steps):
         index = batch_indices(len(dataset), batch_size, step, seed=0)
         t = torch.rand(batch_size, generator=generator(0, step, "observer"))
-        hidden = noised_hidden(run.net, depth, dataset, index, t, step)
+        hidden = noised_hidden(run, depth, dataset, index, t, step)
         loss = cosine_alignment(observer(hidden), features[index].to(hidden)).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -166,23 +159,28 @@ def load_observer(run: "Run", depth: int) -> nn.Module | None:  # noqa: F821
     tensors = {name: torch.from_numpy(value).float() for name, value in load_file(path).items()}
     observer = projector(run.net.width, len(tensors["0.bias"]), len(tensors["4.bias"]))
     observer.load_state_dict(tensors)
-    return observer.to(run.net.pos_embed.device).eval().requires_grad_(False)
+    return observer.to(run.device).eval().requires_grad_(False)
 
 # %% ../nbs/01_gradient_norms.ipynb #8e63ec9d
 @torch.no_grad()
 def noised_hidden(
-    net: SiT,
+    run: "Run",  # noqa: F821
     depth: int,  # counted from 1
     dataset: Dataset,
     index: np.ndarray,  # which images
     t: Tensor,  # (b,) times in [0, 1]
     step: int,  # keys the noise
-) -> Tensor:  # (b, n, d)
-    """Hidden tokens of noised images at a depth, conditioned on the true labels."""
-    x = dataset.images(index, device=net.pos_embed.device)
+) -> Tensor:  # (b, n, d) patches; a class token is left out
+    """Hidden tokens of noised images at a depth, conditioned on the true labels and, in REG, on the noised class token."""
+    x = dataset.images(index, device=run.device)
     noise = torch.randn(x.shape, generator=generator(0, step, "analysis noise")).to(x)
-    y = torch.as_tensor(dataset.labels[index], device=x.device)
-    return hidden_tokens(net, interpolate(x, noise, t.to(x)), t.to(x), y, depth)
+    y, t, cls = torch.as_tensor(dataset.labels[index], device=x.device), t.to(x), run.class_tokens(dataset)
+    if cls is not None:
+        cls = cls[index]
+        class_noise = torch.randn(cls.shape, generator=generator(0, step, "analysis class noise")).to(cls)
+        cls = interpolate(cls, class_noise, t)
+    hidden = hidden_tokens(run.net, interpolate(x, noise, t), t, y, depth, cls)
+    return hidden if cls is None else hidden[:, 1:]
 
 # %% ../nbs/01_gradient_norms.ipynb #e77c4aac
 @dataclass
@@ -229,7 +227,7 @@ def gradient_norms_at(
 ) -> Tensor:  # (b, n)
     """g_i of some images at one time, on the CPU."""
     times = torch.full((len(index),), float(t))
-    hidden = noised_hidden(observed.net, observed.depth, dataset, index, times, step=int(index[0]))
+    hidden = noised_hidden(observed.run, observed.depth, dataset, index, times, step=int(index[0]))
     return token_gradient_norms(observed.projector, hidden, features[index].to(hidden)).cpu()
 
 # %% ../nbs/01_gradient_norms.ipynb #e3b621fa
@@ -295,14 +293,14 @@ def make_film(
     surveys = [_survey_of(each, images, sizes) for each in studied]
     times = surveys[0].times
     index = np.array([np.flatnonzero(images.labels == c)[0] for c in np.unique(images.labels)])[: sizes.shown]
-    norms = []
+    shown, norms = images.subset(index), []
     for each in studied:
-        features = each.features(images.subset(index))
-        rows = [gradient_norms_at(each, images.subset(index), features, np.arange(len(index)), t) for t in times]
+        features = each.features(shown)
+        rows = [gradient_norms_at(each, shown, features, np.arange(len(index)), t) for t in times]
         norms.append(torch.stack(rows, dim=1))  # (k, T, n)
     labels = [images.classes[images.labels[i]] for i in index]
     clean = images.pixels[index]
-    noised = np.stack([_noised_pixels(images.subset(index), t) for t in times], axis=1)
+    noised = np.stack([_noised_pixels(shown, t) for t in times], axis=1)
     return Film([each.name for each in studied], times, labels, clean, noised, torch.stack(norms).numpy(), surveys)
 
 # %% ../nbs/01_gradient_norms.ipynb #4927eb2d

@@ -65,9 +65,8 @@ def loss_of(
     held_out: Dataset,
 ) -> dict[str, Any]:
     """Validation velocity loss per bin of t, with its 95 % interval."""
-    device = next(run.net.parameters()).device
-    labels = torch.as_tensor(held_out.labels, device=device)
-    losses = validation_loss(run.net, run.recipe.objective, held_out.images(device=device), labels)
+    labels, images = torch.as_tensor(held_out.labels, device=run.device), held_out.images(device=run.device)
+    losses = validation_loss(run.net, run.recipe.objective, images, labels, class_tokens=run.class_tokens(held_out))
     mean, half = (values.tolist() for values in mean_interval(losses))
     return {
         "pictures": len(held_out),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .interpolants import interpolate, velocity
-from .objectives import Objective, predicted_velocity
+from .objectives import Objective, draw_noise, predicted_velocity
 from .seeding import generator, key, rng
 
 # %% ../nbs/lib/metrics.ipynb #296636ed
@@ -30,21 +30,32 @@ def validation_loss(
     bins: int = 10,  # equal bins of t
     seed: int = 0,  # same seed, same noise and times
     batch_size: int = 256,
+    class_tokens: Tensor | None = None,  # (n, z) clean, for a network that denoises one; it sees them noised
 ) -> Tensor:  # (bins, n) squared velocity error per image, in each bin
-    """Mean squared velocity error of every image at one time inside each bin of t, whatever the net predicts."""
+    """Mean squared velocity error of every image at one time inside each bin of t, whatever the net predicts.
+
+    A network with a class token is told more about the image than one without, so their losses do not compare.
+    """
     rows = []
     for bin in range(bins):
         g = generator(seed, bin, "validation", x.device)
         noise = objective.noise_scale * torch.randn(x.shape, generator=g, device=x.device)
         t = (bin + torch.rand(len(x), generator=g, device=x.device)) / bins
-        chunks = zip(x.split(batch_size), y.split(batch_size), noise.split(batch_size), t.split(batch_size))
+        given = [x, y, noise, t]
+        if class_tokens is not None:
+            class_noise = draw_noise(objective, class_tokens.shape, generator(seed, bin, "validation class", x.device))
+            given.append(interpolate(class_tokens, class_noise, t, objective.interpolant))
+        chunks = zip(*(values.split(batch_size) for values in given), strict=True)
         rows.append(torch.cat([_velocity_error(net, objective, *chunk) for chunk in chunks]))
     return torch.stack(rows)
 
 
-def _velocity_error(net: nn.Module, objective: Objective, x: Tensor, y: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+def _velocity_error(
+    net: nn.Module, objective: Objective, x: Tensor, y: Tensor, noise: Tensor, t: Tensor, cls_t: Tensor | None = None
+) -> Tensor:
     x_t = interpolate(x, noise, t, objective.interpolant)
-    v = predicted_velocity(objective, net(x_t, t, y).prediction.float(), x_t, t)
+    extras = {} if cls_t is None else {"cls": cls_t}
+    v = predicted_velocity(objective, net(x_t, t, y, **extras).prediction.float(), x_t, t)
     return (v - velocity(x, noise, t, objective.interpolant)).square().flatten(1).mean(1)
 
 # %% ../nbs/lib/metrics.ipynb #642a094c

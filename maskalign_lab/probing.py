@@ -8,13 +8,15 @@ __all__ = ['linear_probe', 'pooled_hidden', 'probe_over_depth', 'hsic', 'neighbo
 
 # %% ../nbs/lib/probing.ipynb #f2260266
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .interpolants import interpolate
-from .methods import Batch, Draw, Method, State
+from .methods import Batch, Method, State
 from .objectives import Objective, draw_noise
 from .seeding import generator
 from .sit import SiT
@@ -143,11 +145,11 @@ def gradient_cosine(
     seed: int = 0,  # of the noise
 ) -> Tensor:  # (times, depths), NaN where one of the gradients is zero
     """Cosine between the gradients of two losses with respect to a block's parameters."""
-    noise = draw_noise(method.objective, batch.x.shape, generator(seed, 0, "gradients", batch.x.device))
+    drawn = method.draw(batch, 0, partial(generator, seed, device=batch.x.device))
     blocks = [[p for p in net.blocks[depth - 1].parameters() if p.requires_grad] for depth in depths]
     rows = []
     for t in times:
-        draw = Draw(torch.full((len(batch.x),), t, device=batch.x.device), noise, batch.y)
+        draw = replace(drawn, t=torch.full_like(drawn.t, t), y=batch.y)
         losses = method.loss(State(net, net, 0), batch, draw).parts
         one, other = (block_gradients(losses[name], blocks) for name in parts)
         rows.append([float(a @ b / (a.norm() * b.norm())) for a, b in zip(one, other, strict=True)])

@@ -26,8 +26,8 @@ from .plots import loss_per_t, sample_grid, save_png
 from .recipes import Recipe, Run, load_run, make_recipe, train
 from .sampling import SamplerConfig, last_sample
 
-# %% ../nbs/lib/shipping.ipynb #de36f274
-SHIPPED = {"sit-shapes": ("sit", "shapes"), "repa-shapes": ("repa", "shapes")}
+# %% ../nbs/lib/shipping.ipynb #ad25ba91
+SHIPPED = {f"{method}-shapes": (method, "shapes") for method in ("sit", "repa", "reg", "maskalign")}
 LONG = "data.variant=middle training.steps=7000 training.cooldown=0.4 training.lr=2e-3 training.warmup=500"
 TIMES = tuple(np.linspace(0, 1, 11).round(2).tolist())  # of the stored maps
 
@@ -95,7 +95,8 @@ def to_pixels(images: Tensor) -> np.ndarray:  # (n, h, w, 3) uint8
 def write_card(run: Run, out: Path, command: str, config: SamplerConfig = SamplerConfig(guidance=2.0)) -> None:
     """Measure a run and write card.json, card.md, samples.png and loss.png."""
     held_out = run.images("validation")
-    losses = validation_loss(run.net, run.recipe.objective, held_out.images(), torch.as_tensor(held_out.labels))
+    images, labels = held_out.images(device=run.device), torch.as_tensor(held_out.labels, device=run.device)
+    losses = validation_loss(run.net, run.recipe.objective, images, labels, class_tokens=run.class_tokens(held_out))
     mean, half = mean_interval(losses)
     facts = json.loads((run.path / "facts.json").read_text())
     seconds = [json.loads(line)["seconds"] for line in (run.path / "log.jsonl").read_text().splitlines()]

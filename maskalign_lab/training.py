@@ -157,7 +157,7 @@ def compile_blocks(
     if not len(getattr(model, "blocks", ())):
         raise ValueError(f"compile=True needs a network with `blocks`, which {type(model).__name__} has not")
     check_compiler(device)
-    for block in model.blocks:
+    for block in (*model.blocks, *getattr(model, "mixer", ())):
         block.compile()
 
 # %% ../nbs/lib/training.ipynb #22854394

@@ -17,7 +17,7 @@ from maskalign_lab import caching, encoders, paths
 from maskalign_lab.caching import fill, open_cache, place
 from maskalign_lab.checkpoints import load_tensors, step_folder
 from maskalign_lab.datasets import load_dataset
-from maskalign_lab.encoders import cached_features, dataset_features, load_teacher
+from maskalign_lab.encoders import cached_features, dataset_features, load_teacher, rows_of
 from maskalign_lab.recipes import make_batches, make_recipe, train
 
 ROOT = Path(paths.__file__).parents[1]
@@ -315,7 +315,7 @@ def test_kept_features_are_the_teachers(monkeypatch, looks):
     dataset, teacher = load_dataset("shapes", n=300), load_teacher("tiny", grid=8)
     cache = cached_features(teacher, dataset)
     assert len(list(cache.folder.glob("*.safetensors"))) == 2
-    assert torch.equal(cache[:], dataset_features("tiny", dataset, 8)) and sum(looks) == 600
+    assert torch.equal(cache[:], rows_of(dataset_features("tiny", dataset, 8))) and sum(looks) == 600
 
 
 def test_the_second_training_reads_what_the_first_has_written(tmp_path, looks, monkeypatch):
@@ -379,5 +379,5 @@ def test_other_data_another_grid_and_other_code_have_folders_of_their_own(monkey
 
 def test_the_oracle_is_not_kept():
     features = make_batches(recipe("data.teacher=oracle")).features
-    assert torch.equal(features, dataset_features("oracle", load_dataset("shapes", n=64), 8))
+    assert torch.equal(features, rows_of(dataset_features("oracle", load_dataset("shapes", n=64), 8)))
     assert not (paths.cache() / "features").exists()

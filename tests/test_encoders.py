@@ -70,11 +70,11 @@ def test_frozen(tiny, dataset):
 
 def test_features_do_not_depend_on_the_batch_size(tiny, dataset):
     name = f"tiny:{tiny[0]}"
-    one = encoders.dataset_features(name, dataset, 8, batch_size=1)
-    many = encoders.dataset_features(name, dataset, 8, batch_size=7)
-    assert one.shape == (20, 64, 32) and one.dtype == torch.float16
-    torch.testing.assert_close(one, many, rtol=2e-3, atol=2e-3)
-    assert torch.equal(many, encoders.dataset_features(name, dataset, 8, batch_size=7))
+    one, many, again = (encoders.dataset_features(name, dataset, 8, batch_size=size) for size in (1, 7, 7))
+    assert one.tokens.shape == (20, 64, 32) and one.cls.shape == (20, 32) and one.cls.dtype == torch.float16
+    for alone, together, repeated in zip(one, many, again, strict=True):
+        torch.testing.assert_close(alone, together, rtol=2e-3, atol=2e-3)
+        assert torch.equal(together, repeated)
 
 
 def test_pictures_of_another_size_are_resized(tiny):
@@ -137,7 +137,7 @@ def test_published_teachers_are_known_by_their_weights(monkeypatch):
 
 
 def test_oracle(dataset):
-    assert encoders.dataset_features("oracle", dataset, 8).shape == (20, 64, 18)
+    assert encoders.dataset_features("oracle", dataset, 8).tokens.shape == (20, 64, 18)
     with pytest.raises(ValueError, match="exact masks.*digits"):
         encoders.dataset_features("oracle", load_dataset("digits", n=20), 8)
     with pytest.raises(ValueError, match="no network"):

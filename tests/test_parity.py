@@ -191,7 +191,7 @@ def test_the_score_of_repa(path):
 class Analytic(nn.Module):
     """The recorded field, in the lab's time: it means a velocity, a score or a noise, as `kind` says."""
 
-    in_channels, side, patch_size, num_classes = 4, 4, 1, 1
+    in_channels, side, patch_size, num_classes, class_dim = 4, 4, 1, 1, None
 
     def __init__(self, kind, path):
         super().__init__()
@@ -201,9 +201,9 @@ class Analytic(nn.Module):
         s = (1 - t).view(-1, 1, 1, 1)
         given = torch.sin(1.3 * x) * (0.5 + s) - 0.2 * x + 0.1 * s
         if self.kind == "velocity":
-            return Output(-given, {})
+            return Output(-given, None, {})
         noise = given if self.kind == "noise" else -coefficients(self.path, t, x).sigma * given
-        return Output(noise, {})
+        return Output(noise, None, {})
 
 
 def transport(path, kind, **config):

@@ -164,7 +164,7 @@ def test_the_gradient_cosine_is_that_of_two_backward_passes():
     repa = REPA(net, Objective(), REPAConfig(depth=2, projector_width=24), teacher_dim=12)
     batch = Batch(torch.randn(6, 3, 16, 16), torch.arange(6), torch.randn(6, 16, 12))
     values = gradient_cosine(repa, net, batch, [0.25, 0.75], [1, 2], seed=3)
-    noise = draw_noise(Objective(), batch.x.shape, generator(3, 0, "gradients"))
+    noise = draw_noise(Objective(), batch.x.shape, generator(3, 0, "noise"))
     for i, t in enumerate((0.25, 0.75)):
         for j, depth in enumerate((1, 2)):
             slopes = []

@@ -14,7 +14,7 @@ from maskalign_lab.sit import Output
 class Growth(nn.Module):
     """v(x, t) = c x with c = 1 for real labels and 0 for the null class, so x(0) = x(1) exp(-c)."""
 
-    in_channels, side, patch_size, num_classes = 1, 2, 2, 3
+    in_channels, side, patch_size, num_classes, class_dim = 1, 2, 2, 3, None
 
     def __init__(self):
         super().__init__()
@@ -22,7 +22,7 @@ class Growth(nn.Module):
 
     def forward(self, x, t, y):
         self.calls += 1
-        return Output(x * (y != 3).view(-1, 1, 1, 1), {})
+        return Output(x * (y != 3).view(-1, 1, 1, 1), None, {})
 
 
 Y = torch.tensor([0, 1])

@@ -126,7 +126,7 @@ batches = make_batches(recipe)
 net, method = build(recipe, 10, batches.features.shape[-1])
 losses = [float(step.losses["alignment"]) for step in fit(net, method, batches, recipe.training, device="cpu")]
 import json
-print("RESULT", json.dumps([losses, identity(recipe), edit_digest("repa")]))
+print("RESULT", json.dumps([losses, identity(recipe), edit_digest(recipe.method)]))
 """
 
 

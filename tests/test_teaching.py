@@ -68,7 +68,7 @@ def test_the_folder_is_a_teacher(folder):
 
 def test_features_of_a_taught_teacher(folder):
     digits = load_dataset("digits", n=10)
-    features = dataset_features(f"tiny:{folder}", digits, 8)
+    features = dataset_features(f"tiny:{folder}", digits, 8).tokens
     assert features.shape == (10, 64, 32) and features.isfinite().all()
 
 
