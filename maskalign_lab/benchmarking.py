@@ -101,6 +101,7 @@ class Comparison:
     seconds: dict[str, list[float]]  # way -> seconds of each round
     baseline: str  # the way that the others are measured against
     facts: dict[str, Any] = field(default_factory=dict)  # sizes and checks
+    notes: list[str] = field(default_factory=list)  # what follows from the times, a line each
 
     def __post_init__(self):
         one_of(self.baseline, self.seconds, "baseline")
@@ -120,6 +121,7 @@ def table(comparisons: list[Comparison]) -> str:
             low, middle, high = 1e3 * np.quantile(each.seconds[name], (0.25, 0.5, 0.75))
             told = "baseline" if name == each.baseline else str(found)
             lines.append(f"  {name:44} {middle:10.2f} ms  +- {(high - low) / 2:8.2f}   {told}")
+        lines += [f"  {note}" for note in each.notes]
     return "\n".join(lines[1:])
 
 # %% ../nbs/lib/benchmarking.ipynb #ab9d3c27
@@ -186,7 +188,8 @@ def from_json(text: str) -> tuple[list[Comparison], dict[str, Any]]:
     """The comparisons and the machine that `to_json` wrote."""
     tree = json.loads(text)
     fields = [f.name for f in dataclasses.fields(Comparison)]
-    return [Comparison(**{name: row[name] for name in fields}) for row in tree["comparisons"]], tree["machine"]
+    rows = [{name: row[name] for name in fields if name in row} for row in tree["comparisons"]]  # old files: no notes
+    return [Comparison(**row) for row in rows], tree["machine"]
 
 # %% ../nbs/lib/benchmarking.ipynb #b577dc00
 def bench(

@@ -10,6 +10,7 @@ __all__ = ['METHODS', 'INSTALLED', 'Batch', 'Draw', 'Losses', 'State', 'shard', 
 import ast
 import hashlib
 import inspect
+import math
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
@@ -33,6 +34,7 @@ class Batch:
     y: Tensor  # (b,) labels
     features: Tensor | None = None  # (b, n, d) clean teacher tokens, of all patches
     class_token: Tensor | None = None  # (b, d) clean teacher class token
+    attention: Tensor | None = None  # (b, blocks, heads, n, n) attention logits of teacher blocks, between patches
 
 # %% ../nbs/lib/methods.ipynb #63d3bd18
 @dataclass
@@ -91,6 +93,7 @@ class Method(nn.Module):
 
     Config = MethodConfig
     needs: tuple[str, ...] = ()  # fields of `Batch` beyond x and y
+    needs_grid: str = ""  # why no token may be dropped; empty: any may
     collect: tuple[int, ...] = ()  # depths of hidden tokens that the loss reads
     network: str = ""  # what a recipe changes about the network, e.g. "network.mixer_depth=2"
 
@@ -169,9 +172,13 @@ def layers_of(config: MethodConfig) -> list[MethodConfig]:
     return [config] if inner is None else [config, *layers_of(inner)]
 
 
-def needs_of(config: MethodConfig) -> set[str]:
+def needs_of(
+    config: MethodConfig,
+    step: int = 0,  # of the training; all needs are there at the first
+) -> set[str]:
     """The fields of `Batch` beyond x and y that a method needs."""
-    return {name for each in layers_of(config) for name in method_class(each.name).needs}
+    active = [each for each in layers_of(config) if step < getattr(each, "stop", math.inf)]
+    return {name for each in active for name in method_class(each.name).needs}
 
 # %% ../nbs/lib/methods.ipynb #4d9796f8
 def behaviour(thing: Any, seen: frozenset = frozenset()) -> str:

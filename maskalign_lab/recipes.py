@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'ALIGNED', 'DataConfig', 'NetworkConfig', 'Recipe', 'to_json', 'from_json', 'override', 'renamed',
-           'make_recipe', 'absolute', 'identity', 'build', 'options_of', 'images_of', 'Sources', 'load_sources',
-           'Batches', 'make_batches', 'Run', 'run_folders', 'find_run', 'load_run', 'check_facts', 'train',
-           'ensure_run']
+           'make_recipe', 'absolute', 'identity', 'build', 'options_of', 'images_of', 'teacher_blocks', 'Sources',
+           'load_sources', 'Batches', 'make_batches', 'Run', 'run_folders', 'find_run', 'load_run', 'check_facts',
+           'train', 'ensure_run']
 
 # %% ../nbs/lib/recipes.ipynb #14765924
 import dataclasses
@@ -22,11 +22,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import maskalign, paths, reg  # noqa: F401  (importing a module registers its methods)
+from . import baselines, maskalign, paths, reg  # noqa: F401  (importing a module registers its methods)
 from .caching import Cache
 from .checkpoints import load_tensors, step_folder, steps_of, write_atomic
 from .datasets import STREAMS, Dataset, load_dataset
-from .encoders import Features, Teacher, cached_features, dataset_features, load_teacher, rows_of
+from maskalign_lab.encoders import (
+    Features,
+    Teacher,
+    cached_features,
+    check_attention,
+    dataset_features,
+    load_teacher,
+    rows_of,
+)
 from .errors import nearest, one_of
 from .methods import Batch, Method, MethodConfig, edit_digest, layers_of, method_class, needs_of
 from .objectives import Objective
@@ -166,12 +174,15 @@ PRESETS = {
 }
 
 # %% ../nbs/lib/recipes.ipynb #1dc75c32
-ALIGNED = {
-    "smoke": "{0}.depth=2 {0}.projector_width=64",
-    "laptop": "{0}.depth=4 {0}.projector_width=256",
-    "gpu": "{0}.depth=4 {0}.projector_width=1024",
-    "paper": "{0}.depth=8 {0}.projector_width=2048",
-}
+ALIGNED: dict[str, dict[str, str]] = {
+    "smoke": {"depth": "2", "projector_width": "64", "student_blocks": "(1,2)", "stop": "10"},
+    "laptop": {"depth": "4", "projector_width": "256", "stop": "100"},
+    "gpu": {"depth": "4", "projector_width": "1024", "stop": "5000"},
+    "paper": {
+        "depth": "8", "projector_width": "2048", "student_blocks": "(5,6,7,8)", "teacher_blocks": "(9,10,11,12)",
+        "stop": "250000",
+    },
+}  # fmt: skip
 
 # %% ../nbs/lib/recipes.ipynb #dec3f7cb
 def make_recipe(
@@ -185,8 +196,8 @@ def make_recipe(
     one_of(preset, PRESETS, "preset")
     config = method_class(method).Config()
     changes = f"method.name={method} {PRESETS[preset]} {method_class(method).network} training.seed={seed}"
-    if "features" in needs_of(config):
-        changes += " " + ALIGNED[preset].format("method" + ".inner" * (len(layers_of(config)) - 1))
+    aligned, place = layers_of(config)[-1], "method" + ".inner" * (len(layers_of(config)) - 1)
+    changes += "".join(f" {place}.{name}={v}" for name, v in ALIGNED[preset].items() if hasattr(aligned, name))
     recipe = override(Recipe(), changes)
     return override(replace(recipe, data=replace(recipe.data, name=absolute(dataset))), overrides)
 
@@ -234,6 +245,11 @@ def images_of(data: DataConfig, split: str, n: int | None = None) -> Dataset:
     return load_dataset(data.name, data.size, split, n, **options_of(data))
 
 # %% ../nbs/lib/recipes.ipynb #0e1fe7e4
+def teacher_blocks(config: MethodConfig) -> tuple[int, ...]:
+    """The teacher blocks whose attention a method needs."""
+    return next(each.teacher_blocks for each in layers_of(config) if "attention" in method_class(each.name).needs)
+
+
 class Sources(NamedTuple):
     """Images and teacher of a recipe, and what identifies them."""
 
@@ -254,6 +270,13 @@ def load_sources(recipe: Recipe, device: str = "cpu") -> Sources:
             f"method {recipe.method.name!r} denoises the teacher's class token, and teacher {data.teacher!r} has none; "
             "take one that has, such as tiny or timm:vit_base_patch14_dinov2, or method repa, which needs patches only"
         )
+    if "attention" in needs_of(recipe.method):
+        if not teacher:
+            raise ValueError(
+                f"method {recipe.method.name!r} aligns attention, and teacher {data.teacher!r} has none; take a network, "
+                "such as tiny, or method repa, which needs features only"
+            )
+        check_attention(teacher, teacher_blocks(recipe.method))
     digest = teacher.digest if teacher else data.teacher if aligned else ""
     facts = {"num_classes": len(dataset.classes), "data_digest": dataset.digest, "teacher_digest": digest}
     return Sources(dataset, teacher, facts)
@@ -266,6 +289,8 @@ class Batches:
     dataset: Dataset
     features: Tensor | Cache | None  # (n, 1 + tokens, d) float16, the class token first
     training: TrainingConfig
+    method: MethodConfig = MethodConfig()
+    teacher: Teacher | None = None  # of methods that need its attention
 
     def __call__(self, step: int) -> Batch:
         index = batch_indices(len(self.dataset), self.training.batch_size, step, self.training.seed)
@@ -273,7 +298,11 @@ class Batches:
         if self.features is None:
             return batch
         rows = self.features[index].float()
-        return replace(batch, features=rows[:, 1:], class_token=rows[:, 0])
+        batch = replace(batch, features=rows[:, 1:], class_token=rows[:, 0])
+        if "attention" not in needs_of(self.method, step):
+            return batch
+        images = batch.x.to(self.teacher.mean.device)
+        return replace(batch, attention=self.teacher.attention(images, teacher_blocks(self.method)))
 
 # %% ../nbs/lib/recipes.ipynb #5a09cafd
 def make_batches(
@@ -288,7 +317,8 @@ def make_batches(
         features = cached_features(teacher, dataset)
     elif facts["teacher_digest"] == "oracle":
         features = rows_of(dataset_features("oracle", dataset, recipe.data.size // recipe.network.patch_size))
-    return Batches(dataset, features, recipe.training)
+    asked = teacher if "attention" in needs_of(recipe.method) else None
+    return Batches(dataset, features, recipe.training, recipe.method, asked)
 
 # %% ../nbs/lib/recipes.ipynb #a9e31de4
 _kept_images = lru_cache(maxsize=4)(images_of)  # a study asks for the same images many times
@@ -401,7 +431,7 @@ def train(
     check_facts(path, sources.facts)
     batches = make_batches(recipe, device, sources)
     facts = sources.facts | {"teacher_dim": 0 if batches.features is None else batches.features.shape[-1]}
-    del sources  # the teacher need not stay on the device
+    del sources  # the teacher need not stay on the device, unless the batches ask it
     net, method = build(recipe, facts["num_classes"], facts["teacher_dim"])
     path.mkdir(parents=True, exist_ok=True)
     write_atomic(stored, to_json(recipe))

@@ -23,6 +23,7 @@ from maskalign_lab.layers import (
     sincos_2d,
     take,
     unpatchify,
+    with_class_token,
 )
 
 # %% ../nbs/lib/sit.ipynb #01d6f435
@@ -155,8 +156,7 @@ class SiT(nn.Module):
         """The tokens that go on: all, those kept (a class token always is), or all with the others filled in."""
         if keep is None:
             return tokens
-        if self.class_dim:
-            keep = torch.cat([keep.new_zeros(len(keep), 1), keep + 1], 1)  # (b, 1 + k)
+        keep = with_class_token(keep) if self.class_dim else keep
         if fill is None:
             return take(tokens, keep)
         kept = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device).scatter(1, keep, True)

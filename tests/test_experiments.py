@@ -1,0 +1,152 @@
+"""Arms, budgets and verdicts: what is trained, what is not trained twice, and when a difference counts."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from maskalign_lab import experiments
+from maskalign_lab.checkpoints import steps_of
+from maskalign_lab.experiments import (
+    Arm,
+    Length,
+    comparison,
+    lengths,
+    load_rows,
+    paired,
+    run_arms,
+    save_rows,
+    step_flops,
+)
+from maskalign_lab.recipes import make_recipe
+
+ARMS = (Arm("narrow", "sit"), Arm("deep", "sit", "network.depth=8"))
+
+
+@pytest.fixture(autouse=True)
+def own_folders(monkeypatch, tmp_path):
+    monkeypatch.setenv("MASKALIGN_LAB_CACHE", str(tmp_path / "cache"))
+
+
+def recipe_of(arm: Arm, seed: int):
+    return arm.recipe("smoke", seed=seed, overrides="data.n=32 training.steps=4 training.warmup=1")
+
+
+def weight(run) -> dict[str, float]:
+    return {"sum": run.net.final_layer.linear.weight.abs().sum().item()}
+
+
+def test_flops_of_a_linear_network_by_hand():
+    """Blocks without attention products: six operations per weight and token, twelve blocks' worth of nothing else."""
+    recipe = make_recipe("sit", "smoke", overrides="network.patch_size=16 network.depth=1")  # 4 tokens
+    more = replace(recipe, network=replace(recipe.network, depth=2))
+    width, tokens = recipe.network.width, 4
+    linear = 6 * 12 * width**2 * tokens + 6 * 6 * width**2  # qkv, proj, mlp; the modulation once per image
+    products = 6 * 2 * tokens**2 * width
+    assert step_flops(more) - step_flops(recipe) == linear + products
+
+
+def test_the_second_budget_costs_what_the_baseline_costs():
+    plan = lengths({arm.name: recipe_of(arm, 0) for arm in ARMS}, "narrow")
+    assert plan["narrow"] == Length(4, 4, 1.0) and plan["deep"].steps == 4 and plan["deep"].flops == 2
+    with pytest.raises(ValueError, match="cooldown=0.5: expected 0"):
+        cooled = recipe_of(ARMS[0], 0)
+        lengths({"narrow": replace(cooled, training=replace(cooled.training, cooldown=0.5))}, "narrow")
+    with pytest.raises(ValueError, match="Did you mean 'narrow'"):
+        lengths({arm.name: recipe_of(arm, 0) for arm in ARMS}, "narow")
+
+
+def test_rows_are_paired_and_never_trained_twice(tmp_path, monkeypatch):
+    file = tmp_path / "rows.json"
+    rows = run_arms(ARMS, (0, 1), recipe_of, "narrow", weight, keep=file, device="cpu")
+    assert [(row["seed"], row["arm"], row["budget"]) for row in rows] == [
+        (seed, arm, budget) for seed in (0, 1) for arm in ("narrow", "deep") for budget in ("steps", "flops")
+    ]
+    monkeypatch.setattr(experiments, "ensure_run", lambda *_: pytest.fail("trained again"))
+    assert run_arms(ARMS, (0, 1), recipe_of, "narrow", weight, keep=file, device="cpu") == rows
+    assert run_arms(ARMS, (1,), recipe_of, "narrow", weight, known=rows, device="cpu") == rows[4:]
+
+
+def test_a_row_measures_the_step_that_it_names(tmp_path):
+    rows = run_arms(ARMS, (0,), recipe_of, "narrow", weight, device="cpu")
+    steps = {(row["arm"], row["budget"]): row["step"] for row in rows}
+    assert steps["deep", "steps"] == 4 and steps["deep", "flops"] == 2
+    run = next((tmp_path / "cache" / "runs").glob("sit-*"))
+    assert set(steps_of(run)) & {2, 4}
+
+
+def test_a_stopped_table_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    file, trained = tmp_path / "rows.json", []
+
+    def stops_after_one(recipe, device):
+        if trained:
+            raise KeyboardInterrupt
+        trained.append(recipe)
+        return ensure(recipe, device)
+
+    ensure = experiments.ensure_run
+    monkeypatch.setattr(experiments, "ensure_run", stops_after_one)
+    with pytest.raises(KeyboardInterrupt):
+        run_arms(ARMS, (0,), recipe_of, "narrow", weight, keep=file, device="cpu")
+    assert {row["arm"] for row in load_rows(file)} == {"narrow"}
+    monkeypatch.setattr(experiments, "ensure_run", ensure)
+    assert len(run_arms(ARMS, (0,), recipe_of, "narrow", weight, keep=file, device="cpu")) == 4
+
+
+def test_files_hold_one_row_a_line(tmp_path):
+    rows = [{"arm": "a", "seed": 0, "loss": 0.5}, {"arm": "b", "seed": 0, "loss": 0.25}]
+    save_rows(tmp_path / "new" / "rows.json", rows)
+    text = (tmp_path / "new" / "rows.json").read_text()
+    assert load_rows(tmp_path / "new" / "rows.json") == json.loads(text)["rows"] == rows
+    assert len(text.splitlines()) == 4 and load_rows(tmp_path / "none.json") == []
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(2, 8), st.floats(-3, 3), st.integers(0, 1000))
+def test_a_pair_is_about_differences(n, shift, seed):
+    """What all arms of a seed share cancels, and the verdict turns with the sign."""
+    draw = np.random.default_rng(seed)
+    ours, theirs, common = draw.normal(size=n), draw.normal(size=n), 10 * draw.normal(size=n)
+    one, other = paired(ours + shift, theirs), paired(ours + shift + common, theirs + common)
+    assert other.mean == pytest.approx(one.mean, abs=1e-9) and other.half == pytest.approx(one.half, abs=1e-9)
+    opposite = {"reproduced": "contradicted", "contradicted": "reproduced"}
+    assert one.verdict(+1) == opposite.get(one.verdict(-1), one.verdict(-1))
+    assert paired(theirs, ours + shift).mean == pytest.approx(-one.mean)
+
+
+def test_one_seed_decides_nothing():
+    assert paired([1.0], [9.0]).verdict(-1) == "undecided (1 seed)"
+    with pytest.raises(ValueError, match="2 and 1 values are no pairs"):
+        paired([1.0, 2.0], [1.0])
+
+
+def test_the_table_pairs_by_seed_and_budget():
+    values = {
+        ("base", 0): 1.0,
+        ("base", 1): 2.0,
+        ("base", 2): 3.0,
+        ("better", 2): 2.0,
+        ("better", 0): 0.0,
+        ("better", 1): 1.01,
+    }
+    rows = [
+        {"arm": arm, "seed": seed, "budget": budget, "relative_flops": 1.0, "loss": loss + 5 * (budget == "flops")}
+        for (arm, seed), loss in values.items()
+        for budget in ("steps", "flops")
+    ]
+    for budget in ("steps", "flops"):
+        table = comparison(rows, "loss", "base", budget=budget).set_index("arm")
+        assert table.loc["better", "difference"] == pytest.approx(-0.9967, abs=1e-4)
+        assert table.loc["better", "verdict"] == "reproduced" and table.loc["base", "seeds"] == 3
+    assert comparison(rows, "loss", "base", direction=+1).set_index("arm").loc["better", "verdict"] == "contradicted"
+    with pytest.raises(ValueError, match="budget"):
+        comparison(rows, "loss", "base", budget="time")
+
+
+def test_arms_share_everything_that_they_do_not_name():
+    recipes = [recipe_of(arm, 3) for arm in ARMS]
+    assert recipes[0].training == recipes[1].training and recipes[0].data == recipes[1].data
+    assert replace(recipes[1].network, depth=4) == recipes[0].network

@@ -1,0 +1,114 @@
+"""Stability gap and conditional preference against what they must be."""
+
+import numpy as np
+import pytest
+import torch
+
+from maskalign_lab.alignment import cosine_alignment
+from maskalign_lab.gradient_norms import observe
+from maskalign_lab.layers import take
+from maskalign_lab.maskalign import draw_keep
+from maskalign_lab.masking import (
+    alignment_loss,
+    dropped_share,
+    look,
+    masked_norms,
+    null_preference,
+    preference,
+    stability_gap,
+)
+from maskalign_lab.recipes import load_run, make_recipe, train
+from maskalign_lab.seeding import generator
+from maskalign_lab.sit import hidden_tokens
+
+
+@pytest.fixture(scope="module")
+def observed(tmp_path_factory):
+    """REG, and REPA under MaskAlign, each trained for a few steps and then shaken, so that tokens do mix."""
+    folder, found = tmp_path_factory.mktemp("runs"), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MASKALIGN_LAB_CACHE", str(folder / "cache"))
+        for name, method, more in (("reg", "reg", ""), ("repa", "maskalign", "method.inner.name=repa")):
+            recipe = make_recipe(method, "smoke", overrides=f"{more} training.steps=2 training.warmup=1 data.n=64")
+            run = load_run(train(recipe, folder / name, "cpu", print_every=0))
+            torch.manual_seed(0)
+            for p in run.net.parameters():
+                p.data.add_(0.05 * torch.randn_like(p))
+            found[name] = observe(run)
+    return found
+
+
+@pytest.fixture(scope="module")
+def images(observed):
+    return observed["reg"].run.images("validation", 24)
+
+
+@pytest.mark.parametrize("name", ["reg", "repa"])
+def test_the_full_loss_over_some_tokens_by_hand(observed, images, name):
+    each, keep = observed[name], draw_keep(24, 64, 48, generator(0, 0, "test"))
+    seen = look(each, images, np.arange(24), 0.5)
+    hidden = hidden_tokens(each.net, seen.x_t, seen.t, seen.y, each.depth, seen.cls_t)
+    first = int(name == "reg")
+    losses = cosine_alignment(each.projector(hidden), seen.teacher)
+    for i in range(3):
+        rows = [*range(first), *(keep[i] + first).tolist()]
+        torch.testing.assert_close(alignment_loss(each, seen, None, keep)[i], losses[i, rows].mean())
+
+
+@pytest.mark.parametrize("name", ["reg", "repa"])
+def test_dropping_nothing_leaves_no_gap(observed, images, name):
+    gap = stability_gap(observed[name], images, (0.3, 0.8), ratio=0.0, images=16, masks=2)
+    assert gap.gap.shape == (2, 16) and np.abs(gap.gap).max() < 1e-6
+    assert np.abs(stability_gap(observed[name], images, (0.3,), ratio=0.5, images=16, masks=2).gap).max() > 1e-4
+
+
+def test_a_network_whose_tokens_do_not_meet_has_no_gap(observed, images):
+    each = observed["reg"]
+    weights = {name: value.clone() for name, value in each.net.state_dict().items()}
+    for block in each.net.blocks:
+        block.adaLN_modulation[1].weight.data.zero_()
+        block.adaLN_modulation[1].bias.data.zero_()
+    gap = stability_gap(each, images, (0.5,), ratio=0.5, images=16, masks=2).gap
+    each.net.load_state_dict(weights)
+    assert np.abs(gap).max() < 1e-6
+
+
+def test_the_gap_is_paired(observed, images):
+    """The same masks, noise and images whatever else is asked for."""
+    one = stability_gap(observed["reg"], images, (0.2, 0.6), images=8, masks=2)
+    other = stability_gap(observed["reg"], images, (0.6,), images=8, masks=2)
+    np.testing.assert_allclose(one.gap[1], other.gap[0], atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["reg", "repa"])
+def test_norms_under_a_mask_are_those_of_the_kept_tokens(observed, images, name):
+    each = observed[name]
+    seen = look(each, images, np.arange(4), 0.5)
+    keep = draw_keep(4, 64, 20, generator(0, 0, "test"))
+    norms = masked_norms(each, seen, keep)
+    hidden = hidden_tokens(each.net, seen.x_t, seen.t, seen.y, each.depth, seen.cls_t, keep).detach().requires_grad_()
+    first = int(name == "reg")
+    losses = cosine_alignment(each.projector(hidden)[:, first:], take(seen.teacher[:, first:], keep))
+    slope = torch.autograd.grad(losses[:, 7].sum(), hidden)[0]
+    torch.testing.assert_close(norms[:, 7], slope[:, 7 + first].norm(dim=1))
+
+
+def test_preference_is_conditional_on_being_kept(observed, images):
+    """Every kept set marks a tenth of itself, so the mean over positions of what is marked given kept is about a tenth."""
+    for ratio, kept in ((0.0, 64), (0.25, 48), (0.75, 16)):
+        found = preference(observed["repa"], images, (0.5,), ratio, images=24)
+        share = max(1, round(0.1 * kept)) / kept
+        assert found.probability.shape == (1, 64) and abs(found.probability.mean() - share) < 0.03
+        assert ((found.probability >= 0) & (found.probability <= 1)).all() and (found.mean_norm >= 0).all()
+
+
+def test_the_null_grows_with_the_ratio_and_shrinks_with_images():
+    few, many = (null_preference(n, 64, 0.25, repeats=5).mean() for n in (256, 4096))
+    harder = null_preference(4096, 64, 0.75, repeats=5).mean()
+    assert few > many > 1 and harder > many
+
+
+def test_dropped_tokens_are_reached_through_a_mixer_only(observed, images):
+    without, with_one = (dropped_share(observed[name], images, 0.5, images=8) for name in ("reg", "repa"))
+    assert (without.dropped == 0).all() and (with_one.dropped > 0).all()
+    torch.testing.assert_close(without.class_token + without.kept + without.dropped, torch.ones(8))

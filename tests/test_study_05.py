@@ -1,0 +1,91 @@
+"""Study 05 as its users run it: papermill end to end, its table, and mistakes in seconds."""
+
+import json
+
+import nbformat
+import pytest
+
+from maskalign_lab import paths
+from maskalign_lab.batch import run_study
+from maskalign_lab.experiments import comparison, load_rows
+from maskalign_lab.masking import HEADLINE
+from maskalign_lab.methods import METHODS
+from maskalign_lab.recipes import make_recipe, train
+
+
+@pytest.fixture(autouse=True)
+def own_folders(monkeypatch, tmp_path):
+    monkeypatch.setenv("MASKALIGN_LAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("MASKALIGN_LAB_OUTPUT", str(tmp_path / "runs"))
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """One execution with preset smoke, shared by the tests that look at its results."""
+    folder = tmp_path_factory.mktemp("smoke")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MASKALIGN_LAB_CACHE", str(folder / "cache"))
+        return run_study("05", {"preset": "smoke"}, folder / "job")
+
+
+def test_smoke_runs_end_to_end(smoke):
+    assert smoke.status == "ok", smoke.error
+    executed = nbformat.read(smoke.path(".ipynb"), as_version=4)
+    assert "widgets" not in executed.metadata
+    assert all(cell.execution_count for cell in executed.cells if cell.cell_type == "code")
+
+
+def test_figures_are_small_and_traceable(smoke):
+    folder = smoke.path(".html").parent
+    for name in ("05_filmstrip", "05_arms"):
+        assert (folder / f"{name}.png").stat().st_size <= 100_000
+        side = json.loads((folder / f"{name}.json").read_text())
+        assert side["study"] == "05_maskalign" and "-p preset smoke" in side["command"] and side["by_steps"]
+
+
+def test_the_table_of_the_job_is_paired_and_kept(smoke):
+    rows = load_rows(smoke.path(".html").parent / "05_rows.json")
+    assert {(row["arm"], row["seed"], row["budget"]) for row in rows} == {
+        (arm, seed, budget) for arm in ("REG", "MaskAlign") for seed in (0, 1) for budget in ("steps", "flops")
+    }
+    assert all(row["reaches dropped"] == 0 for row in rows if row["arm"] == "REG")
+
+
+def test_the_table_that_ships_is_whole():
+    """Every headline arm with every seed and both budgets: a gap would bias the paired differences."""
+    rows = load_rows(paths.data() / "results" / "05_maskalign.json")
+    headline = [row for row in rows if row["arm"] in {arm.name for arm in HEADLINE}]
+    seeds = {row["seed"] for row in headline}
+    assert len(headline) == len(HEADLINE) * len(seeds) * 2 and len(seeds) >= 3
+    table = comparison(rows, "velocity", "REG").set_index("arm")
+    assert (table["seeds"][[arm.name for arm in HEADLINE]] == len(seeds)).all()
+
+
+def test_the_scrubber_comes_by_the_third_code_cell():
+    book = nbformat.read(paths.notebooks() / "05_maskalign.ipynb", as_version=4)
+    code = [cell for cell in book.cells if cell.cell_type == "code"]
+    assert any("show(scrubber" in cell.source for cell in code[:3])
+    assert "parameters" in code[1].metadata.get("tags", [])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"preset": "smoke", "overrides": "method.mask_ratio=0.5"}, "Did you mean"),
+        ({"preset": "smoke", "overrides": "data.teacher=oracle"}, "class token"),
+        ({"run": "maskaling-shapes"}, "Did you mean 'maskalign-shapes'"),
+    ],
+)
+def test_mistakes_fail_with_a_clear_error(given, message, tmp_path):
+    job = run_study("05", given, tmp_path / "job")
+    assert job.status == "failed" and message in job.error
+
+
+def test_a_run_without_class_token_or_mixer_is_studied(tmp_path):
+    path = train(make_recipe("repa", "smoke", overrides="training.steps=2 data.n=64"), tmp_path / "mine", "cpu", 0)
+    job = run_study("05", {"preset": "smoke", "run": str(path), "seeds": 1}, tmp_path / "job")
+    assert job.status == "ok", job.error
+
+
+def test_methods_of_the_study_are_installed():
+    assert {"maskalign", "mask-loss", "mask-input"} <= METHODS.keys() and "same-mask" not in METHODS
