@@ -752,6 +752,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'maskalign_lab.methods.behaviour': ('lib/methods.html#behaviour', 'maskalign_lab/methods.py'),
                                        'maskalign_lab.methods.denoise': ('lib/methods.html#denoise', 'maskalign_lab/methods.py'),
                                        'maskalign_lab.methods.edit_digest': ('lib/methods.html#edit_digest', 'maskalign_lab/methods.py'),
+                                       'maskalign_lab.methods.innermost': ('lib/methods.html#innermost', 'maskalign_lab/methods.py'),
                                        'maskalign_lab.methods.layers_of': ('lib/methods.html#layers_of', 'maskalign_lab/methods.py'),
                                        'maskalign_lab.methods.method_class': ('lib/methods.html#method_class', 'maskalign_lab/methods.py'),
                                        'maskalign_lab.methods.needs_of': ('lib/methods.html#needs_of', 'maskalign_lab/methods.py'),

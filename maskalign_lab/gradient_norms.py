@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .alignment import cosine_alignment, projector
 from .datasets import Dataset
 from .interpolants import interpolate
+from .methods import innermost
 from .plots import Curve, Panels, Picture, TokenMap, filmstrip
 from .seeding import batch_indices, generator, key
 from .sit import SiT, hidden_tokens
@@ -118,7 +119,7 @@ class Observed:
 # %% ../nbs/01_gradient_norms.ipynb #61b7fba6
 def observe(run: "Run") -> Observed:  # noqa: F821
     """Look at a run through its own projector, or through an observer if it has none."""
-    method = getattr(run.method, "inner", run.method)
+    method = innermost(run.method)
     if hasattr(method, "projectors"):
         return Observed(run.name, run, method.projectors[0], method.config.depth)
     depth = min(4, run.net.depth)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'INSTALLED', 'Batch', 'Draw', 'Losses', 'State', 'shard', 'MethodConfig', 'Method', 'Denoised', 'denoise',
-           'PlainSiT', 'method_class', 'layers_of', 'needs_of', 'behaviour', 'edit_digest']
+           'PlainSiT', 'method_class', 'layers_of', 'needs_of', 'innermost', 'behaviour', 'edit_digest']
 
 # %% ../nbs/lib/methods.ipynb #82687cc6
 import ast
@@ -179,6 +179,11 @@ def needs_of(
     """The fields of `Batch` beyond x and y that a method needs."""
     active = [each for each in layers_of(config) if step < getattr(each, "stop", math.inf)]
     return {name for each in active for name in method_class(each.name).needs}
+
+
+def innermost(method: Method) -> Method:
+    """The method that has the projector: the one inside, if there is one."""
+    return innermost(method.inner) if hasattr(method, "inner") else method
 
 # %% ../nbs/lib/methods.ipynb #4d9796f8
 def behaviour(thing: Any, seen: frozenset = frozenset()) -> str:

@@ -21,6 +21,7 @@ from . import paths
 from .checkpoints import load_tensors, step_folder, steps_of, write_atomic
 from .errors import one_of
 from .gradient_norms import observe, save_maps, survey
+from .methods import innermost
 from .metrics import mean_interval, validation_loss
 from .plots import loss_per_t, sample_grid, save_png
 from .recipes import Recipe, Run, load_run, make_recipe, train
@@ -73,7 +74,7 @@ def make_maps(run: Path, out: Path, images: int = 4096) -> None:
         dataset = observed.run.survey_images(images)
         surveys[step] = survey(observed, dataset, observed.features(dataset), TIMES, images)
         print(f"maps of step {step}: {images} images at {len(TIMES)} times", flush=True)
-    if not hasattr(observed.run.method, "projectors"):
+    if not hasattr(innermost(observed.run.method), "projectors"):
         half = {k: v.half() for k, v in observed.projector.state_dict().items()}
         write_atomic(Path(out) / f"observer-{observed.depth}.safetensors", save(half))
     save_maps(Path(out) / "maps.safetensors", surveys)

@@ -9,12 +9,14 @@ import torch
 from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from maskalign_lab import benchmarking, paths
-from maskalign_lab.benchmarking import Comparison, bench, from_json, in_turn, ratio, scripts, table
+from maskalign_lab.benchmarking import Comparison, Ratio, bench, from_json, in_turn, ratio, scripts, table
 from maskalign_lab.cli import main
 
-NAMES = ["gradient_norms", "import_time", "sampler", "scrub", "training_step"]
+NAMES = ["gradient_norms", "import_time", "masked_step", "sampler", "scrub", "training_step"]
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 CPU = torch.device("cpu")
 
@@ -113,6 +115,34 @@ def test_guidance_in_two_calls_is_guidance_in_one():
     draws = [found["drawer"](net, y, config, field=field)() for field in (found["Field"], found["TwoCalls"])]
     torch.testing.assert_close(*draws, rtol=1e-4, atol=1e-5)
     assert found["Field"] is __import__("maskalign_lab.sampling").sampling.Field
+
+
+@pytest.mark.parametrize(("size", "published"), [("S", 0.867), ("B", 0.896), ("XL", 0.815)])
+def test_flops_of_whole_networks_are_those_on_paper(size, published):
+    """Counted on the real loss; on paper they are the products of blocks and projector, and nothing else."""
+    found = script("masked_step")
+    counted = found["flop_ratios"](size)
+    assert counted[0.25] == pytest.approx(published, abs=6e-4)
+    assert counted == pytest.approx({share: found["by_hand"](size, share) for share in counted}, abs=2e-3)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.75])
+def test_flops_counted_without_computing_are_those_of_a_step_of_fit(share):
+    found = script("masked_step")
+    recipe = found["recipe_for"]("maskalign", "S", depth=6, batch=2)
+    step = found["stepper"](recipe, found["batch_for"](recipe))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        done = step(share)
+    assert found["flops"](recipe, (share,)) == [counter.get_total_flops()]
+    assert done.state.model.depth == 6 and len(done.state.model.mixer) == 1  # as 12 to 2
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "told"), [(0.8, 0.83, "within 0.04"), (0.85, 0.9, "not within 0.04"), (0.8, 0.9, "undecided")]
+)
+def test_an_aim_is_met_or_missed_only_if_the_interval_says_so(low, high, told):
+    verdict = script("masked_step")["verdict"](Ratio((low + high) / 2, low, high), 0.8)
+    assert verdict.split(", ")[1].startswith(told)
 
 
 # ---- the command

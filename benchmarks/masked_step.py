@@ -1,0 +1,192 @@
+"""A training step of MaskAlign against one of REG, at the widths of SiT-S, B and XL and 256 tokens.
+
+MaskAlign drops a share of the patches behind a mixer of two blocks. The step is the one of `fit`, with the projector
+on the tokens that stay. Its time over REG's is told beside the ratio of the FLOPs, which PyTorch counts on the
+forward and backward pass of the same step: the aim is at most 0.04 more than that ratio.
+
+A GPU runs the published sizes, a CPU S and B whole and XL at half its depth with half its mixer, in small batches; the
+FLOP ratio of the whole network is counted without running it. Memory, estimated: 80 GB on a GPU, 16 GB on a CPU.
+
+    python benchmarks/masked_step.py [--short] [--device cuda]
+"""
+
+from collections.abc import Callable, Iterable
+from functools import lru_cache, partial
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from maskalign_lab.alignment import cosine_alignment, projector
+from maskalign_lab.benchmarking import Comparison, Ratio, in_turn, ratio, run_script
+from maskalign_lab.maskalign import MaskAlign, count_kept
+from maskalign_lab.methods import Batch, Draw, Method, State
+from maskalign_lab.recipes import Recipe, build, make_recipe
+from maskalign_lab.seeding import generator
+from maskalign_lab.sit import SIZES
+from maskalign_lab.training import fit, resolve_precision, to_device
+
+REG, RATIOS, BAR = "REG, all tokens", (0.0, 0.25, 0.5, 0.75), 0.04
+CLASSES, CHANNELS, SIDE, TEACHER, INSIDE = 1000, 4, 16, 768, 2048  # ImageNet's latents, DINOv2-B, projector
+MIXER, ALIGNED = 2, {"S": 4, "B": 4, "XL": 8}  # blocks of the mixer; depth that is aligned, of the whole network
+PLANS = {  # size -> blocks, batch
+    "short": {"S": (6, 1)},
+    "cpu": {"S": (12, 4), "B": (12, 4), "XL": (14, 4)},
+    "cuda": {"S": (12, 256), "B": (12, 256), "XL": (28, 64)},
+}
+
+
+def recipe_for(method: str, size: str, depth: int | None = None, batch: int = 1) -> Recipe:
+    """A published size, or one of fewer blocks in which mixer and aligned depth shrink alike."""
+    sizes = SIZES[size]
+    whole, depth = sizes["depth"], depth or sizes["depth"]
+    at = "method.inner.depth" if method == "maskalign" else "method.depth"
+    mixer = f" network.mixer_depth={MIXER * depth // whole}" if method == "maskalign" else ""
+    changes = f"network.width={sizes['width']} network.heads={sizes['heads']} network.depth={depth}{mixer}"
+    changes += f" {at}={max(1, ALIGNED[size] * depth // whole)} training.batch_size={batch} training.steps=1000000000"
+    return make_recipe(method, "paper", overrides=changes)
+
+
+def batch_for(recipe: Recipe) -> Batch:
+    """One batch of noise: the time of a step does not depend on what the images show."""
+    g, b, size = generator(0, 0, "benchmark"), recipe.training.batch_size, SIDE * recipe.network.patch_size
+    x, features, cls = (
+        torch.randn(b, *shape, generator=g) for shape in ((CHANNELS, size, size), (SIDE**2, TEACHER), (TEACHER,))
+    )
+    return Batch(x, torch.randint(0, CLASSES, (b,), generator=g), features, cls)
+
+
+def drop(method: Method, share: float) -> None:
+    """Let the next steps of MaskAlign drop this share of the patches; REG has nothing to drop."""
+    if isinstance(method, MaskAlign):
+        method.kept = count_kept(method.tokens, share)
+
+
+# ---- FLOPs
+
+
+@lru_cache
+def flops(recipe: Recipe, shares: tuple[float, ...] = (0.0,)) -> list[int]:
+    """FLOPs of a step's forward and backward pass, counted without computing anything.
+
+    Attention is counted as its products: the fused kernel computes one of them again, which is no work of the model.
+    """
+    meta, batch, counted = torch.device("meta"), batch_for(recipe), []
+    with meta:
+        net, method = build(recipe, CLASSES, TEACHER, CHANNELS)
+    for share in shares:
+        drop(method, share)
+        drawn = vars(method.draw(batch, 0, partial(generator, 0)))
+        draw = Draw(**{name: value if value is None else value.to(meta) for name, value in drawn.items()})
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            method.loss(State(net, net, 0), to_device(batch, meta), draw).total.backward()
+        counted.append(counter.get_total_flops())
+    return counted
+
+
+def flop_ratios(size: str, depth: int | None = None) -> dict[float, float]:
+    """MaskAlign's FLOPs over REG's for each ratio of dropped patches."""
+    (reg,) = flops(recipe_for("reg", size, depth))
+    return {share: n / reg for share, n in zip(RATIOS, flops(recipe_for("maskalign", size, depth), RATIOS))}
+
+
+def by_hand(size: str, share: float) -> float:
+    """The same of a whole network on paper: 12 d^2 + 2 n d products for each token in a block of n, and the projector."""
+    d, depth = SIZES[size]["width"], SIZES[size]["depth"]
+    tokens, kept = 1 + SIDE**2, 1 + count_kept(SIDE**2, share)  # and the class token
+
+    def blocks(n: int) -> int:
+        return n * (12 * d**2 + 2 * n * d)
+
+    mlp = INSIDE * (d + INSIDE + TEACHER)
+    return (MIXER * blocks(tokens) + depth * blocks(kept) + kept * mlp) / (depth * blocks(tokens) + tokens * mlp)
+
+
+# ---- time
+
+
+def stepper(recipe: Recipe, batch: Batch) -> Callable[[float], object]:
+    """The next step of `fit` that drops a share. All shares use one network, since a step's time does not depend on weights."""
+    model, method = build(recipe, CLASSES, TEACHER, CHANNELS)
+    steps = fit(model, method, lambda step: batch, recipe.training, device=str(batch.x.device))
+
+    def step(share: float) -> object:
+        drop(method, share)
+        return next(steps)
+
+    return step
+
+
+def verdict(time: Ratio, flop: float) -> str:
+    """Whether the time ratio is within the bar, as far as its interval tells."""
+    decided = "within" if time.high <= flop + BAR else "not within" if time.low > flop + BAR else "undecided about"
+    return f"{time.median - flop:+.3f}, {decided} {BAR}"
+
+
+def told(seconds: dict[str, list[float]], ratios: dict[float, float]) -> list[str]:
+    """Time beside FLOPs, a line for each ratio."""
+    lines = []
+    for share, flop in ratios.items():
+        time = ratio(seconds[way(share)], seconds[REG])  # this way over REG
+        found = f"{time.median:.3f} [{time.low:.3f}, {time.high:.3f}] of REG's time"
+        lines.append(f"ratio {share:.2f}: {found}, {flop:.3f} of its FLOPs: {verdict(time, flop)}")
+    return lines
+
+
+def way(share: float) -> str:
+    """The name of an arm."""
+    return f"MaskAlign, ratio {share:.2f}"
+
+
+def whole_step(size: str, depth: int, n: int, rounds: int, device: torch.device) -> Comparison:
+    """Steps of REG and of MaskAlign with each ratio."""
+    recipes = [recipe_for(name, size, depth, n) for name in ("reg", "maskalign")]
+    reg, masked = (stepper(recipe, to_device(batch_for(recipe), device)) for recipe in recipes)
+    seconds = in_turn({REG: partial(reg, 0)} | {way(r): partial(masked, r) for r in RATIOS}, rounds, device, 1)
+    whole = flop_ratios(size)
+    ran = whole if depth == SIZES[size]["depth"] else flop_ratios(size, depth)
+    of = f"FLOP ratios of the whole SiT-{size}/2"
+    paper = f"{of}: {numbers(whole.values())}; on paper {numbers(by_hand(size, r) for r in RATIOS)}"
+    network = {name: getattr(recipes[1].network, name) for name in ("width", "depth", "mixer_depth")}
+    facts = network | {"batch": n, "tokens": SIDE**2, "precision": resolve_precision("auto", device)}
+    return Comparison(f"masked step, SiT-{size}", seconds, REG, facts, [*told(seconds, ran), paper])
+
+
+def numbers(values: Iterable[float]) -> str:
+    """As they stand in a line."""
+    return " ".join(f"{value:.3f}" for value in values)
+
+
+def projector_alone(size: str, n: int, rounds: int, device: torch.device) -> Comparison:
+    """The projector with its loss, both ways, on all tokens and on those that stay."""
+    width = SIZES[size]["width"]
+    mlp = projector(width, INSIDE, TEACHER).to(device)
+    bfloat16 = resolve_precision("auto", device) == "bfloat16"
+
+    def both_ways(hidden: Tensor, features: Tensor) -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            loss = cosine_alignment(mlp(hidden), features).mean()
+        loss.backward()
+
+    def on(tokens: int) -> Callable[[], None]:
+        hidden = torch.randn(n, tokens, width, device=device, requires_grad=True)
+        return partial(both_ways, hidden, torch.randn(n, tokens, TEACHER, device=device))
+
+    all_tokens, kept = f"all {1 + SIDE**2} tokens", {r: 1 + count_kept(SIDE**2, r) for r in RATIOS[1:]}
+    arms = {all_tokens: on(1 + SIDE**2)} | {f"{k} kept, ratio {r:.2f}": on(k) for r, k in kept.items()}
+    share = 6 * (1 + SIDE**2) * INSIDE * (width + INSIDE + TEACHER) / flops(recipe_for("reg", size))[0]
+    notes = [f"on all tokens it is {share:.1%} of the FLOPs of the whole SiT-{size}/2's REG step"]
+    return Comparison(f"projector alone, SiT-{size}", in_turn(arms, rounds, device), all_tokens, {"batch": n}, notes)
+
+
+def measure(short: bool, device: torch.device) -> list[Comparison]:
+    """Steps, then projectors."""
+    plan = PLANS["short" if short else "cuda" if device.type == "cuda" else "cpu"]
+    rounds, parts = (3, 3) if short else (9, 15)
+    steps = [whole_step(size, *sizes, rounds, device) for size, sizes in plan.items()]
+    return steps + [projector_alone(size, n, parts, device) for size, (_, n) in plan.items()]
+
+
+if __name__ == "__main__":
+    run_script(__file__)
