@@ -160,7 +160,7 @@ class IREPAConfig(MethodConfig):
 
 # %% ../nbs/lib/baselines.ipynb #93d60dbc
 class IREPA(Method, name="irepa"):
-    """Spatially accentuated alignment (arXiv 2512.10794)."""
+    """Improved REPA, which accentuates where things are (arXiv 2512.10794)."""
 
     Config = IREPAConfig
     needs = ("features",)

@@ -276,7 +276,7 @@ class Import:
 
     file: Positional[str]  # .safetensors, .pt or .pth; a pickle that holds code is refused
     out: str = ""  # the run's folder; default: under runs/trained, named after the file
-    family: str = ""  # sit or repa; default: the file's own word, or read off its tensors
+    family: str = ""  # sit, repa, reg, haste or irepa; default: the file's own word, or read off its tensors
     config: str = ""  # JSON: arguments of the official constructor that the file does not tell
     dataset: str = ""  # what it was trained on, if the lab has it
 

@@ -67,7 +67,13 @@ class MaskAlign(Method, name="maskalign"):
         super().__init__(net, objective, config, label_dropout, teacher_dim)
         self.tokens = net.side**2
         self.kept = count_kept(self.tokens, config.mask_ratio)
-        self.inner = method_class(config.inner.name)(net, objective, config.inner, label_dropout, teacher_dim)
+        inner = method_class(config.inner.name)
+        if inner.needs_grid and self.kept < self.tokens:
+            raise ValueError(
+                f"MaskAlign cannot drop tokens from {config.inner.name!r}: {inner.needs_grid}; "
+                "take inner reg or repa, whose projectors see one token at a time"
+            )
+        self.inner = inner(net, objective, config.inner, label_dropout, teacher_dim)
 
     def draw(self, batch: Batch, step: int, generator: Callable[[int, str], torch.Generator]) -> Draw:
         draw = self.inner.draw(batch, step, generator)

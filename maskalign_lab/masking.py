@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['HEADLINE', 'ABLATIONS', 'CONTROLS', 'ON_REPA', 'TABLE', 'Seen', 'look', 'positions', 'alignment_loss', 'Gap',
            'stability_gap', 'Preference', 'masked_norms', 'preference', 'null_preference', 'dropped_share',
-           'measure_arm']
+           'restored_share', 'record', 'load_records', 'measure_arm']
 
 # %% ../nbs/lib/masking.ipynb #eb37d695
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,10 +29,19 @@ from maskalign_lab.gradient_norms import (
     token_gradient_norms,
     top_tokens,
 )
-from .influence import Split, alignment_outputs, loss_influence, split
+from maskalign_lab.influence import (
+    Split,
+    alignment_outputs,
+    hidden_outputs,
+    loss_influence,
+    probed_influence,
+    restored,
+    split,
+)
 from .interpolants import interpolate
 from .layers import take, with_class_token
 from .maskalign import count_kept, draw_keep
+from .methods import innermost
 from .metrics import validation_loss
 from .recipes import Run
 from .seeding import generator
@@ -212,6 +223,52 @@ def dropped_share(
     outputs = alignment_outputs(net, c, observed.projector, seen.teacher, observed.depth, keep)
     return split(loss_influence(outputs, tokens), net.side, keep)
 
+# %% ../nbs/lib/masking.ipynb #f1e2bc87
+def restored_share(
+    observed: Observed,
+    dataset: Dataset,
+    t: float,
+    ratio: float = 0.25,
+    images: int = 2,  # from the front of the dataset
+    probes: int = 16,  # random directions
+    seed: int = 0,  # of noise, masks and directions
+) -> Tensor:  # (images,) 0: nothing comes back
+    """Influence of dropped on kept patches at the aligned depth, over the same with all patches there."""
+    net, index = observed.net, np.arange(min(images, len(dataset)))
+    seen = look(observed, dataset, index, t, seed)
+    keep = draw_keep(len(index), net.side**2, count_kept(net.side**2, ratio), generator(seed, 0, "restored"))
+    tokens, c = net.embed(seen.x_t, seen.t, seen.y, seen.cls_t)
+    masked, full = (
+        probed_influence(hidden_outputs(net, c, observed.depth, k), tokens.detach(), probes, seed)
+        for k in (keep.to(seen.y.device), None)
+    )
+    return restored(masked, full)
+
+# %% ../nbs/lib/masking.ipynb #101c97e6
+def record(
+    observed: Observed,
+    images: int = 512,  # for the gaps; a quarter of them for the gradient
+) -> dict[str, Any]:
+    """Stability gap by ratio, with its interval over images, and what reaches dropped tokens, at one checkpoint."""
+    held_out = observed.run.images("validation", images)
+    found: dict[str, Any] = {"step": observed.run.step}
+    for ratio in (0.25, 0.5, 0.75):
+        gap = stability_gap(observed, held_out, ratio=ratio, images=images)
+        each = gap.gap.mean(0)
+        found[f"gap {ratio}"] = [round(float(each.mean()), 6), round(float(1.96 * each.std() / len(each) ** 0.5), 6)]
+        found[f"full {ratio}"] = round(float(gap.full.mean()), 6)
+    for t in (0.1, 0.5, 0.9):
+        reach = dropped_share(observed, held_out, t, images=images // 4)
+        found[f"reaches dropped {t}"] = round(reach.dropped.mean().item(), 6)
+        found[f"restored {t}"] = round(restored_share(observed, held_out, t).mean().item(), 6)
+    return found
+
+
+def load_records(run: Path) -> list[dict[str, Any]]:
+    """The records that ship with a run, by step; empty if there are none."""
+    path = Path(run) / "masking.json"
+    return json.loads(path.read_text()) if path.exists() else []
+
 # %% ../nbs/lib/masking.ipynb #3b907851
 HEADLINE = (
     Arm("REG", "reg"),
@@ -234,6 +291,8 @@ CONTROLS = (
 ON_REPA = (
     Arm("REPA", "repa"),
     Arm("REPA + MaskAlign", "maskalign", "method.inner.name=repa"),
+    Arm("HASTE", "haste", "method.stop=400"),
+    Arm("iREPA", "irepa"),
 )
 
 # How long they train: the CPU's table is small, and preset `gpu` fits half an hour.
@@ -255,10 +314,12 @@ def measure_arm(
         run.net, run.recipe.objective, held_out.images(device=run.device),
         torch.as_tensor(held_out.labels, device=run.device), class_tokens=run.class_tokens(held_out),
     )  # fmt: skip
-    gap, many = stability_gap(observed, held_out, images=images // 2), run.survey_images(4 * images)
-    found = {"velocity": losses.mean().item(), "alignment": float(gap.full.mean()), "gap": float(gap.gap.mean())}
-    for name, ratio in (("full", 0.0), ("masked", 0.25)):
-        seen = preference(observed, many, [0.5], ratio, 4 * images)
-        found[f"peak {name}"] = float(seen.probability.max() / seen.probability.mean())
-    found["reaches dropped"] = dropped_share(observed, held_out, 0.5, images=images // 2).dropped.mean().item()
+    found = {"velocity": losses.mean().item()}
+    if not innermost(run.method).needs_grid:  # a subset is no grid
+        gap, many = stability_gap(observed, held_out, images=images // 2), run.survey_images(4 * images)
+        found |= {"alignment": float(gap.full.mean()), "gap": float(gap.gap.mean())}
+        for name, ratio in (("full", 0.0), ("masked", 0.25)):
+            seen = preference(observed, many, [0.5], ratio, 4 * images)
+            found[f"peak {name}"] = float(seen.probability.max() / seen.probability.mean())
+        found["reaches dropped"] = dropped_share(observed, held_out, 0.5, images=images // 2).dropped.mean().item()
     return {name: round(value, 6) for name, value in found.items()}

@@ -163,13 +163,14 @@ def compile_blocks(
 # %% ../nbs/lib/training.ipynb #22854394
 def make_accelerator(config: TrainingConfig, device: torch.device) -> "Accelerator":  # noqa: F821
     """Accelerate, set to a device and a precision."""
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState, PartialState
 
     if AcceleratorState._shared_state and PartialState().num_processes == 1:
         AcceleratorState._reset_state(reset_partial_state=True)
     mixed = "bf16" if resolve_precision(config.precision, device) == "bfloat16" else "no"
-    return Accelerator(mixed_precision=mixed, cpu=device.type == "cpu")
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # e.g. HASTE's projector, after its stop
+    return Accelerator(mixed_precision=mixed, cpu=device.type == "cpu", kwargs_handlers=[unused])
 
 # %% ../nbs/lib/training.ipynb #1dfeacdb
 @dataclass

@@ -206,6 +206,8 @@ def test_a_recipe_holds_a_method_in_a_method():
 def test_mistakes_are_told_before_any_work():
     with pytest.raises(ValueError, match="mask_ratio 0.99 of 64 tokens leaves none"):
         build(make_recipe("maskalign", "smoke", overrides="method.mask_ratio=0.99"), 10, 16)
+    with pytest.raises(ValueError, match="cannot drop tokens from 'irepa': its projector is a convolution"):
+        build(make_recipe("maskalign", "smoke", overrides="method.inner.name=irepa"), 10, 16)
     for teacher in ("oracle", "timm:vit_wee_patch16_reg1_gap_256?random"):
         with pytest.raises(ValueError, match="denoises the teacher's class token.*repa"):
             load_sources(make_recipe("maskalign", "smoke", overrides=f"data.teacher={teacher} data.n=4"))

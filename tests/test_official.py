@@ -12,20 +12,31 @@ from safetensors.torch import save_file
 from test_parity import golden
 
 from maskalign_lab.cli import main
-from maskalign_lab.official import ARGUMENTS, backbone, from_official, import_run, read_off, read_weights
-from maskalign_lab.recipes import load_run
+from maskalign_lab.official import (
+    ARGUMENTS,
+    arguments,
+    backbone,
+    from_official,
+    import_run,
+    read_off,
+    read_weights,
+    settings,
+    to_official,
+)
+from maskalign_lab.recipes import build, load_run, make_recipe
+from maskalign_lab.sampling import SamplerConfig, sample
 
 
-def repa_file(folder, **words):
-    """The recorded REPA network as an official file with a description."""
-    record = golden("repa")
-    path = folder / "repa.safetensors"
-    save_file(record.weights, path, {"family": "repa", "config": json.dumps(record.config), **words})
+def recorded_file(folder, name="repa", **words):
+    """A recorded network as an official file with a description."""
+    record = golden(name)
+    path = folder / f"{name}.safetensors"
+    save_file(record.weights, path, {"family": name, "config": json.dumps(record.config), **words})
     return path
 
 
 def test_a_file_that_describes_itself_becomes_a_run(tmp_path):
-    run = load_run(import_run(repa_file(tmp_path, step="400000"), tmp_path / "run"))
+    run = load_run(import_run(recorded_file(tmp_path, step="400000"), tmp_path / "run"))
     record = golden("repa")
     assert run.step == 400_000 and run.method.config.depth == 2
     for name, value in {**run.net.state_dict(), **run.method.state_dict()}.items():
@@ -35,9 +46,9 @@ def test_a_file_that_describes_itself_becomes_a_run(tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", ["sit_ls1", "repa"])
+@pytest.mark.parametrize("name", ["sit_ls1", "repa", "reg", "haste", "irepa"])
 def test_import_and_export_by_command_lose_no_bit(name, tmp_path, capsys):
-    record, family = golden(name), "sit" if name == "sit_ls1" else "repa"
+    record, family = golden(name), name.split("_")[0]
     save_file(record.weights, tmp_path / "in.safetensors")
     words = ["--family", family, "--config", json.dumps(record.config)]
     assert main(["import", str(tmp_path / "in.safetensors"), "--out", str(tmp_path / "run"), *words]) == 0
@@ -45,6 +56,84 @@ def test_import_and_export_by_command_lose_no_bit(name, tmp_path, capsys):
     back, metadata = read_weights(tmp_path / "out.safetensors")
     assert metadata["family"] == family and back.keys() == record.weights.keys()
     assert all(torch.equal(back[key], record.weights[key]) for key in back)
+    again = json.loads(metadata["config"])
+    told = {name: value for name, value in record.config.items() if name in again}
+    assert {name: again[name] for name in told} == told
+    assert load_run(tmp_path / "run").method.config.name == family
+
+
+def test_an_imported_reg_has_its_class_token_and_can_be_sampled(tmp_path):
+    run = load_run(import_run(recorded_file(tmp_path, "reg"), tmp_path / "run"))
+    record = golden("reg")
+    out = run.net(*(record.inputs[k] for k in ("x", "t", "y", "cls")))
+    torch.testing.assert_close(out.class_prediction, record.out["cls_pred"], rtol=1e-4, atol=2e-5)
+    config = SamplerConfig("euler", steps=3, guidance=2.3, guidance_high=0.85)
+    *_, last = sample(run.net, run.recipe.objective, torch.tensor([3, 7]), config)
+    assert last.x.shape == (2, 4, 16, 16) and last.cls.shape == (2, 48) and last.x.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["reg", "irepa"])
+def test_a_bare_file_tells_its_family(name):
+    record = golden(name)
+    family, config = read_off(record.weights)
+    assert family == name and {"num_heads", "encoder_depth"}.isdisjoint(config)
+    assert all(record.config[key] == value for key, value in config.items())
+    official = from_official(family, config | {"num_heads": 4, "encoder_depth": 2}, record.weights)
+    assert (official.method.config.name, official.method.config.depth) == (name, 2)
+
+
+def test_a_bare_file_of_haste_is_told_by_the_caller(tmp_path):
+    save_file(golden("haste").weights, tmp_path / "bare.safetensors")
+    config = {"num_heads": 4, "encoder_depth": 3}
+    runs = [load_run(import_run(tmp_path / "bare.safetensors", tmp_path / f"as {f}", f, config)) for f in ("", "haste")]
+    assert [run.method.config.name for run in runs] == ["repa", "haste"]
+    assert runs[1].method.config.student_blocks == (1, 2, 3)
+    assert runs[1].method.config.teacher_blocks == (10, 11, 12)
+
+
+def test_haste_at_the_papers_size_has_the_papers_blocks():
+    config = settings("haste", arguments("haste", {}))
+    assert (config.depth, config.stop, config.weight, config.attention_weight) == (8, 250_000, 0.5, 0.5)
+    assert (config.student_blocks, config.teacher_blocks) == ((5, 6, 7, 8), (9, 10, 11, 12))
+
+
+def test_a_file_of_reg_without_projectors_names_what_is_missing():
+    record = golden("reg")
+    rest = {name: value for name, value in record.weights.items() if not name.startswith("projectors.")}
+    with pytest.raises(ValueError, match="missing projectors.0.0.bias"):
+        from_official("reg", record.config, rest)
+
+
+@pytest.mark.parametrize(
+    ("layout", "change", "kind"),
+    [
+        ("projection_layer.0.weight", {}, "'mlp'"),
+        ("projection_layer.weight", {}, "'linear'"),
+        ("0.weight", {"old_projector_version": True, "z_dims": [48]}, "'mlp, old version'"),
+    ],
+)
+def test_other_projectors_of_irepa_are_refused_by_name(layout, change, kind):
+    record = golden("irepa")
+    weights = {name: value for name, value in record.weights.items() if not name.startswith("projectors.")}
+    weights[f"projectors.0.{layout}"] = torch.zeros(48, 64)
+    config = {name: value for name, value in read_off(weights)[1].items() if name != "projector_dim"}
+    with pytest.raises(ValueError, match=f"projection_layer_type {kind}.*projectors"):
+        from_official("irepa", config | change | {"num_heads": 4}, weights)
+
+
+def test_what_is_left_of_irepa_without_its_projector_is_plain_sit():
+    record = golden("irepa")
+    weights = {name: value for name, value in record.weights.items() if not name.startswith("projectors.")}
+    official = from_official("irepa", record.config | {"eval_mode": True, "projection_layer_type": "mlp"}, weights)
+    out = official.net(*(record.inputs[k] for k in "xty")).prediction
+    torch.testing.assert_close(out, record.out["pred"], rtol=1e-4, atol=2e-5)
+    assert official.method.config.name == "sit"
+
+
+def test_a_mixer_has_no_official_layout():
+    recipe = make_recipe("repa", "smoke", overrides="network.mixer_depth=1")
+    with pytest.raises(ValueError, match="method 'repa' with a mixer"):
+        to_official(*build(recipe, 10, 16), recipe.objective)
 
 
 def test_an_official_pickle_with_settings_gives_its_average(tmp_path):
@@ -178,9 +267,9 @@ def test_published_sizes_are_read_off_completely(size, patch, learn_sigma):
 
 
 def test_a_run_is_not_overwritten(tmp_path):
-    import_run(repa_file(tmp_path), tmp_path / "run")
+    import_run(recorded_file(tmp_path), tmp_path / "run")
     with pytest.raises(FileExistsError, match="another folder"):
-        import_run(repa_file(tmp_path), tmp_path / "run")
+        import_run(recorded_file(tmp_path), tmp_path / "run")
 
 
 def test_an_objective_without_an_official_layout_is_refused(tmp_path, capsys):

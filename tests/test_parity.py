@@ -1,6 +1,7 @@
 """Numbers recorded from the official code of SiT and REPA, reproduced by the lab."""
 
 import json
+from collections import defaultdict
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,21 +28,24 @@ close = partial(assert_close, rtol=1e-4, atol=2e-5)
 
 @cache
 def golden(name):
-    """Inputs, outputs, weights and configuration of one recorded network."""
+    """Inputs, outputs, weights and configuration of one recorded network; `parts` holds all tensors by prefix."""
+    parts = defaultdict(dict)
     with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
-        config, tensors = json.loads(file.metadata()["config"]), {k: file.get_tensor(k) for k in file.keys()}
-    parts = {
-        prefix: {k[len(prefix) + 1 :]: v for k, v in tensors.items() if k.startswith(prefix + ".")}
-        for prefix in ("in", "out", "model")
-    }
-    return SimpleNamespace(config=config, inputs=parts["in"], out=parts["out"], weights=parts["model"])
+        config = json.loads(file.metadata()["config"])
+        for key in file.keys():
+            prefix, _, rest = key.partition(".")
+            parts[prefix][rest] = file.get_tensor(key)
+    config = config.get("model", config)  # HASTE's file tells more than the constructor's arguments
+    return SimpleNamespace(
+        config=config, inputs=parts["in"], out=parts["out"], weights=parts["model"], parts=dict(parts)
+    )
 
 
 @cache
 def opened(name):
     record = golden(name)
     config = {k: v for k, v in record.config.items() if k != "num_steps"}
-    return from_official("sit" if name.startswith("sit") else "repa", config, record.weights)
+    return from_official(name.split("_")[0], config, record.weights)
 
 
 # --- networks ---------------------------------------------------------------------------------------------------------
