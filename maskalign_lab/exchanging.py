@@ -27,7 +27,7 @@ def finish(
     step: int,  # where to go on, an index of `trace.times`
     states: Tensor,  # (m, s) at that time
     rows: Tensor,  # (m,) whose labels they have
-) -> Tensor:  # (m, c, h, w) float32
+) -> tuple[Tensor, Tensor]:  # (m, c, h, w), (m, z) float32
     """Continue from given states to the end, with the trace's own sampler."""
     field = Field(trace.field.net, trace.field.objective, trace.field.y[rows], trace.field.config)
     if field.config.solver not in TABLEAUS:
@@ -37,7 +37,7 @@ def finish(
     with torch.no_grad():
         for t, t_next in zip(trace.times[step:], trace.times[step + 1 :]):
             states = one_step(field, states, t, t_next, torch.Generator())
-    return trace.parts(states)[0]
+    return trace.parts(states)
 
 # %% ../nbs/lib/exchanging.ipynb #251c31af
 def partners(
@@ -89,6 +89,7 @@ class Exchanged:
     rows: Tensor  # (m,) samples that received
     donor: Tensor  # (m,) samples that gave
     images: Tensor  # (m, c, h, w)
+    tokens: Tensor  # (m, z) class tokens in the end
 
 # %% ../nbs/lib/exchanging.ipynb #38277dc8
 def exchange_all(
@@ -103,8 +104,9 @@ def exchange_all(
         for source, donor in donors(trace, classes, rows).items():
             has = donor >= 0
             states = exchange(trace, step, source, rows[has], donor[has])
-            images = finish(trace, step, states, rows[has])
-            found.append(Exchanged(source, trace.times[step], rows[has], donor[has], images))
+            found.append(
+                Exchanged(source, trace.times[step], rows[has], donor[has], *finish(trace, step, states, rows[has]))
+            )
     return found
 
 # %% ../nbs/lib/exchanging.ipynb #d051079a

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .checkpoints import write_atomic
 from .errors import one_of
-from .methods import Batch, State, needs_of
+from .methods import Batch, State, layers_of, needs_of
 from .recipes import Recipe, Run, build, ensure_run, identity, load_run, load_sources, make_recipe
 from .seeding import generator
 
@@ -54,11 +54,13 @@ def step_flops(
     """Floating-point operations of a training step per image: forward and backward of network and method."""
     net, method = build(recipe, num_classes, teacher_dim, channels)
     size, tokens = recipe.data.size, net.side**2
+    pairs = len(getattr(layers_of(recipe.method)[-1], "student_blocks", ()))  # of HASTE, before its stop
     batch = Batch(
         torch.zeros(1, channels, size, size),
         torch.zeros(1, dtype=torch.long),
         torch.ones(1, tokens, teacher_dim),
         torch.ones(1, teacher_dim),
+        torch.zeros(1, pairs, net.blocks[0].attn.heads, tokens, tokens),
     )
     draw = method.draw(batch, 0, lambda step, name: generator(0, step, name))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

@@ -58,7 +58,7 @@ class Seen:
     cls_t: Tensor | None  # (b, z) noised class tokens, if the network has one
     teacher: Tensor  # (b, [1 +] n, z), the class token first if the network has one
 
-
+# %% ../nbs/lib/masking.ipynb #edb4a1f0
 def look(
     observed: Observed,
     dataset: Dataset,
@@ -111,7 +111,7 @@ class Gap:
     gap: np.ndarray  # (T, images) masked minus full
     full: np.ndarray  # (T, images) the loss over the same tokens when all are seen
 
-
+# %% ../nbs/lib/masking.ipynb #63acffda
 def stability_gap(
     observed: Observed,
     dataset: Dataset,
@@ -282,6 +282,8 @@ ABLATIONS = (
     Arm("mixer of 1", "maskalign", "network.mixer_depth=1"),
     Arm("mixer of 3", "maskalign", "network.mixer_depth=3"),
 )
+
+# %% ../nbs/lib/masking.ipynb #9f07eefa
 CONTROLS = (
     Arm("two blocks behind", "reg", "network.depth=14"),
     Arm("aligned two deeper", "reg", "method.depth=6"),

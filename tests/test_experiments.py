@@ -49,6 +49,13 @@ def test_flops_of_a_linear_network_by_hand():
     assert step_flops(more) - step_flops(recipe) == linear + products
 
 
+@pytest.mark.parametrize("method", ["repa", "reg", "maskalign", "mask-loss", "mask-input", "haste", "irepa"])
+def test_every_method_can_be_counted(method):
+    """Alignment costs something, and the projector sees the kept tokens only."""
+    plain, other = step_flops(make_recipe("sit", "smoke")), step_flops(make_recipe(method, "smoke"))
+    assert other > plain if method != "maskalign" else other < step_flops(make_recipe("mask-loss", "smoke"))
+
+
 def test_the_second_budget_costs_what_the_baseline_costs():
     plan = lengths({arm.name: recipe_of(arm, 0) for arm in ARMS}, "narrow")
     assert plan["narrow"] == Length(4, 4, 1.0) and plan["deep"].steps == 4 and plan["deep"].flops == 2
