@@ -9,7 +9,6 @@ from maskalign_lab.gradient_norms import observe
 from maskalign_lab.layers import take
 from maskalign_lab.maskalign import draw_keep
 from maskalign_lab.masking import (
-    alignment_loss,
     dropped_share,
     look,
     masked_norms,
@@ -44,15 +43,23 @@ def images(observed):
 
 
 @pytest.mark.parametrize("name", ["reg", "repa"])
-def test_the_full_loss_over_some_tokens_by_hand(observed, images, name):
-    each, keep = observed[name], draw_keep(24, 64, 48, generator(0, 0, "test"))
-    seen = look(each, images, np.arange(24), 0.5)
-    hidden = hidden_tokens(each.net, seen.x_t, seen.t, seen.y, each.depth, seen.cls_t)
-    first = int(name == "reg")
-    losses = cosine_alignment(each.projector(hidden), seen.teacher)
-    for i in range(3):
-        rows = [*range(first), *(keep[i] + first).tolist()]
-        torch.testing.assert_close(alignment_loss(each, seen, None, keep)[i], losses[i, rows].mean())
+def test_the_gap_by_hand(observed, images, name):
+    """Image by image and mask by mask, with the definition's two losses over the class token and the same kept patches."""
+    each, first = observed[name], int(name == "reg")
+    found = stability_gap(each, images, (0.5,), ratio=0.25, images=3, masks=2)
+    seen = look(each, images, np.arange(3), 0.5)
+    gaps = []
+    for mask in range(2):
+        keep = draw_keep(3, 64, 48, generator(0, mask, "masking"))
+        for i in range(3):
+            rows = [*range(first), *(keep[i] + first).tolist()]
+            losses = []
+            for kept in (keep, None):
+                hidden = hidden_tokens(each.net, seen.x_t, seen.t, seen.y, each.depth, seen.cls_t, kept)
+                mine = each.projector(hidden)[i] if kept is not None else each.projector(hidden)[i, rows]
+                losses.append(cosine_alignment(mine[None], seen.teacher[i, rows][None]).mean())
+            gaps.append((losses[0] - losses[1]).item())
+    np.testing.assert_allclose(found.gap[0], np.array(gaps).reshape(2, 3).mean(0), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["reg", "repa"])
