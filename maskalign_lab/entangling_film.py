@@ -13,6 +13,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -27,7 +28,6 @@ from maskalign_lab.plots import (
     Curve,
     Panels,
     Picture,
-    Quantity,
     TokenMap,
     filmstrip,
     theme,
@@ -36,7 +36,6 @@ from .sampling import SamplerConfig
 from .widgets import Control, Scrubber
 
 # %% ../nbs/lib/entangling_film.ipynb #3c2c7a5b
-QUANTITIES.setdefault("attention", Quantity("attention, in uniform shares", "copper"))
 EXPECTED = ("class token, expected", "image, expected")  # what the scrubber's curves show
 
 
@@ -157,7 +156,7 @@ def scrubber(film: Film) -> Scrubber:
         Control("time", "t", range(T), [f"{t:.2f}" for t in film.times], T // 2, "slider"),
         Control("way", "sampled with", range(len(film.ways)), film.ways),
         Control("sample", "sample", range(samples), [str(i + 1) for i in range(samples)]),
-        Control("depth", "attention of", range(depths), [f"block {d + 1}" for d in range(depths)], strongest),
+        Control("depth", "attention in block", range(depths), [str(d + 1) for d in range(depths)], strongest),
         Control("curve", "curve", CURVES),
     ]
     return Scrubber(partial(view, film), controls, lambda: strip(film, strongest))
@@ -187,7 +186,7 @@ def lines_over_t(
 ) -> Figure:
     """Lines with 95 % intervals, in several axes side by side."""
     theme()
-    figure = Figure(figsize=(1 + 3.6 * len(axes), 3.5), layout="constrained")
+    figure = Figure(figsize=(1 + 3.3 * len(axes), 3.2), layout="constrained")
     for axis, (title, lines) in zip(figure.subplots(1, len(axes), sharey=True, squeeze=False)[0], axes.items()):
         for (name, (t, mean, half)), colour in zip(lines.items(), PALETTE):
             mean, half = np.asarray(mean, float), np.nan_to_num(np.asarray(half, float))
@@ -195,8 +194,8 @@ def lines_over_t(
             axis.fill_between(t, mean - half, mean + half, color=colour, alpha=0.16, linewidth=0)
         for name, level in levels.items():
             axis.axhline(level, color=QUIET, linestyle=":", linewidth=1.2)
-            axis.annotate(name, (0.99, level), color=QUIET, fontsize=8, ha="right", va="bottom",
-                          xycoords=("axes fraction", "data"))  # fmt: skip
+            axis.annotate(name, (0.99, level), color=QUIET, fontsize=8, ha="right", va="bottom", zorder=5,
+                          xycoords=("axes fraction", "data"), bbox=dict(fc="white", ec="none", alpha=0.7, pad=0.4))  # fmt: skip
         axis.set(xlabel="t (0: data, 1: noise)", title=title, xlim=(-0.02, 1.02))
         axis.set_ylim(None if top is None else -0.02, None if top is None else top + 0.02)
     figure.axes[0].set_ylabel(label)
@@ -217,21 +216,22 @@ def attention_figure(
     figure = Figure(figsize=(9.4, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
     depth, rising = np.arange(1, shares.shape[1] + 1), np.array(times)[::-1]
+    norm = LogNorm(shares.mean(2).min(), shares.mean(2).max())
     mesh = left.pcolormesh(
-        rising, depth, shares.mean(2).T, cmap=QUANTITIES["attention"].scale, vmin=0, shading="nearest"
+        rising, depth, shares.mean(2).T, cmap=QUANTITIES["attention"].scale, norm=norm, shading="nearest"
     )
     figure.colorbar(mesh, ax=left, label=QUANTITIES["attention"].label)
     left.set(
         xlabel="t (0: data, 1: noise)", ylabel="block", title="mean over heads", yticks=depth[:: -(-len(depth) // 14)]
     )
     at = int(np.abs(rising - t).argmin())
+    right.set_yscale("log")
     right.plot(depth, shares[at], "o", color=PALETTE[0], alpha=0.75, markersize=5)
     right.plot(depth, shares[at].mean(1), "_", color="#222222", markersize=14)
     right.axhline(1, color=QUIET, linestyle=":", linewidth=1.2)
-    right.annotate("uniform", (0.01, 1), color=QUIET, fontsize=8, va="bottom", xycoords=("axes fraction", "data"))
-    right.set(
-        xlabel="block", title=f"each head, t = {rising[at]:.2f} (dash: mean)", xticks=left.get_yticks(), ylim=(0, None)
-    )
+    right.annotate("uniform", (0.99, 1), color=QUIET, fontsize=8, ha="right", va="bottom",
+                   xycoords=("axes fraction", "data"))  # fmt: skip
+    right.set(xlabel="block", title=f"each head, t = {rising[at]:.2f} (dash: mean)", xticks=left.get_yticks())
     return figure
 
 # %% ../nbs/lib/entangling_film.ipynb #64a0f0b7

@@ -41,7 +41,8 @@ QUANTITIES = {
     "probability": Quantity("probability of the top 10 %", "viridis", (0, 0.8),
                             ((0.1, "0.1 uniform"), (0.4, "0.4"), (0.8, "0.8"))),
     "loss": Quantity("loss of a token", "cividis"),
-    "influence": Quantity("influence on the clicked token", "mako"),
+    "influence": Quantity("influence", "mako"),
+    "attention": Quantity("attention, in uniform shares", "copper"),
     "cosine": Quantity("cosine similarity", "vlag", (-1, 1), ((-1, "−1"), (0, "0"), (1, "1"))),
 }  # fmt: skip
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito, safe for the colour-blind
