@@ -138,8 +138,8 @@ def run_arms(
     seeds = list(seeds)
     recipes = {arm.name: recipe_of(arm, seeds[0]) for arm in arms}
     plan = lengths(recipes, baseline, **counts_of(recipes.values()))
-    rows = [*known, *(load_rows(keep) if keep else [])]
-    have = {(row["identity"], row["arm"]) for row in rows}
+    mine = load_rows(keep) if keep else []
+    have = {(row["identity"], row["arm"]) for row in (*known, *mine)}
     wanted = [(arm, seed, recipe_of(arm, seed)) for seed in seeds for arm in arms]
     wanted = [(*each, run_identity(each[2], plan[each[0].name])) for each in wanted]
     todo = [each for each in wanted if (each[3], each[0].name) not in have]
@@ -147,11 +147,11 @@ def run_arms(
     print(f"{len(wanted)} trainings: {len(wanted) - len(todo)} known, {len(todo)} to do, {steps:,} steps", flush=True)
     for number, (arm, seed, recipe, _) in enumerate(todo, start=1):
         print(f"{number}/{len(todo)}: {arm.name}, seed {seed}", flush=True)
-        rows += arm_rows(arm, recipe, plan[arm.name], measure, device)
+        mine += arm_rows(arm, recipe, plan[arm.name], measure, device)
         if keep:
-            save_rows(keep, rows)
+            save_rows(keep, mine)
     chosen = {(name, arm.name) for arm, _, _, name in wanted}
-    return [row for row in rows if (row["identity"], row["arm"]) in chosen]
+    return [row for row in (*known, *mine) if (row["identity"], row["arm"]) in chosen]
 
 
 def counts_of(recipes: Iterable[Recipe]) -> dict[str, int]:
