@@ -33,7 +33,7 @@ class TwoCalls(Field):
 
     def __call__(self, x: Tensor, t: float, began: float | None = None) -> Tensor:
         null = torch.full_like(self.y, self.net.num_classes)
-        conditional, unconditional = self._velocity(x, t, self.y), self._velocity(x, t, null)
+        conditional, unconditional = (self._velocity(x, t, y)[0] for y in (self.y, null))
         return unconditional + self.config.guidance * (conditional - unconditional)
 
 

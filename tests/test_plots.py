@@ -14,6 +14,8 @@ from PIL import Image
 from maskalign_lab import live, plots
 from maskalign_lab.plots import Curve, Panels, Picture, TokenMap
 
+SHOWN = ("norm", "top", "probability", "loss", "cosine")  # as many panels as a study shows
+
 
 def picture(size=32, seed=0):
     return Picture("picture", np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8))
@@ -21,7 +23,7 @@ def picture(size=32, seed=0):
 
 def view(t=0.0, side=8, size=32, seed=0, token=None):
     draw = np.random.default_rng(seed)
-    maps = [TokenMap(name, draw.random((side, side)), name) for name in plots.QUANTITIES]
+    maps = [TokenMap(name, draw.random((side, side)), name) for name in SHOWN]
     x = np.linspace(0, 1, 5)
     return Panels((picture(size, seed), *maps), Curve("curve", x, {"a": x, "b": 1 - x}, "t", "value", t), token)
 
