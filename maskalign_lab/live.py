@@ -102,7 +102,10 @@ def grid_side(
 def _panel_values(panel: Picture | TokenMap, shown: Panels, largest: int) -> dict[str, Any]:
     if isinstance(panel, TokenMap):
         low, high = colour_range(panel, shown.panels)
-        return {"z": np.asarray(panel.values, np.float32), "zmin": low, "zmax": high}
+        values = np.asarray(panel.values, np.float32)
+        missing = np.isnan(values)  # JSON has no NaN, and two-dimensional arrays travel as JSON
+        values = np.where(missing, None, values.astype(object)) if missing.any() else values
+        return {"z": values, "zmin": low, "zmax": high}
     h, w = panel.pixels.shape[:2]
     step = grid_side(shown) / min(h, w, largest)
     first = step / 2 - 0.5  # centre of the first pixel

@@ -21,7 +21,7 @@ def test_scrub_and_drop_more_in_jupyterlab(page, lab):  # noqa: F811
     run_all(page, lab, "05_maskalign.ipynb")
     settled(page, 400)
     errors = ".jp-OutputArea-output[data-mime-type*='error'], .jp-RenderedText[data-mime-type*='stderr']"
-    assert page.locator(errors).all_inner_texts() == []
+    assert page.locator(errors).all_text_contents() == []
     page.locator(".js-plotly-plot").first.scroll_into_view_if_needed()
     before = page.evaluate(STATE)
     assert before.startswith("[16,")  # a quarter of 64 patches is grey
