@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .errors import one_of
 from .interpolants import interpolate
 from .layers import patchify, take
-from .objectives import Objective, denoising_loss, draw_noise, draw_time
+from .objectives import Objective, check_trainable, denoising_loss, draw_noise, draw_time
 
 # %% ../nbs/lib/methods.ipynb #888ae6a8
 @dataclass
@@ -113,6 +113,7 @@ class Method(nn.Module):
         teacher_dim: int = 0,  # channels of the teacher's features
     ):
         super().__init__()
+        check_trainable(objective)
         self.objective, self.config, self.label_dropout = objective, config, label_dropout
         self.num_classes, self.patch_size = net.num_classes, net.patch_size
 
