@@ -30,7 +30,7 @@ from .checkpoints import save_step, write_atomic
 from .errors import one_of
 from .methods import Method, MethodConfig, PlainSiT, method_class
 from .objectives import Objective
-from .recipes import DataConfig, NetworkConfig, Recipe, Run, to_json
+from .recipes import DataConfig, Recipe, Run, SiTConfig, to_json
 from .reg import REGConfig
 from .sit import SIZES, SiT
 from .training import TrainingConfig
@@ -380,9 +380,9 @@ def describe(
 ) -> None:
     """Write recipe.json and facts.json of an imported run."""
     net, method = official.net, official.method
-    network = NetworkConfig(
-        net.patch_size, net.width, net.depth, full["num_heads"], full.get("qk_norm", False),
-        full["mlp_ratio"], full.get("learn_sigma", False), net.data_at_one,
+    network = SiTConfig(
+        patch_size=net.patch_size, width=net.width, depth=net.depth, heads=full["num_heads"], mlp_ratio=full["mlp_ratio"],
+        qk_norm=full.get("qk_norm", False), learn_sigma=full.get("learn_sigma", False), data_at_one=net.data_at_one,
     )  # fmt: skip
     recipe = Recipe(
         DataConfig(dataset, size=full["input_size"]), network, official.objective, method.config, TrainingConfig()
