@@ -218,6 +218,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'maskalign_lab.datasets.mask_edges': ('lib/datasets.html#mask_edges', 'maskalign_lab/datasets.py'),
                                         'maskalign_lab.datasets.oracle_features': ( 'lib/datasets.html#oracle_features',
                                                                                     'maskalign_lab/datasets.py'),
+                                        'maskalign_lab.datasets.repeated': ('lib/datasets.html#repeated', 'maskalign_lab/datasets.py'),
                                         'maskalign_lab.datasets.token_means': ( 'lib/datasets.html#token_means',
                                                                                 'maskalign_lab/datasets.py'),
                                         'maskalign_lab.datasets.token_positions': ( 'lib/datasets.html#token_positions',

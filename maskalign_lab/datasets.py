@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STREAMS', 'DEFAULT_LENGTH', 'HELD_OUT_DIGITS', 'DATASETS', 'Dataset', 'load_shapes', 'enlarge_digit', 'load_digits',
-           'load_photos', 'load_dataset', 'token_means', 'mask_edges', 'token_positions', 'oracle_features']
+           'load_photos', 'repeated', 'load_dataset', 'token_means', 'mask_edges', 'token_positions', 'oracle_features']
 
 # %% ../nbs/lib/datasets.ipynb #8e8c0ae6
 import hashlib
@@ -124,6 +124,19 @@ def load_photos(
 # %% ../nbs/lib/datasets.ipynb #a1e484eb
 DATASETS = ("shapes", "digits", "photos", "folder:PATH")
 
+# %% ../nbs/lib/datasets.ipynb #b85886d6
+def repeated(
+    dataset: Dataset,
+    size: int,  # pixels a side, a multiple of what the pictures have
+) -> Dataset:
+    """The same pictures, each pixel repeated: larger, and with not a bit more in them."""
+    side = dataset.pixels.shape[1]
+    if size % side:
+        raise ValueError(f"detail {side} does not divide size {size}: every pixel is repeated a whole number of times")
+    enlarge = lambda maps: maps.repeat(size // side, 1).repeat(size // side, 2)  # noqa: E731
+    masks = None if dataset.masks is None else enlarge(dataset.masks)
+    return replace(dataset, pixels=enlarge(dataset.pixels), masks=masks)
+
 # %% ../nbs/lib/datasets.ipynb #ce3a57ea
 def load_dataset(
     spec: str,  # "shapes", "digits", "photos" or "folder:PATH"
@@ -131,6 +144,7 @@ def load_dataset(
     split: str = "train",  # "train" or "validation"
     n: int | None = None,  # how many, from the front of a fixed order; None is all (streams: 12,000 and 2,000)
     seed: int = 0,  # the stream of "shapes" or "photos"; other data are what they are
+    detail: int | None = None,  # pixels a side that the pictures are made with, see `repeated`; None: size
     **options: Any,  # "shapes": placement; "photos": phase
 ) -> Dataset:
     """The data set that `spec` names.
@@ -141,6 +155,8 @@ def load_dataset(
     one_of(split, ("train", "validation"), "split")
     if size < 1 or (n is not None and n < 1):
         raise ValueError(f"size={size}, n={n}: expected at least one pixel and one sample")
+    if detail is not None and detail != size:
+        return repeated(load_dataset(spec, detail, split, n, seed, **options), size)
     for option in options:
         one_of(option, [STREAMS[spec]] if spec in STREAMS else [], f"option of dataset {spec!r}")
     if spec.startswith("folder:") and spec != "folder:":

@@ -51,6 +51,7 @@ class DataConfig:
     name: str = "shapes"  # shapes | digits | photos | folder:PATH
     variant: str = ""  # shapes: a placement law; photos: "scrambled", the texture control; empty: as they are
     size: int = 32  # pixels along a side
+    detail: int | None = None  # pixels that the pictures are made with, each repeated to fill the size; None: size
     n: int | None = None  # training images; None takes all
     teacher: str = "tiny"  # tiny | tiny:PATH | oracle | timm:MODEL; used by methods that align
 
@@ -286,7 +287,7 @@ def options_of(data: DataConfig) -> dict[str, str]:
 
 def images_of(data: DataConfig, split: str, n: int | None = None) -> Dataset:
     """The images that a recipe names; n of them, or all."""
-    return load_dataset(data.name, data.size, split, n, **options_of(data))
+    return load_dataset(data.name, data.size, split, n, detail=data.detail, **options_of(data))
 
 # %% ../nbs/lib/recipes.ipynb #0e1fe7e4
 def teacher_blocks(config: MethodConfig) -> tuple[int, ...]:
