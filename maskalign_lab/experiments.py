@@ -73,8 +73,8 @@ class Length:
     """When an arm is looked at."""
 
     steps: int  # as many steps as every arm
-    flops: int  # as many steps as cost what the baseline's cost
-    relative: float  # operations of a step, over the baseline's
+    flops: int | None = None  # as many steps as cost what the baseline's cost; None: steps alone count
+    relative: float | None = None  # operations of a step, over the baseline's
 
 
 def lengths(
@@ -106,16 +106,14 @@ def arm_rows(
     began, run = time.perf_counter(), ensure_run(extended(recipe, length), device)
     row = {"arm": arm.name, "seed": recipe.training.seed, "identity": run_identity(recipe, length)}
     row |= {"relative_flops": length.relative, "seconds": round(time.perf_counter() - began, 1)}
-    rows = []
-    for budget in ("steps", "flops"):
-        at = load_run(run.path, getattr(length, budget), device)
-        rows.append(row | {"budget": budget, "step": at.step, **measure(at)})
-    return rows
+    found = {step: measure(load_run(run.path, step, device)) for step in {length.steps, length.flops} - {None}}
+    budgets = {"steps": length.steps, "flops": length.flops}
+    return [row | {"budget": name, "step": at, **found[at]} for name, at in budgets.items() if at is not None]
 
 
 def extended(recipe: Recipe, length: Length) -> Recipe:
     """The recipe, trained to the later of the two steps and saved at the earlier."""
-    first, last = sorted((length.steps, length.flops))
+    first, last = sorted((length.steps, length.flops or length.steps))
     return replace(recipe, training=replace(recipe.training, steps=last, save_every=first))
 
 
@@ -128,7 +126,7 @@ def run_arms(
     arms: Sequence[Arm],
     seeds: Iterable[int],
     recipe_of: Callable[[Arm, int], Recipe],
-    baseline: str,  # the arm whose operations are the second budget
+    baseline: str | None,  # the arm whose operations are the second budget; None: there is no such budget
     measure: Callable[[Run], dict[str, Any]],
     known: Sequence[dict[str, Any]] = (),  # rows that need not be trained again
     keep: Path | None = None,  # a JSON file that every new row is added to
@@ -137,13 +135,16 @@ def run_arms(
     """Train and measure what is not known yet, seed by seed."""
     seeds = list(seeds)
     recipes = {arm.name: recipe_of(arm, seeds[0]) for arm in arms}
-    plan = lengths(recipes, baseline, **counts_of(recipes.values()))
+    if baseline is None:
+        plan = {name: Length(recipe.training.steps) for name, recipe in recipes.items()}
+    else:
+        plan = lengths(recipes, baseline, **counts_of(recipes.values()))
     mine = load_rows(keep) if keep else []
     have = {(row["identity"], row["arm"]) for row in (*known, *mine)}
     wanted = [(arm, seed, recipe_of(arm, seed)) for seed in seeds for arm in arms]
     wanted = [(*each, run_identity(each[2], plan[each[0].name])) for each in wanted]
     todo = [each for each in wanted if (each[3], each[0].name) not in have]
-    steps = sum(max(plan[arm.name].steps, plan[arm.name].flops) for arm, *_ in todo)
+    steps = sum(extended(recipe, plan[arm.name]).training.steps for arm, _, recipe, _ in todo)
     print(f"{len(wanted)} trainings: {len(wanted) - len(todo)} known, {len(todo)} to do, {steps:,} steps", flush=True)
     for number, (arm, seed, recipe, _) in enumerate(todo, start=1):
         print(f"{number}/{len(todo)}: {arm.name}, seed {seed}", flush=True)
@@ -223,7 +224,8 @@ def comparison(
     table = []
     for arm, of in values.items():
         seeds = sorted(of.keys() & values[baseline].keys())
-        entry = {"arm": arm, "FLOPs of a step": relative[arm], "seeds": len(of), metric: np.mean(list(of.values()))}
+        cost = {} if relative[arm] is None else {"FLOPs of a step": relative[arm]}
+        entry = {"arm": arm, **cost, "seeds": len(of), metric: np.mean(list(of.values()))}
         entry["spread"] = np.std(list(of.values()), ddof=1) if len(of) > 1 else np.nan
         if arm != baseline and seeds:
             difference = paired([of[s] for s in seeds], [values[baseline][s] for s in seeds])
