@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INTERPOLANTS', 'Coefficients', 'linear', 'cosine', 'vp', 'coefficients', 'interpolate', 'velocity',
-           'to_data_and_noise', 'convert', 'score']
+           'to_data_and_noise', 'implied_velocity', 'convert', 'score']
 
 # %% ../nbs/lib/interpolants.ipynb #46b0b650
 from dataclasses import dataclass
@@ -101,6 +101,22 @@ def to_data_and_noise(
         c.alpha * prediction - c.d_alpha * x_t
     ) / determinant
 
+# %% ../nbs/lib/interpolants.ipynb #542519ee
+def implied_velocity(
+    prediction: Tensor,  # (b, ...) what the network gave
+    kind: str,  # what it means: "x" or "eps"
+    x_t: Tensor,  # (b, ...) the noised input
+    t: Tensor,  # (b,)
+    interpolant: str = "linear",  # the path
+    clamp: float = 0.0,  # lower bound for the divisor
+) -> Tensor:
+    """The velocity that data or noise imply: on the linear path (x_t - x) / t or (eps - x_t) / (1 - t)."""
+    c = coefficients(interpolant, t, x_t)
+    determinant = c.alpha * c.d_sigma - c.d_alpha * c.sigma
+    if one_of(kind, ("x", "eps"), "prediction") == "x":
+        return (c.d_sigma * x_t - determinant * prediction) / c.sigma.clamp(min=clamp)
+    return (c.d_alpha * x_t + determinant * prediction) / c.alpha.clamp(min=clamp)
+
 # %% ../nbs/lib/interpolants.ipynb #b0a21825
 def convert(
     prediction: Tensor,  # (b, ...) what the network gave
@@ -115,9 +131,9 @@ def convert(
     one_of(target, ("x", "eps", "v"), "prediction")
     if source == target:
         return prediction
-    x, noise = to_data_and_noise(prediction, source, x_t, t, interpolant, clamp)
     if target == "v":
-        return velocity(x, noise, t, interpolant)
+        return implied_velocity(prediction, source, x_t, t, interpolant, clamp)
+    x, noise = to_data_and_noise(prediction, source, x_t, t, interpolant, clamp)
     return x if target == "x" else noise
 
 # %% ../nbs/lib/interpolants.ipynb #75e20d3f
