@@ -99,9 +99,8 @@ class JiT(nn.Module):
         self.width, self.depth, self.side = width, depth, input_size // patch_size
         self.data_at_one, self.class_dim = data_at_one, None
         self.context_tokens, self.context_start = context_tokens, context_start
-        self.x_embedder = PatchEmbed(in_channels, width, patch_size)
-        if bottleneck:
-            self.x_embedder = BottleneckPatchEmbed(in_channels, width, patch_size, bottleneck)
+        patch_embed = partial(BottleneckPatchEmbed, bottleneck=bottleneck) if bottleneck else PatchEmbed
+        self.x_embedder = patch_embed(in_channels, width, patch_size)
         self.t_embedder = TimestepEmbedder(width)
         self.y_embedder = LabelEmbedder(num_classes, width)
         self.pos_embed = nn.Parameter(sincos_2d(width, self.side).unsqueeze(0), requires_grad=False)  # (1, n, d)
@@ -165,16 +164,16 @@ class JiT(nn.Module):
         """Rotations of the last n tokens: all, or the patches alone."""
         return None if self.rope_cos is None else (self.rope_cos[-n:], self.rope_sin[-n:])
 
-# %% ../nbs/lib/jit.ipynb #d2a9c71e
+# %% ../nbs/lib/jit.ipynb #4c920fd8
 def check_parts(
-    width: int,
-    depth: int,
-    heads: int,
-    bottleneck: int,
-    context_tokens: int,
-    context_start: int,
-    rope: bool,
-    dropout: float,
+    width: int,  # channels of a token
+    depth: int,  # blocks
+    heads: int,  # attention heads
+    bottleneck: int,  # channels, or 0
+    context_tokens: int,  # tokens, or 0
+    context_start: int,  # block that they enter, counted from 0
+    rope: bool,  # whether heads need channels for rows and columns
+    dropout: float,  # share
 ) -> None:
     """Refuse parts that do not fit the network's sizes."""
     if bottleneck < 0:

@@ -220,6 +220,7 @@ def test_a_fresh_network_predicts_zero_and_starts_as_the_official_one():
         bound = (6 / (weight[0].numel() + len(weight))) ** 0.5  # Xavier's, of the flattened weight
         assert 0.95 * bound < weight.abs().max() <= bound
     assert abs(net.in_context_posemb.std() - 0.02) < 0.001
+    assert not any(bias.any() for name, bias in net.named_parameters() if name.endswith("bias"))
     assert all(
         torch.equal(net.get_parameter(f"blocks.0.{name}.weight"), torch.ones(256)) for name in ("norm1", "norm2")
     )
@@ -444,8 +445,9 @@ def test_half_precision_is_near(dtype, whole):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_rotations_are_exact_in_half_precision(dtype):
-    q, (cos, sin) = torch.randn(1, 2, 16, 8).to(dtype), rope_2d(8, side=4)
-    assert torch.equal(rotate(q, cos, sin), rotate(q.float(), cos, sin).to(dtype))
+    q, table = torch.randn(1, 2, 16, 8).to(dtype), rope_2d(8, side=4)
+    for cos, sin in (table, tuple(each.to(dtype) for each in table)):  # of a network as it is, and converted as a whole
+        assert torch.equal(rotate(q, cos, sin), rotate(q.float(), cos.float(), sin.float()).to(dtype))
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
