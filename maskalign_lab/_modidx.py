@@ -570,6 +570,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'maskalign_lab.jit.JiTBlock.forward': ('lib/jit.html#jitblock.forward', 'maskalign_lab/jit.py'),
                                    'maskalign_lab.jit.check_parts': ('lib/jit.html#check_parts', 'maskalign_lab/jit.py'),
                                    'maskalign_lab.jit.check_whole': ('lib/jit.html#check_whole', 'maskalign_lab/jit.py'),
+                                   'maskalign_lab.jit.mlp_layer': ('lib/jit.html#mlp_layer', 'maskalign_lab/jit.py'),
                                    'maskalign_lab.jit.norm_layer': ('lib/jit.html#norm_layer', 'maskalign_lab/jit.py'),
                                    'maskalign_lab.jit.published_size': ('lib/jit.html#published_size', 'maskalign_lab/jit.py')},
             'maskalign_lab.judges': { 'maskalign_lab.judges.Judge': ('lib/judges.html#judge', 'maskalign_lab/judges.py'),

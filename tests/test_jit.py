@@ -462,7 +462,7 @@ def test_rotations_are_exact_in_half_precision(dtype):
         ({"context_start": 4}, "context_start 4 .* blocks 0 to 3"),
         ({"context_start": -1}, "context_start -1"),
         ({"bottleneck": -3}, "bottleneck -3"),
-        ({"context_tokens": -1}, "context_tokens -1"),
+        ({"context_tokens": -1}, "context_tokens -1 must not be below 0"),
         ({"dropout": 1.0}, "dropout 1.0 must be at least 0 and below 1"),
         ({"dropout": -0.1}, "dropout -0.1"),
     ],
