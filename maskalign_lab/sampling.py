@@ -31,6 +31,7 @@ class SamplerConfig:
     class_guidance: float | None = None  # of the class token; None: as the image. REG: 2.3 for both
     guidance_low: float = 0.0  # guidance acts on steps that begin at t in [low, high]
     guidance_high: float = 1.0
+    guide_stages: bool = False  # a stage is guided by its own time, not by that of its step's beginning. JiT: True
     guided_channels: int | None = None  # how many of the first channels guidance acts on; None: all. SiT: 3
     diffusion: str = "linear"  # w of the stochastic solvers, see DIFFUSIONS; REPA: linear, SiT: sigma
     last_step: float = 0.04  # stochastic solvers: the final, noise-free step starts here
@@ -85,7 +86,8 @@ class Field:
         t: float,
         began: float | None = None,  # when the step began that this stage belongs to; None: at t
     ) -> Tensor:  # (b, ...) float64
-        config, began = self.config, t if began is None else began
+        config = self.config
+        began = t if began is None or config.guide_stages else began
         scales = config.guidance, config.guidance if config.class_guidance is None else config.class_guidance
         if scales == (1, 1) or not config.guidance_low <= began <= config.guidance_high:
             return pack(*self._velocity(state, t, self.y))

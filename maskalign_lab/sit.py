@@ -184,9 +184,10 @@ def initialize(net: nn.Module) -> None:
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
-    patch = net.x_embedder.proj
-    nn.init.xavier_uniform_(patch.weight.view(patch.weight.shape[0], -1))
-    nn.init.zeros_(patch.bias)
+    for patch in (module for module in net.x_embedder.modules() if isinstance(module, nn.Conv2d)):
+        nn.init.xavier_uniform_(patch.weight.view(patch.weight.shape[0], -1))
+        if patch.bias is not None:
+            nn.init.zeros_(patch.bias)
     nn.init.normal_(net.y_embedder.embedding_table.weight, std=0.02)
     nn.init.normal_(net.t_embedder.mlp[0].weight, std=0.02)
     nn.init.normal_(net.t_embedder.mlp[2].weight, std=0.02)

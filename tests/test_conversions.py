@@ -39,6 +39,16 @@ def test_the_ends_are_finite_with_a_clamp(pair, path, t, clamp):
     assert convert(truth[source], source, target, x_t, times, path, clamp).isfinite().all()
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(["x", "eps"]), st.floats(0, 1), st.floats(1e-3, 0.3), st.integers(0, 99))
+def test_a_clamp_bounds_a_velocity_as_a_whole(source, t, clamp, seed):
+    """JiT: v = (x - z) / max(1 - t, clamp), in its time; from noise in the same way."""
+    truth, x_t, times = scene(seed, t, "linear")
+    guess = truth[source] + 1
+    by_hand = (x_t - guess) / max(t, clamp) if source == "x" else (guess - x_t) / max(1 - t, clamp)
+    torch.testing.assert_close(convert(guess, source, "v", x_t, times, "linear", clamp), by_hand)
+
+
 @pytest.mark.parametrize(
     ("source", "target", "t"), [("x", "eps", 0.0), ("x", "v", 0.0), ("eps", "x", 1.0), ("eps", "v", 1.0)]
 )
