@@ -87,7 +87,7 @@ def main(
 class Train:
     """Train a network: `train repa --dataset folder:PATH training.steps=2000 method.weight=1`."""
 
-    method: Positional[str]  # sit, repa, reg, maskalign, haste or irepa: what is trained
+    method: Positional[str]  # sit, repa, reg, maskalign, haste, irepa or jit: what is trained
     overrides: Positional[tuple[str, ...]] = ()  # section.field=value, as many as you like
     preset: str = "laptop"  # smoke, laptop, gpu or paper
     dataset: str = "shapes"  # shapes, digits, photos or folder:PATH

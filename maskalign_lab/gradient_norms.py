@@ -25,7 +25,7 @@ from .interpolants import interpolate
 from .methods import innermost
 from .plots import Curve, Panels, Picture, TokenMap, filmstrip
 from .seeding import batch_indices, generator, key
-from .sit import SiT, hidden_tokens
+from .sit import SiT
 from .widgets import Control, Scrubber
 
 # %% ../nbs/01_gradient_norms.ipynb #19fd780e
@@ -180,7 +180,7 @@ def noised_hidden(
         cls = cls[index]
         class_noise = torch.randn(cls.shape, generator=generator(0, step, "analysis class noise")).to(cls)
         cls = interpolate(cls, class_noise, t)
-    hidden = hidden_tokens(run.net, interpolate(x, noise, t), t, y, depth, cls)
+    hidden = run.net.hidden(interpolate(x, noise, t), t, y, depth, cls)
     return hidden if cls is None else hidden[:, 1:]
 
 # %% ../nbs/01_gradient_norms.ipynb #e77c4aac

@@ -79,6 +79,8 @@ class JiT(nn.Module):
     a predicted image or noise means the same in both directions, a velocity does not, and no published JiT predicts one.
     """
 
+    needs_grid = "its in-context tokens and rotary positions want all patches"  # as of a method's projector
+
     def __init__(
         self,
         input_size: int = 256,  # pixels along a side
@@ -105,7 +107,7 @@ class JiT(nn.Module):
         self.patch_size, self.in_channels, self.num_classes = patch_size, in_channels, num_classes
         self.width, self.depth, self.side = width, depth, input_size // patch_size
         self.data_at_one, self.class_dim = data_at_one, None
-        self.context_tokens, self.context_start = context_tokens, context_start
+        self.context_tokens, self.context_start, self.dropout = context_tokens, context_start, dropout
         patch_embed = partial(BottleneckPatchEmbed, bottleneck=bottleneck) if bottleneck else PatchEmbed
         self.x_embedder = patch_embed(in_channels, width, patch_size)
         self.t_embedder = TimestepEmbedder(width)

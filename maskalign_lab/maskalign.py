@@ -68,6 +68,8 @@ class MaskAlign(Method, name="maskalign"):
         self.tokens = net.side**2
         self.kept = count_kept(self.tokens, config.mask_ratio)
         inner = method_class(config.inner.name)
+        if (why := getattr(net, "needs_grid", "")) and self.kept < self.tokens:
+            raise ValueError(f"MaskAlign cannot drop tokens from {type(net).__name__}: {why}; take network sit")
         if inner.needs_grid and self.kept < self.tokens:
             raise ValueError(
                 f"MaskAlign cannot drop tokens from {config.inner.name!r}: {inner.needs_grid}; "

@@ -45,7 +45,6 @@ from .methods import innermost
 from .metrics import validation_loss
 from .recipes import Run
 from .seeding import generator
-from .sit import hidden_tokens
 
 # %% ../nbs/lib/masking.ipynb #3288c368
 @dataclass
@@ -95,7 +94,7 @@ def token_losses(
     keep: Tensor | None = None,  # (b, k) patches that the network sees; None: all
 ) -> Tensor:  # (b, [1 +] k)
     """Negative cosine of every token that the network sees, a class token first."""
-    hidden = hidden_tokens(observed.net, seen.x_t, seen.t, seen.y, observed.depth, seen.cls_t, keep)
+    hidden = observed.net.hidden(seen.x_t, seen.t, seen.y, observed.depth, seen.cls_t, keep)
     return cosine_alignment(observed.projector(hidden), take(seen.teacher, positions(observed, keep)))
 
 # %% ../nbs/lib/masking.ipynb #0cacce7f
@@ -152,7 +151,7 @@ def masked_norms(
 ) -> Tensor:  # (b, k) on the CPU
     """g_i of the patches that a network sees."""
     with torch.no_grad():
-        hidden = hidden_tokens(observed.net, seen.x_t, seen.t, seen.y, observed.depth, seen.cls_t, keep)
+        hidden = observed.net.hidden(seen.x_t, seen.t, seen.y, observed.depth, seen.cls_t, keep)
     norms = token_gradient_norms(observed.projector, hidden, take(seen.teacher, positions(observed, keep)))
     return (norms[:, 1:] if observed.net.class_dim else norms).cpu()
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'NAMES', 'Block', 'FinalLayer', 'Output', 'SiT', 'check_sizes', 'check_depths', 'initialize', 'zero',
-           'initialize_block', 'add_class_token', 'hidden_tokens', 'published_size']
+           'initialize_block', 'add_class_token', 'published_size']
 
 # %% ../nbs/lib/sit.ipynb #f785c0b4
 from typing import NamedTuple
@@ -133,6 +133,23 @@ class SiT(nn.Module):
             prediction = unpatchify(prediction, self.patch_size)  # (b, c, h, w)
         return Output(sign * prediction, None if class_prediction is None else sign * class_prediction, hidden)
 
+    def hidden(
+        self,
+        x: Tensor,  # (b, c, h, w) noised images or latents
+        t: Tensor,  # (b,)
+        y: Tensor,  # (b,)
+        depth: int,  # counted from 1
+        cls: Tensor | None = None,  # (b, z) noised class token, if the network has one
+        keep: Tensor | None = None,  # (b, k) patches that go on behind the mixer; None: all
+    ) -> Tensor:  # (b, [1 +] n, d)
+        """The residual stream after block `depth`, without running the rest."""
+        check_depths((depth,), self.depth)
+        tokens, c = self.embed(x, t, y, cls)
+        tokens = self.select(self.mix(tokens, c), keep)
+        for block in self.blocks[:depth]:
+            tokens = block(tokens, c)
+        return tokens
+
     def embed(
         self, x: Tensor, t: Tensor, y: Tensor, cls: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:  # (b, [1 +] n, d), (b, d)
@@ -222,24 +239,6 @@ def add_class_token(net: "SiT", class_dim: int) -> None:
     net.pos_embed = nn.Parameter(positions, requires_grad=False)
     net.final_layer.linear_cls = nn.Linear(net.width, class_dim)
     zero(net.final_layer.linear_cls)
-
-# %% ../nbs/lib/sit.ipynb #6e4a57e9
-def hidden_tokens(
-    net: SiT,
-    x: Tensor,  # (b, c, h, w) noised images or latents
-    t: Tensor,  # (b,)
-    y: Tensor,  # (b,)
-    depth: int,  # counted from 1
-    cls: Tensor | None = None,  # (b, z) noised class token, if the network has one
-    keep: Tensor | None = None,  # (b, k) patches that go on behind the mixer; None: all
-) -> Tensor:  # (b, [1 +] n, d)
-    """The residual stream after block `depth`, without running the rest."""
-    check_depths((depth,), net.depth)
-    tokens, c = net.embed(x, t, y, cls)
-    tokens = net.select(net.mix(tokens, c), keep)
-    for block in net.blocks[:depth]:
-        tokens = block(tokens, c)
-    return tokens
 
 # %% ../nbs/lib/sit.ipynb #4fd06b8f
 SIZES = {

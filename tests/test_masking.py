@@ -18,7 +18,6 @@ from maskalign_lab.masking import (
 )
 from maskalign_lab.recipes import load_run, make_recipe, train
 from maskalign_lab.seeding import generator
-from maskalign_lab.sit import hidden_tokens
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +54,7 @@ def test_the_gap_by_hand(observed, images, name):
             rows = [*range(first), *(keep[i] + first).tolist()]
             losses = []
             for kept in (keep, None):
-                hidden = hidden_tokens(each.net, seen.x_t, seen.t, seen.y, each.depth, seen.cls_t, kept)
+                hidden = each.net.hidden(seen.x_t, seen.t, seen.y, each.depth, seen.cls_t, kept)
                 mine = each.projector(hidden)[i] if kept is not None else each.projector(hidden)[i, rows]
                 losses.append(cosine_alignment(mine[None], seen.teacher[i, rows][None]).mean())
             gaps.append((losses[0] - losses[1]).item())
@@ -93,7 +92,7 @@ def test_norms_under_a_mask_are_those_of_the_kept_tokens(observed, images, name)
     seen = look(each, images, np.arange(4), 0.5)
     keep = draw_keep(4, 64, 20, generator(0, 0, "test"))
     norms = masked_norms(each, seen, keep)
-    hidden = hidden_tokens(each.net, seen.x_t, seen.t, seen.y, each.depth, seen.cls_t, keep).detach().requires_grad_()
+    hidden = each.net.hidden(seen.x_t, seen.t, seen.y, each.depth, seen.cls_t, keep).detach().requires_grad_()
     first = int(name == "reg")
     losses = cosine_alignment(each.projector(hidden)[:, first:], take(seen.teacher[:, first:], keep))
     slope = torch.autograd.grad(losses[:, 7].sum(), hidden)[0]

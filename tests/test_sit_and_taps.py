@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskalign_lab.sit import SiT, hidden_tokens, published_size
+from maskalign_lab.sit import SiT, published_size
 from maskalign_lab.taps import taps
 
 
@@ -39,7 +39,7 @@ def test_collect_equals_taps_and_changes_nothing(depths):
     assert torch.equal(out.prediction, plain)
     for d in depths:
         assert torch.equal(out.hidden[d], acts[f"blocks.{d - 1}"])
-        assert torch.equal(out.hidden[d], hidden_tokens(net, *args, d))
+        assert torch.equal(out.hidden[d], net.hidden(*args, d))
 
 
 def hooks(net) -> int:
