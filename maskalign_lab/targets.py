@@ -137,7 +137,7 @@ def measure_target(
     velocity = errors * space_weight("v", torch.tensor(TIMES)).numpy()
     found = {"x error": errors.mean(), "velocity": velocity.mean(), "across": across.mean()}
     found = {name: four_digits(value) for name, value in found.items()}
-    found |= {"x error per t": list(map(four_digits, errors)), "rank per t": [round(rank, 1) for rank in ranks]}
+    found |= {"x error per t": list(map(four_digits, errors)), "rank per t": list(map(four_digits, ranks))}
     return found | (judge_samples(run, samples) if samples else {})
 
 # %% ../nbs/lib/targets.ipynb #81bc44a0
@@ -145,10 +145,10 @@ def at_side(
     images: Tensor,  # (b, c, h, h)
     side: int,
 ) -> Tensor:  # (b, c, side, side)
-    """Images at another size: pixels repeated or averaged."""
+    """Images at another size: pixels repeated, or picked at equal distances."""
     h = images.shape[-1]
     if h > side:
-        return F.avg_pool2d(images, h // side)
+        return images[..., :: h // side, :: h // side]
     return images.repeat_interleave(side // h, 2).repeat_interleave(side // h, 3)
 
 
