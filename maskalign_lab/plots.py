@@ -41,6 +41,7 @@ QUANTITIES = {
     "probability": Quantity("probability of the top 10 %", "viridis", (0, 0.8),
                             ((0.1, "0.1 uniform"), (0.4, "0.4"), (0.8, "0.8"))),
     "loss": Quantity("loss of a token", "cividis"),
+    "error": Quantity("error of a token (root mean square)", "rocket", (0, 1), ((0, "0"), (0.5, "0.5"), (1, "1"))),
     "influence": Quantity("influence", "mako"),
     "attention": Quantity("attention, in uniform shares", "copper"),
     "cosine": Quantity("cosine similarity", "vlag", (-1, 1), ((-1, "−1"), (0, "0"), (1, "1"))),
