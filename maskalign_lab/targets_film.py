@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TIMES', 'LIMIT', 'LARGEST', 'NAMES', 'COLOURS', 'Film', 'to_levels', 'from_levels', 'noise_of', 'make_film',
-           'guess_at', 'save_film', 'load_film', 'to_pixels', 'seen', 'view', 'scrubber', 'strip', 'weights_figure',
-           'size_figure', 'nine_figure', 'nine_table', 'per_time_figure']
+           'guess_at', 'film_of_run', 'save_film', 'load_film', 'to_pixels', 'seen', 'view', 'scrubber', 'strip',
+           'weights_figure', 'size_figure', 'nine_figure', 'nine_table', 'per_time_figure', 'width_figure']
 
 # %% ../nbs/lib/targets_film.ipynb #cdc6c71c
 import json
@@ -23,10 +23,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .interpolants import convert, interpolate, velocity
-from .plots import PALETTE, Curve, Panels, Picture, TokenMap, filmstrip, theme
+from .plots import INK, PALETTE, Curve, Panels, Picture, TokenMap, filmstrip, theme
 from .recipes import Run
 from .seeding import generator
-from .targets import KINDS, SIDE, at_side, space_weight, target_arm
+from .prediction_targets import KINDS, space_weight
+from .targets import SIDE, at_side, target_arm
 from .widgets import Control, Scrubber
 
 # %% ../nbs/lib/targets_film.ipynb #a048b430
@@ -45,9 +46,13 @@ class Film:
     times: tuple[float, ...] = TIMES
     seed: int = 0  # of the noise
 
-    def networks(self, prediction: str) -> list[tuple[str, int]]:
-        """Loss spaces and sizes that there are networks of, for a prediction."""
-        return [(space, size) for kind, space, size in self.guesses if kind == prediction]
+    def predictions(self) -> list[str]:
+        """What the networks predict."""
+        return list(dict.fromkeys(kind for kind, _, _ in self.guesses))
+
+    def trained(self) -> list[tuple[str, int]]:
+        """Loss spaces and sizes that there are networks of."""
+        return list(dict.fromkeys((space, size) for _, space, size in self.guesses))
 
 # %% ../nbs/lib/targets_film.ipynb #1b12e2e8
 def to_levels(x: Tensor) -> Tensor:
@@ -99,6 +104,16 @@ def guess_at(run: Run, x: Tensor, y: Tensor, noise: Tensor, t: float) -> Tensor:
     x_t = interpolate(x, noise, times, objective.interpolant)
     out = run.net(x_t, times, y).prediction.float()
     return convert(out, objective.prediction, "x", x_t, times, objective.interpolant, objective.clamp)
+
+# %% ../nbs/lib/targets_film.ipynb #107c48d2
+def film_of_run(run: Run, shown: int = 3) -> Film:
+    """The film of a single network, of any kind that sees images alone."""
+    if run.net.class_dim:
+        raise ValueError(
+            f"{run.name} needs a class token beside the image; take a run of sit, repa, haste, irepa or jit"
+        )
+    objective = run.recipe.objective
+    return make_film({(objective.prediction, objective.loss_space, run.recipe.data.size): run}, shown)
 
 # %% ../nbs/lib/targets_film.ipynb #d53e5d17
 def save_film(film: Film, path: str | Path) -> Path:
@@ -172,11 +187,11 @@ def view(film: Film, image: int, time: int, prediction: str, trained: tuple[str,
 
 def scrubber(film: Film) -> Scrubber:
     """The interactive view of a film."""
-    networks = film.networks("x")
+    kinds, networks = film.predictions(), film.trained()
     controls = [
         Control("time", "t", range(len(film.times)), [f"{t:.2f}" for t in film.times], len(film.times) // 2, "slider"),
         Control("image", "image", range(len(film.labels)), film.labels, 0, "choice"),
-        Control("prediction", "predicted", KINDS, [NAMES[kind] for kind in KINDS], 0, "choice"),
+        Control("prediction", "predicted", kinds, [NAMES[kind] for kind in kinds], 0, "choice"),
         Control("trained", "loss and patch", networks, [f"{s}, {size // SIDE}" for s, size in networks],
                 len(networks) - 1, "choice"),
     ]  # fmt: skip
@@ -186,10 +201,10 @@ def scrubber(film: Film) -> Scrubber:
 def strip(film: Film) -> Figure:
     """The filmstrip: the x-hat of all three predictions for the last network's loss and size, at five times."""
     columns = np.unique(np.linspace(0, len(film.times) - 1, 5).round().astype(int))
-    trained = film.networks("x")[-1]
-    states = {kind: [view(film, 0, int(time), kind, trained).panels for time in columns] for kind in KINDS}
-    rows = {"noised": [state[0] for state in states["x"]]}
-    rows |= {f"{NAMES[kind]}-prediction: x̂": [state[1] for state in states[kind]] for kind in KINDS}
+    trained, kinds = film.trained()[-1], film.predictions()
+    states = {kind: [view(film, 0, int(time), kind, trained).panels for time in columns] for kind in kinds}
+    rows = {"noised": [state[0] for state in states[kinds[0]]]}
+    rows |= {f"{NAMES[kind]}-prediction: x̂": [state[1] for state in states[kind]] for kind in kinds}
     title = f"{trained[0]}-loss, {trained[1]} px in patches of {trained[1] // SIDE}"
     return filmstrip(rows, [f"t = {film.times[time]:.2f}" for time in columns], title)
 
@@ -279,4 +294,23 @@ def per_time_figure(
         )
     axes[0].set_ylabel(label)
     axes[0].legend()
+    return figure
+
+# %% ../nbs/lib/targets_film.ipynb #b2d3ba2b
+def width_figure(
+    rows: Sequence[Mapping[str, Any]],  # of `targets.one_image_rows`
+) -> Figure:
+    """How far one image is learned, against the width over the dimension of a token; the bound of v as a line."""
+    theme()
+    figure = Figure(figsize=(5.6, 3.4), layout="constrained")
+    axis = figure.subplots()
+    for kind in ("x", "v"):
+        for marker, dim in zip("osD", sorted({row["token_dim"] for row in rows}), strict=False):
+            points = np.array([(row["width"] / dim, row["loss"]) for row in rows
+                               if (row["prediction"], row["token_dim"]) == (kind, dim)])  # fmt: skip
+            axis.plot(*points.T, marker, color=COLOURS[kind], ms=5, label=f"{NAMES[kind]}-prediction, {dim} values")
+    ratio = np.geomspace(0.02, 6, 200)
+    axis.plot(ratio, np.clip(1 - ratio, 0, None), "--", color=INK, lw=1, label="least loss of v: 1 − d/n")
+    axis.set(xscale="log", xlabel="width over values in a token, d/n", ylabel="v-loss on one image", ylim=(-0.05, None))
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
