@@ -1191,6 +1191,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'maskalign_lab/targets_film.py'),
                                             'maskalign_lab.targets_film.guess_at': ( 'lib/targets_film.html#guess_at',
                                                                                      'maskalign_lab/targets_film.py'),
+                                            'maskalign_lab.targets_film.guesses_of': ( 'lib/targets_film.html#guesses_of',
+                                                                                       'maskalign_lab/targets_film.py'),
                                             'maskalign_lab.targets_film.load_film': ( 'lib/targets_film.html#load_film',
                                                                                       'maskalign_lab/targets_film.py'),
                                             'maskalign_lab.targets_film.make_film': ( 'lib/targets_film.html#make_film',

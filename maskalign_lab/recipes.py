@@ -319,6 +319,10 @@ def images_of(data: DataConfig, split: str, n: int | None = None) -> Dataset:
     """The images that a recipe names; n of them, or all."""
     return load_dataset(data.name, data.size, split, n, detail=data.detail, **options_of(data))
 
+# %% ../nbs/lib/recipes.ipynb #a9e31de4
+_kept_images = lru_cache(maxsize=4)(images_of)  # a study asks for the same images many times
+_kept_features = lru_cache(maxsize=4)(dataset_features)  # and for what the teacher says about them
+
 # %% ../nbs/lib/recipes.ipynb #0e1fe7e4
 def teacher_blocks(config: MethodConfig) -> tuple[int, ...]:
     """The teacher blocks whose attention a method needs."""
@@ -336,7 +340,7 @@ class Sources(NamedTuple):
 def load_sources(recipe: Recipe, device: str = "cpu") -> Sources:
     """Load the training images and, if needed, the teacher; it must have what the method needs, on the network's grid."""
     data, teacher = recipe.data, None
-    dataset = images_of(data, "train", data.n)
+    dataset = (_kept_images if data.name in STREAMS else images_of)(data, "train", data.n)  # a folder may have changed
     aligned = "features" in needs_of(recipe.method)
     if aligned and data.teacher != "oracle":
         teacher = load_teacher(data.teacher, data.size, resolve_device(device), data.size // recipe.network.patch_size)
@@ -394,10 +398,6 @@ def make_batches(
         features = rows_of(dataset_features("oracle", dataset, recipe.data.size // recipe.network.patch_size))
     asked = teacher if "attention" in needs_of(recipe.method) else None
     return Batches(dataset, features, recipe.training, recipe.method, asked)
-
-# %% ../nbs/lib/recipes.ipynb #a9e31de4
-_kept_images = lru_cache(maxsize=4)(images_of)  # a study asks for the same images many times
-_kept_features = lru_cache(maxsize=4)(dataset_features)  # and for what the teacher says about them
 
 # %% ../nbs/lib/recipes.ipynb #d3d3cbd5
 @dataclass

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TIMES', 'LIMIT', 'LARGEST', 'NAMES', 'COLOURS', 'Film', 'to_levels', 'from_levels', 'noise_of', 'make_film',
-           'guess_at', 'film_of_run', 'save_film', 'load_film', 'to_pixels', 'seen', 'view', 'scrubber', 'strip',
-           'weights_figure', 'size_figure', 'nine_figure', 'nine_table', 'per_time_figure', 'width_figure']
+           'guesses_of', 'guess_at', 'film_of_run', 'save_film', 'load_film', 'to_pixels', 'seen', 'view', 'scrubber',
+           'strip', 'weights_figure', 'size_figure', 'nine_figure', 'nine_table', 'per_time_figure', 'width_figure']
 
 # %% ../nbs/lib/targets_film.ipynb #cdc6c71c
 import json
@@ -22,11 +22,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .datasets import Dataset
 from .interpolants import convert, interpolate, velocity
 from .plots import INK, PALETTE, Curve, Panels, Picture, TokenMap, filmstrip, theme
+from .prediction_targets import KINDS, space_weight
 from .recipes import Run
 from .seeding import generator
-from .prediction_targets import KINDS, space_weight
 from .targets import SIDE, at_side, target_arm
 from .widgets import Control, Scrubber
 
@@ -45,6 +46,7 @@ class Film:
     errors: dict[tuple[str, str, int], list[float]]  # network -> (T,) mean squared error of x over held-out images
     times: tuple[float, ...] = TIMES
     seed: int = 0  # of the noise
+    noise_scale: float = 1.0  # its standard deviation
 
     def predictions(self) -> list[str]:
         """What the networks predict."""
@@ -69,33 +71,41 @@ def noise_of(film: Film, size: int) -> Tensor:  # (k, 3, h, h)
     """The noise that was added to the images of a film."""
     k, _, h, _ = film.clean[size].shape
     full = torch.randn(k, 3, size, size, generator=generator(film.seed, size, "targets film"))
-    return full[..., :: size // h, :: size // h]
+    return film.noise_scale * full[..., :: size // h, :: size // h]
 
 # %% ../nbs/lib/targets_film.ipynb #d378a540
 @torch.no_grad()
 def make_film(
     runs: Mapping[tuple[str, str, int], Run],  # (prediction, loss space, size) -> its network
     shown: int = 3,  # images to choose from
-    errors: Mapping[tuple[str, str, int], Sequence[float]] | None = None,  # over TIMES; None: of the shown images alone
+    images: int = 64,  # held-out ones behind the curves
     seed: int = 0,
 ) -> Film:
     """Let every network look at the same images."""
     film = Film({}, [], {}, {}, seed=seed)
-    for (kind, space, size), run in runs.items():
-        held_out = run.images("validation", 100)
+    for interpolant in {run.recipe.objective.interpolant for run in runs.values()} - {"linear"}:
+        raise ValueError(f"a film shows the linear path, and a run has interpolant {interpolant!r}")
+    for key, run in runs.items():
+        film.noise_scale = run.recipe.objective.noise_scale
+        size, held_out = key[2], run.images("validation", max(100, images))
         index = np.array([np.flatnonzero(held_out.labels == c)[0] for c in np.unique(held_out.labels)])[:shown]
-        x, y = held_out.images(index, run.device), torch.as_tensor(held_out.labels[index], device=run.device)
-        side = min(size, LARGEST)
         film.labels = [held_out.classes[held_out.labels[i]] for i in index]
+        x, guesses = guesses_of(run, held_out.subset(index), film.times, generator(seed, size, "targets film"))
+        many, theirs = guesses_of(run, held_out.subset(np.arange(images)), film.times, generator(seed, size, "errors"))
+        film.errors[key] = (theirs - many.unsqueeze(1)).square().mean((0, 2, 3, 4)).tolist()
+        side = min(size, LARGEST)
         film.clean[size] = ((at_side(x, side) + 1) * 127.5).round().to(torch.uint8).cpu()
-        noise = torch.randn(x.shape, generator=generator(seed, size, "targets film")).to(x)
-        guesses = [guess_at(run, x, y, noise, t) for t in film.times]
-        film.guesses[kind, space, size] = (
-            to_levels(at_side(torch.stack(guesses, 1).flatten(0, 1), side)).unflatten(0, (len(x), -1)).cpu()
-        )
-        told = (errors or {}).get((kind, space, size))
-        film.errors[kind, space, size] = list(told or [(g - x).square().mean().item() for g in guesses])
+        film.guesses[key] = to_levels(at_side(guesses.flatten(0, 1), side)).unflatten(0, guesses.shape[:2]).cpu()
     return film
+
+
+def guesses_of(
+    run: Run, dataset: Dataset, times: Sequence[float], draw: torch.Generator
+) -> tuple[Tensor, Tensor]:  # (k, 3, h, h) clean images, (k, T, 3, h, h) what the network implies of them
+    """What a network makes of images under one noise at several times."""
+    x, y = dataset.images(device=run.device), torch.as_tensor(dataset.labels, device=run.device)
+    noise = run.recipe.objective.noise_scale * torch.randn(x.shape, generator=draw).to(x)
+    return x, torch.stack([guess_at(run, x, y, noise, t) for t in times], 1)
 
 
 def guess_at(run: Run, x: Tensor, y: Tensor, noise: Tensor, t: float) -> Tensor:
@@ -121,7 +131,13 @@ def save_film(film: Film, path: str | Path) -> Path:
     tensors = {f"clean.{size}": value for size, value in film.clean.items()}
     tensors |= {"guess." + ".".join(map(str, key)): value.contiguous() for key, value in film.guesses.items()}
     errors = {".".join(map(str, key)): values for key, values in film.errors.items()}
-    words = {"labels": film.labels, "errors": errors, "times": film.times, "seed": film.seed}
+    words = {
+        "labels": film.labels,
+        "errors": errors,
+        "times": film.times,
+        "seed": film.seed,
+        "noise_scale": film.noise_scale,
+    }
     save_file(tensors, path, {name: json.dumps(value) for name, value in words.items()})
     return Path(path)
 
@@ -137,7 +153,7 @@ def load_film(path: str | Path) -> Film:
     errors = {(kind, space, int(size)): words["errors"][f"{kind}.{space}.{size}"] for kind, space, size in guesses}
     order = sorted(guesses, key=lambda key: (key[2], KINDS.index(key[1]), KINDS.index(key[0])))
     ordered = {key: guesses[key] for key in order}
-    return Film(clean, words["labels"], ordered, errors, tuple(words["times"]), words["seed"])
+    return Film(clean, words["labels"], ordered, errors, tuple(words["times"]), words["seed"], words["noise_scale"])
 
 # %% ../nbs/lib/targets_film.ipynb #0a145963
 def to_pixels(
