@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -17,8 +18,11 @@ from torch import nn
 from maskalign_lab import training
 from maskalign_lab.checkpoints import load_tensors, step_folder
 from maskalign_lab.guards import NonFinite
-from maskalign_lab.recipes import make_recipe
-from maskalign_lab.training import RANGES, TrainingConfig, fit
+from maskalign_lab.jit import JiT
+from maskalign_lab.methods import MethodConfig, PlainSiT
+from maskalign_lab.objectives import Objective
+from maskalign_lab.recipes import load_run, make_recipe, train
+from maskalign_lab.training import AVERAGES, RANGES, TrainingConfig, fit
 
 # ---- settings
 
@@ -146,3 +150,46 @@ def test_compiled_code_trains_the_same():
     torch._dynamo.reset()
     compiled, _ = losses(compile=True)
     assert compiled == pytest.approx(eager, rel=1e-4)
+
+
+# ---- two averages, and dropout
+
+
+def test_two_averages_are_kept_resumed_and_loaded(tmp_path):
+    """Each follows its own decay, a resumed run has the same, and a run with one has no second."""
+    small = "network.width=16 network.depth=2 data.n=64 training.batch_size=8 training.steps=4 training.save_every=2"
+    recipe = make_recipe("sit", "smoke", overrides=f"{small} training.ema=0.9 training.second_ema=0.1")
+    whole = train(recipe, tmp_path / "whole", "cpu", 0)
+    train(recipe, tmp_path / "broken", "cpu", 0)
+    shutil.rmtree(tmp_path / "broken" / "steps" / "000004")
+    train(recipe, tmp_path / "broken", "cpu", 0)
+    for name in AVERAGES:
+        a, b = (load_tensors(step_folder(tmp_path / run), name) for run in ("whole", "broken"))
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    slow, fast = (load_run(whole, average=name).net.blocks[0].mlp.fc1.weight for name in AVERAGES)
+    now = load_tensors(step_folder(whole), "model")["blocks.0.mlp.fc1.weight"]
+    assert not torch.equal(slow, fast) and (fast - now).abs().max() < (slow - now).abs().max()
+    with pytest.raises(ValueError, match="unknown average of repa-shapes 'second_ema'"):
+        load_run("repa-shapes", average="second_ema")
+
+
+def test_dropout_is_a_function_of_the_step(tmp_path):
+    """Stopping changes nothing, the global generator is left alone, and dropout does act."""
+
+    def trained(folder, steps, dropout=0.5):
+        torch.manual_seed(0)
+        net = JiT(8, 4, 3, width=16, depth=4, heads=2, num_classes=10, bottleneck=0, context_tokens=0, dropout=dropout)
+        method = PlainSiT(net, Objective(), MethodConfig())
+        config = TrainingConfig(steps, save_every=2, warmup=0, precision="float32")
+        before = torch.get_rng_state()
+        for step in fit(net, method, batches, config, folder, "cpu"):
+            pass
+        assert torch.equal(torch.get_rng_state(), before)
+        return step.state.model.state_dict()
+
+    whole = trained(tmp_path / "whole", 6)
+    trained(tmp_path / "parts", 2)
+    parts = trained(tmp_path / "parts", 6)
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    without = trained(tmp_path / "without", 6, dropout=0.0)
+    assert not torch.equal(whole["blocks.1.mlp.w12.weight"], without["blocks.1.mlp.w12.weight"])

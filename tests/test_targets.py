@@ -1,0 +1,310 @@
+"""Prediction targets: weights, splits and tables that must add up, films that are exact, and settings that are refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from maskalign_lab import targets
+from maskalign_lab.datasets import load_dataset
+from maskalign_lab.interpolants import INTERPOLANTS, convert, interpolate
+from maskalign_lab.methods import METHODS, Batch, State
+from maskalign_lab.metrics import validation_loss
+from maskalign_lab.objectives import Objective, check_trainable, check_velocity, denoising_loss, predicted_velocity
+from maskalign_lab.prediction_targets import KINDS, OneImage, fit_one, main_effects, space_weight
+from maskalign_lab.recipes import build, load_run, make_recipe, train
+from maskalign_lab.sampling import SOLVERS, SamplerConfig, last_sample
+from maskalign_lab.seeding import generator
+from maskalign_lab.spectra import effective_rank, radial_spectrum
+from maskalign_lab.targets import at_side, film_arms, measure_target, split_error, target_arm, versus_x
+from maskalign_lab.targets_film import (
+    film_of_run,
+    from_levels,
+    guess_at,
+    load_film,
+    make_film,
+    noise_of,
+    save_film,
+    seen,
+)
+
+kinds = st.sampled_from(KINDS)
+
+
+def tiny(kind="x", space="v", size=32, detail="true", more=""):
+    overrides = f"objective.clamp=0.05 network.width=16 network.depth=2 data.n=64 training.steps=3 {more}"
+    return target_arm(kind, space, size, detail).recipe("smoke", overrides=overrides)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A network of each prediction, hardly trained."""
+    folder = tmp_path_factory.mktemp("runs")
+    return {(kind, "v", 32): load_run(train(tiny(kind), folder / kind, "cpu", 0)) for kind in KINDS}
+
+
+# ---- the axis: nine combinations, any network and method, any solver
+
+
+@pytest.mark.parametrize("space", KINDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_combination_trains_every_method_and_network(kind, space):
+    """One step each: a finite loss whose gradient reaches the network."""
+    for name, more in (("sit", ""), ("repa", ""), ("reg", ""), ("maskalign", ""), ("jit", "")):
+        sized = "network.width=16 network.depth=3 network.heads=2 " + (
+            "network.context_start=1" if name == "jit" else ""
+        )
+        objective = f"objective.prediction={kind} objective.loss_space={space} objective.clamp=0.05"
+        recipe = make_recipe(name, "smoke", overrides=f"{sized} {objective} {more}")
+        net, method = build(recipe, 10, 12)
+        g = torch.Generator().manual_seed(0)
+        batch = Batch(
+            torch.randn(4, 3, 32, 32, generator=g), torch.arange(4), torch.randn(4, 64, 12, generator=g),
+            torch.randn(4, 12, generator=g),
+        )  # fmt: skip
+        draw = method.draw(batch, 0, lambda step, what: generator(0, step, what))
+        loss = method.loss(State(net, net, 0), batch, draw).total
+        loss.backward()
+        assert loss.isfinite() and net.final_layer.linear.weight.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_prediction_is_sampled_by_every_solver(kind, solver, runs):
+    run = runs[kind, "v", 32]
+    x = last_sample(run.net, run.recipe.objective, torch.tensor([1, 2]), SamplerConfig(solver, steps=3))
+    assert x.shape == (2, 3, 32, 32) and x.isfinite().all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(kinds, kinds, st.sampled_from(sorted(set(INTERPOLANTS) - {"vp"})), st.floats(0.06, 0.94), st.integers(0, 99))
+def test_a_loss_space_is_a_weight_of_time(kind, space, path, t, seed):
+    x, noise, error = torch.randn(3, 1, 3, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    times = torch.tensor([t], dtype=torch.float64)
+    x_t = interpolate(x, noise, times, path)
+    guess = convert(x + error, "x", kind, x_t, times, path)
+    loss = denoising_loss(Objective(path, kind, space), guess, x, noise, times)
+    torch.testing.assert_close(loss, space_weight(space, times, path) * error.square().mean(), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(("kind", "t", "divisor"), [("x", 0.0, "sigma"), ("eps", 1.0, "alpha")])
+def test_times_without_a_velocity_are_refused(kind, t, divisor):
+    with pytest.raises(
+        ValueError, match=f"{kind}-prediction at t = {t:g} divides by {divisor} = 0; set objective.clamp"
+    ):
+        check_velocity(Objective(prediction=kind), t)
+    check_velocity(Objective(prediction=kind, clamp=0.05), t)
+    check_velocity(Objective(prediction=kind), 1 - t)
+
+
+def test_sampling_noise_prediction_without_a_clamp_is_refused_before_it_starts(runs):
+    net = runs["eps", "v", 32].net
+    calls = []
+    net.register_forward_hook(lambda *_: calls.append(1)).remove()
+    with pytest.raises(ValueError, match="eps-prediction at t = 1"):
+        last_sample(net, Objective(prediction="eps", loss_space="eps"), torch.tensor([1]))
+    with pytest.raises(ValueError, match="x-prediction at t = 0"):
+        last_sample(net, Objective(prediction="x", loss_space="x"), torch.tensor([1]), SamplerConfig("dopri5"))
+
+
+@pytest.mark.parametrize("space", KINDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_losses_without_a_mean_are_refused(kind, space):
+    """x must not be divided by a t that may be 0, nor eps by an alpha that may be; the law or a clamp helps."""
+    refused = kind != "v" and space != kind
+    objective = Objective(prediction=kind, loss_space=space)
+    if refused:
+        with pytest.raises(ValueError, match="uniform times come that near"):
+            check_trainable(objective)
+        with pytest.raises(ValueError, match="uniform times come that near"):
+            build(
+                make_recipe("sit", "smoke", overrides=f"objective.prediction={kind} objective.loss_space={space}"), 10
+            )
+    else:
+        check_trainable(objective)
+    check_trainable(Objective(prediction=kind, loss_space=space, clamp=0.05))
+    check_trainable(Objective(prediction=kind, loss_space=space, time_law="logit-normal"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("objective.prediction=y", "unknown prediction 'y'"),
+        ("objective.loss_space=velocity", "unknown loss_space"),
+        ("objective.clamp=1.5", r"objective.clamp=1.5 must be in \[0, 1\)"),
+        ("objective.noise_scale=0", "objective.noise_scale=0.0 must be above 0"),
+        ("network.name=jitt", "Did you mean 'jit'"),
+    ],
+)
+def test_bad_objectives_and_networks_are_refused_with_the_value(text, message):
+    with pytest.raises(ValueError, match=message):
+        make_recipe("sit", "smoke", overrides=text)
+
+
+def test_a_patch_that_does_not_divide_the_image_is_refused():
+    with pytest.raises(ValueError, match="size 30 is no multiple of 4 tokens"):
+        target_arm("x", size=30)
+    with pytest.raises(ValueError, match="patch_size 5 does not divide input_size 32"):
+        build(make_recipe("jit", "smoke", overrides="network.patch_size=5"), 10)
+
+
+# ---- what is measured
+
+
+def test_the_common_axis_is_the_velocity_loss_at_the_same_times(runs):
+    """velocity = x error / t^2, whatever is predicted; a perfect network has none of either."""
+    for run in runs.values():
+        found = measure_target(run, 16)
+        by_hand = np.mean(np.array(found["x error per t"]) / np.array(targets.TIMES) ** 2)
+        assert found["velocity"] == pytest.approx(by_hand, rel=1e-2)
+        assert len(found["rank per t"]) == 10 and all(0 < rank <= 256 for rank in found["rank per t"])
+        json.dumps(found)
+
+
+def test_implied_errors_agree_with_the_validation_loss_in_kind(runs):
+    """Two independent paths to the same quantity: a network that is worse by one is worse by the other."""
+    run = runs["v", "v", 32]
+    held_out = run.images("validation", 64)
+    x, y = held_out.images(), torch.as_tensor(held_out.labels)
+    mean = validation_loss(run.net, run.recipe.objective, x, y, bins=10).mean(1)
+    out = [targets.implied(run, x, y, t) for t in targets.TIMES]
+    at_times = torch.stack([(guess - x).square().mean() / t**2 for (_, guess, _), t in zip(out, targets.TIMES)])
+    assert torch.corrcoef(torch.stack([mean, at_times]))[0, 1] > 0.9 or (mean - at_times).abs().max() < 0.1
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from([1, 2, 4]), st.integers(0, 99))
+def test_the_split_of_an_error_adds_up_and_the_plane_is_closed(block, seed):
+    error = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    inside, across = split_error(error, block)
+    torch.testing.assert_close(inside + across, error.square().flatten(1).mean(1))
+    flat = error[..., ::block, ::block].repeat_interleave(block, 2).repeat_interleave(block, 3)
+    assert split_error(flat, block)[1].max() < 1e-10
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.floats(0.01, 100), min_size=9, max_size=9), st.floats(0.1, 10))
+def test_main_effects_add_up_and_do_not_know_the_unit(values, unit):
+    table = np.array(values).reshape(3, 3)
+    shares = main_effects(table)
+    assert all(share >= -1e-12 for share in shares.values())
+    assert sum(shares.values()) == pytest.approx(1) or np.ptp(np.log(table)) < 1e-6
+    if np.ptp(np.log(table)) > 1e-3:
+        assert main_effects(table * unit) == pytest.approx(shares, abs=1e-6)
+        swapped = main_effects(table.T)
+        assert swapped["prediction"] == pytest.approx(shares["loss space"], abs=1e-9)
+
+
+def test_main_effects_refuse_what_has_no_logarithm():
+    with pytest.raises(ValueError, match="positive"):
+        main_effects(np.array([[1.0, 0.0], [2.0, 1.0]]))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 6), st.integers(0, 99), st.floats(0.1, 10))
+def test_effective_rank_counts_equal_directions_and_knows_no_frame(k, seed, scale):
+    draw = torch.Generator().manual_seed(seed)
+    frame = torch.linalg.qr(torch.randn(12, 12, generator=draw, dtype=torch.float64)).Q
+    points = torch.cat([frame[:k], -frame[:k]])  # k equally strong directions, centred
+    assert effective_rank(points) == pytest.approx(k, rel=1e-6)
+    cloud = torch.randn(30, 12, generator=draw, dtype=torch.float64)
+    assert effective_rank(scale * cloud @ frame + 3) == pytest.approx(effective_rank(cloud), rel=1e-6)
+    assert 1 <= effective_rank(cloud) <= 12
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from([7, 8, 16, 33]), st.integers(0, 99))
+def test_a_spectrum_loses_nothing(side, seed):
+    images = torch.randn(3, 2, side, side, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    torch.testing.assert_close(radial_spectrum(images).sum(1), images.square().flatten(1).mean(1))
+    turned = radial_spectrum(images.rot90(1, (2, 3)))
+    torch.testing.assert_close(turned, radial_spectrum(images))
+
+
+def test_images_of_all_sizes_come_to_the_judges_size():
+    x = torch.arange(16.0).view(1, 1, 4, 4)
+    assert at_side(x, 2).flatten().tolist() == [0, 2, 8, 10]
+    assert torch.equal(at_side(at_side(x, 8), 4), x) and at_side(x, 8).shape[-1] == 8
+
+
+# ---- width against dimension
+
+
+@pytest.mark.parametrize("width", [8, 16])
+def test_a_velocity_wider_than_the_network_is_missed_by_the_bound(width):
+    image = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    case = OneImage("v", width, 16, steps=120)
+    assert case.token_dim == 48 and case.bound == pytest.approx(1 - width / 48)
+    assert case.bound * 0.95 < fit_one(case, image)
+
+
+def test_an_image_itself_is_not_bound_by_the_width():
+    """16 tokens of one image need 15 directions and a bias, however many values they have."""
+    image = load_dataset("shapes", 32, n=1).images()[0]
+    case = OneImage("x", 16, 32, steps=150)
+    assert case.bound > 0.9 and fit_one(case, image) < 0.3
+
+
+# ---- tables and films
+
+
+def test_the_verdict_is_a_factor_and_follows_the_rule():
+    rows = [
+        {"arm": target_arm(kind, "v", size).name, "seed": seed, "x error": value * (1 + 0.02 * seed * (kind == "v"))}
+        for seed in range(3)
+        for size in (16, 128)
+        for kind, value in (("x", 1.0), ("v", 1.0 if size == 16 else 9.0))
+    ]
+    table = versus_x(rows).set_index("size")
+    assert table.loc["128 px", "x is better"] == "reproduced" and 9 < table.loc["128 px", "error over x's"] < 9.5
+    assert "undecided" in table.loc["16 px", "x is better"]
+    assert (table["low"] <= table["error over x's"]).all()
+
+
+def test_a_film_is_exact_up_to_its_levels(runs, tmp_path):
+    film = load_film(save_film(make_film(runs, shown=2, images=4), tmp_path / "film.safetensors"))
+    assert film.predictions() == list(KINDS) and film.trained() == [("v", 32)]
+    for kind, run in zip(KINDS, runs.values()):
+        found = seen(film, 0, 2, kind, ("v", 32))
+        x, noise = found["x"][None], noise_of(film, 32)[:1]
+        label = torch.tensor([run.images("validation", 100).labels.min()])
+        exact = guess_at(run, x, label, noise, film.times[2])[0].clamp(-2, 2)
+        assert (exact - found["x-hat"]).abs().max() <= 1 / 127
+        torch.testing.assert_close(found["v-hat"], found["eps-hat"] - found["x-hat"], rtol=1e-4, atol=1e-4)
+    assert (from_levels(torch.tensor([0, 255], dtype=torch.uint8)).abs() == 2).all()
+
+
+def test_a_film_of_one_run_keeps_its_noise_scale_and_class_tokens_are_refused(tmp_path):
+    run = load_run(train(tiny("x", more="objective.noise_scale=2.0"), tmp_path / "loud", "cpu", 0))
+    film = film_of_run(run, 2)
+    assert film.noise_scale == 2 and noise_of(film, 32).std() > 1.5
+    with pytest.raises(ValueError, match="needs a class token"):
+        film_of_run(load_run("reg-shapes"))
+
+
+def test_presets_name_networks_that_the_film_can_hold():
+    assert len(film_arms("laptop", 3)) == 36 and len(film_arms("gpu")) == 36 and len(film_arms("laptop")) == 3
+    assert {arm.name for arm in targets.SCALES["smoke"].arms} <= {arm.name for arm in targets.ARMS}
+
+
+def test_repeated_images_say_nothing_more(tmp_path):
+    run = load_run(train(tiny("x", detail="repeated", size=64), tmp_path / "run", "cpu", 0))
+    images = run.images("validation", 8).images()
+    assert torch.equal(images[..., ::4, ::4].repeat_interleave(4, 2).repeat_interleave(4, 3), images)
+    found = measure_target(run, 8)
+    assert 0 < found["across"] <= found["x error"]
+
+
+def test_predictions_agree_on_the_velocity_that_they_imply():
+    x, noise = torch.randn(2, 4, 3, 8, 8, dtype=torch.float64)
+    t = torch.tensor([0.1, 0.4, 0.6, 0.9], dtype=torch.float64)
+    x_t = interpolate(x, noise, t)
+    for kind, truth in (("x", x), ("eps", noise), ("v", noise - x)):
+        torch.testing.assert_close(predicted_velocity(Objective(prediction=kind), truth, x_t, t), noise - x)
+
+
+def test_methods_of_all_kinds_are_known():
+    assert {"sit", "repa", "reg", "maskalign"} <= METHODS.keys()
