@@ -28,4 +28,6 @@ def test_scrub_in_jupyterlab(page, lab):  # noqa: F811
     page.locator(".widget-slider .noUi-handle, .jupyter-widgets .noUi-handle").first.focus()
     page.keyboard.press("ArrowRight")
     page.wait_for_function(f"before => ({STATE})() !== before", arg=before, timeout=10_000)
+    page.get_by_role("button", name="50%", exact=True).first.click()
+    page.wait_for_function(f"() => ({STATE})().startsWith('[32,')", timeout=10_000)  # half of them are grey
     assert not page.errors

@@ -1,0 +1,91 @@
+"""Study 03 as its users run it: papermill end to end, what ships, and mistakes in seconds."""
+
+import json
+
+import nbformat
+import pytest
+
+from maskalign_lab import paths
+from maskalign_lab.batch import run_study
+from maskalign_lab.experiments import load_rows
+from maskalign_lab.recipes import make_recipe, train
+from maskalign_lab.targets import ARMS, SCALES
+from maskalign_lab.targets_film import load_film
+
+
+@pytest.fixture(autouse=True)
+def own_folders(monkeypatch, tmp_path):
+    monkeypatch.setenv("MASKALIGN_LAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("MASKALIGN_LAB_OUTPUT", str(tmp_path / "runs"))
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """One execution with preset smoke, shared by the tests that look at its results."""
+    folder = tmp_path_factory.mktemp("smoke")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MASKALIGN_LAB_CACHE", str(folder / "cache"))
+        return run_study("03", {"preset": "smoke"}, folder / "job")
+
+
+def test_smoke_runs_end_to_end(smoke):
+    assert smoke.status == "ok", smoke.error
+    executed = nbformat.read(smoke.path(".ipynb"), as_version=4)
+    assert "widgets" not in executed.metadata
+    assert all(cell.execution_count for cell in executed.cells if cell.cell_type == "code")
+
+
+def test_figures_are_small_and_traceable(smoke):
+    folder = smoke.path(".html").parent
+    for name in ("03_filmstrip", "03_by_size", "03_width"):
+        assert (folder / f"{name}.png").stat().st_size <= 100_000
+        side = json.loads((folder / f"{name}.json").read_text())
+        assert side["study"] == "03_prediction_targets" and "-p preset smoke" in side["command"]
+
+
+def test_the_tables_of_the_job_are_kept(smoke):
+    rows = load_rows(smoke.path(".html").parent / "03_rows.json")
+    assert {row["arm"] for row in rows} == {arm.name for arm in SCALES["smoke"].arms}
+    assert load_film(smoke.path(".html").parent / "03_film.safetensors").predictions() == ["x", "eps", "v"]
+
+
+@pytest.mark.parametrize("dataset", ["shapes", "photos"])
+def test_the_tables_that_ship_are_paired(dataset):
+    """x, eps and v stand beside each other with the same seeds, or a factor would compare different trainings."""
+    path = paths.data() / "results" / f"03_targets_{dataset}.json"
+    rows = load_rows(path)
+    names = {arm.name for arm in ARMS}
+    seeds: dict[str, set[int]] = {}
+    for row in rows:
+        assert row["arm"] in names
+        seeds.setdefault(row["arm"].split(", ", 1)[1], set())
+    for setting in seeds:
+        of = [{row["seed"] for row in rows if row["arm"] == f"{kind}, {setting}"} for kind in ("x", "eps", "v")]
+        assert of[0] == of[1] == of[2] and of[0]
+
+
+def test_the_scrubber_comes_by_the_third_code_cell():
+    book = nbformat.read(paths.notebooks() / "03_prediction_targets.ipynb", as_version=4)
+    code = [cell for cell in book.cells if cell.cell_type == "code"]
+    assert any("show(scrubber" in cell.source for cell in code[:3])
+    assert "parameters" in code[1].metadata.get("tags", [])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"preset": "smoke", "overrides": "objective.clmap=0.1"}, "Did you mean 'objective.clamp'"),
+        ({"preset": "smoke", "overrides": "objective.clamp=0"}, "set objective.clamp"),
+        ({"run": "reg-shapes"}, "needs a class token"),
+    ],
+)
+def test_mistakes_fail_with_a_clear_error(given, message, tmp_path):
+    job = run_study("03", given, tmp_path / "job")
+    assert job.status == "failed" and message in job.error
+
+
+def test_a_run_of_jit_is_looked_at(tmp_path):
+    more = "network.width=16 training.steps=2 data.n=64"
+    path = train(make_recipe("jit", "smoke", overrides=more), tmp_path / "mine", "cpu", 0)
+    job = run_study("03", {"preset": "smoke", "run": str(path)}, tmp_path / "job")
+    assert job.status == "ok", job.error
