@@ -1028,6 +1028,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'maskalign_lab.recipes.find_run': ('lib/recipes.html#find_run', 'maskalign_lab/recipes.py'),
                                        'maskalign_lab.recipes.from_json': ('lib/recipes.html#from_json', 'maskalign_lab/recipes.py'),
                                        'maskalign_lab.recipes.identity': ('lib/recipes.html#identity', 'maskalign_lab/recipes.py'),
+                                       'maskalign_lab.recipes.identity_of': ('lib/recipes.html#identity_of', 'maskalign_lab/recipes.py'),
                                        'maskalign_lab.recipes.images_of': ('lib/recipes.html#images_of', 'maskalign_lab/recipes.py'),
                                        'maskalign_lab.recipes.load_run': ('lib/recipes.html#load_run', 'maskalign_lab/recipes.py'),
                                        'maskalign_lab.recipes.load_sources': ('lib/recipes.html#load_sources', 'maskalign_lab/recipes.py'),

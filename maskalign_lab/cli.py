@@ -264,9 +264,13 @@ def run_runs(options: Runs) -> int:
     from maskalign_lab.recipes import from_json, run_folders
 
     for name, folder in sorted(run_folders().items()):
-        recipe, steps = from_json((folder / "recipe.json").read_text()), steps_of(folder)
+        steps = steps_of(folder)
         step = f"step {steps[-1]:,}" if steps else "no step"
-        print(f"{name:32} {recipe.method.name:6} {recipe.data.name:24} {step:13} {folder}")
+        try:
+            recipe = from_json((folder / "recipe.json").read_text())
+            print(f"{name:32} {recipe.method.name:6} {recipe.data.name:24} {step:13} {folder}")
+        except ValueError as error:  # of another version
+            print(f"{name:32} cannot be read: {error}  {folder}")
     return 0
 
 # %% ../nbs/lib/cli.ipynb #cdc12e98

@@ -6,7 +6,8 @@
 __all__ = ['NETWORKS', 'PRESETS', 'ALIGNED', 'NAMED', 'DataConfig', 'NetworkConfig', 'SiTConfig', 'JiTConfig', 'Recipe',
            'to_json', 'from_json', 'config_class', 'override', 'renamed', 'told', 'make_recipe', 'absolute', 'identity',
            'build', 'class_channels', 'options_of', 'images_of', 'teacher_blocks', 'Sources', 'load_sources', 'Batches',
-           'make_batches', 'Run', 'run_folders', 'find_run', 'load_run', 'check_facts', 'train', 'ensure_run']
+           'make_batches', 'Run', 'run_folders', 'find_run', 'load_run', 'check_facts', 'train', 'identity_of',
+           'ensure_run']
 
 # %% ../nbs/lib/recipes.ipynb #14765924
 import dataclasses
@@ -520,12 +521,21 @@ def train(
     return path
 
 # %% ../nbs/lib/recipes.ipynb #68a21e68
+def identity_of(
+    path: Path,  # a run's folder
+) -> str | None:
+    """The identity of a stored run; None if its recipe cannot be read."""
+    try:
+        return identity(from_json((path / "recipe.json").read_text()))
+    except (ValueError, TypeError):
+        return None
+
+
 def ensure_run(recipe: Recipe, device: str = "auto") -> Run:
     """The run of a recipe: a shipped or cached one if it exists, else trained now into the cache."""
     wanted = identity(recipe)
     for path in run_folders().values():
-        stored = from_json((path / "recipe.json").read_text())
-        if identity(stored) == wanted and recipe.training.steps in steps_of(path):
+        if identity_of(path) == wanted and recipe.training.steps in steps_of(path):
             return load_run(path, device=device)
     name = f"{recipe.method.name}-{Path(recipe.data.name).name.replace(':', '-')}-{wanted}"
     return load_run(train(recipe, paths.cache() / "runs" / name, device), device=device)

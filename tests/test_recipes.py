@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from maskalign_lab import paths
 from maskalign_lab.checkpoints import load_tensors, step_folder
+from maskalign_lab.cli import main
 from maskalign_lab.recipes import (
     PRESETS,
     ensure_run,
@@ -180,3 +181,19 @@ def test_folder_datasets_are_remembered_by_absolute_path(tmp_path, monkeypatch):
     (tmp_path / "pictures").mkdir()
     monkeypatch.chdir(tmp_path)
     assert make_recipe("sit", "smoke", "folder:pictures").data.name == f"folder:{tmp_path / 'pictures'}"
+
+
+def test_runs_of_other_versions_stand_in_nobodys_way(capsys):
+    """A newer version left a run with a field that this one does not know, another left half a file."""
+    first = ensure_run(tiny(), "cpu")
+    for name, text in (("newer", to_json(tiny()).replace('"seed"', '"sead"')), ("torn", "{")):
+        folder = first.path.parent / name
+        shutil.copytree(first.path, folder)
+        (folder / "recipe.json").write_text(text)
+    assert ensure_run(tiny(), "cpu").path == first.path
+    assert ensure_run(tiny(steps=2), "cpu").step == 2
+    assert main(["runs"]) == 0
+    told = capsys.readouterr().out
+    assert "newer" in told and "Did you mean 'seed'" in told and first.name in told
+    with pytest.raises(ValueError, match="unknown TrainingConfig field 'sead'"):
+        load_run("newer")
