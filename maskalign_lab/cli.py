@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'OVERRIDE', 'PARAMETER', 'command', 'parse', 'overview', 'main', 'Train', 'folder_for', 'run_train',
-           'Teach', 'run_teach', 'TrainJudge', 'run_judge', 'Sample', 'chosen_classes', 'run_sample', 'Measure',
-           'run_measure', 'Runs', 'run_runs', 'Import', 'run_import', 'Export', 'run_export', 'Run', 'report',
-           'run_run', 'Open', 'copy_notebooks', 'start_lab', 'run_open', 'Doctor', 'run_doctor', 'Refresh',
+           'Teach', 'run_teach', 'TrainJudge', 'run_judge', 'Sample', 'chosen_classes', 'chosen_sampler', 'run_sample',
+           'Measure', 'run_measure', 'Runs', 'run_runs', 'Import', 'run_import', 'Export', 'run_export', 'Run',
+           'report', 'run_run', 'Open', 'copy_notebooks', 'start_lab', 'run_open', 'Doctor', 'run_doctor', 'Refresh',
            'run_refresh', 'Figures', 'run_figures', 'Make', 'run_make', 'Bench', 'run_bench']
 
 # %% ../nbs/lib/cli.ipynb #687e7694
@@ -177,9 +177,9 @@ class Sample:
     run: Positional[str]  # a run's name or folder
     classes: tuple[int, ...] = ()  # which; default: all
     n: int = 8  # images of each class
-    guidance: float = 2.0  # scale; 1 is off
-    solver: str = "heun"  # euler, heun or euler-maruyama
-    steps: int = 25  # of the solver
+    guidance: float | None = None  # scale, 1 is off; default: 2, or as the authors of an imported run sample
+    solver: str | None = None  # euler, heun or euler-maruyama; default: heun, or as they do
+    steps: int | None = None  # of the solver; default: 25, or as they do
     seed: int = 0  # of the starting noise
     device: str = "auto"  # auto, cpu, cuda, mps
     out: str = "grid.png"  # the picture
@@ -194,6 +194,18 @@ def chosen_classes(
         raise ValueError(f"class {wrong[0]} does not exist: this run has the classes 0 to {count - 1}")
     return wanted or tuple(range(count))
 
+# %% ../nbs/lib/cli.ipynb #5d0a7c31
+def chosen_sampler(
+    options: Sample,
+    known: Any,  # SamplerConfig of an imported run, or None
+) -> Any:  # SamplerConfig
+    """How to sample: as typed, else as the run's authors do, else Heun in 25 steps with guidance 2."""
+    from maskalign_lab.sampling import SamplerConfig
+
+    typed = {name: getattr(options, name) for name in ("solver", "steps", "guidance")}
+    given = {name: value for name, value in typed.items() if value is not None}
+    return dataclasses.replace(known or SamplerConfig("heun", 25, 2.0), **given)
+
 # %% ../nbs/lib/cli.ipynb #e3f76121
 @command("sample", Sample)
 def run_sample(options: Sample) -> int:
@@ -202,12 +214,13 @@ def run_sample(options: Sample) -> int:
 
     from maskalign_lab.plots import sample_grid, save_png
     from maskalign_lab.recipes import load_run
-    from maskalign_lab.sampling import SamplerConfig, last_sample
+    from maskalign_lab.sampling import last_sample
     from maskalign_lab.shipping import to_pixels
     from maskalign_lab.training import resolve_device
 
-    config, device = SamplerConfig(options.solver, options.steps, options.guidance), resolve_device(options.device)
+    device = resolve_device(options.device)
     run = load_run(options.run, device=str(device))
+    config = chosen_sampler(options, run.sampler)
     if run.net.in_channels != 3:
         raise ValueError(
             f"run {run.name!r} makes latents of {run.net.in_channels} channels, not images; nothing to draw"
@@ -216,7 +229,7 @@ def run_sample(options: Sample) -> int:
     y = torch.tensor(classes, device=device).repeat_interleave(options.n)
     x = last_sample(run.net, run.recipe.objective, y, config, options.seed)  # (b, c, h, w)
     pixels = to_pixels(x.cpu())
-    title = f"{run.name}, step {run.step:,}, guidance {options.guidance:g}"
+    title = f"{run.name}, step {run.step:,}, guidance {config.guidance:g}"
     print(save_png(sample_grid(pixels, options.n, [f"class {k}" for k in classes], title), Path(options.out)))
     return 0
 
@@ -280,8 +293,8 @@ class Import:
 
     file: Positional[str]  # .safetensors, .pt or .pth; a pickle that holds code is refused
     out: str = ""  # the run's folder; default: under runs/trained, named after the file
-    family: str = ""  # sit, repa, reg, haste or irepa; default: the file's own word, or read off its tensors
-    config: str = ""  # JSON: arguments of the official constructor that the file does not tell
+    family: str = ""  # sit, repa, reg, haste, irepa or jit; default: the file's own word, or read off its tensors
+    config: str = ""  # JSON: official arguments, of JiT's denoiser too, that the file does not tell
     dataset: str = ""  # what it was trained on, if the lab has it
 
 # %% ../nbs/lib/cli.ipynb #c57afa91
@@ -290,7 +303,7 @@ def run_import(options: Import) -> int:
     """Import a checkpoint and name its folder."""
     import json
 
-    from maskalign_lab.official import import_run
+    from maskalign_lab.official_files import import_run
 
     try:
         config = json.loads(options.config or "{}")
@@ -314,7 +327,7 @@ class Export:
 @command("export", Export)
 def run_export(options: Export) -> int:
     """Export a run's averaged weights."""
-    from maskalign_lab.official import export_run
+    from maskalign_lab.official_files import export_run
     from maskalign_lab.recipes import load_run
 
     print(export_run(load_run(options.run), options.out))

@@ -106,7 +106,7 @@ class JiT(nn.Module):
         check_parts(width, depth, heads, bottleneck, context_tokens, context_start, rope, dropout)
         self.patch_size, self.in_channels, self.num_classes = patch_size, in_channels, num_classes
         self.width, self.depth, self.side = width, depth, input_size // patch_size
-        self.data_at_one, self.class_dim = data_at_one, None
+        self.mlp_ratio, self.data_at_one, self.class_dim = mlp_ratio, data_at_one, None
         self.context_tokens, self.context_start, self.dropout = context_tokens, context_start, dropout
         patch_embed = partial(BottleneckPatchEmbed, bottleneck=bottleneck) if bottleneck else PatchEmbed
         self.x_embedder = patch_embed(in_channels, width, patch_size)

@@ -41,6 +41,7 @@ from .jit import JiT
 from .methods import METHODS, Batch, Method, MethodConfig, edit_digest, layers_of, method_class, needs_of
 from .objectives import Objective
 from .parameters import parse_value
+from .sampling import SamplerConfig
 from .seeding import batch_indices, key
 from .sit import SiT
 from .training import AVERAGES, TrainingConfig, cut_log, fit, resolve_device, with_log
@@ -418,6 +419,12 @@ class Run:
     @property
     def device(self) -> torch.device:
         return self.net.pos_embed.device
+
+    @property
+    def sampler(self) -> SamplerConfig | None:
+        """How its authors sample, if it was imported."""
+        known = json.loads((self.path / "facts.json").read_text()).get("sampler")
+        return known and SamplerConfig(**known)
 
     def teacher_view(self, dataset: Dataset) -> Features:
         """What the run's teacher says about images: tokens (n, tokens, d) and class tokens (n, d), float16 on the CPU."""
