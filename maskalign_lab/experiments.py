@@ -9,7 +9,7 @@ __all__ = ['Arm', 'step_flops', 'Length', 'lengths', 'arm_rows', 'extended', 'ru
 # %% ../nbs/lib/experiments.ipynb #c319753d
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ class Arm:
     name: str
     method: str  # a registered method
     overrides: str = ""  # "network.mixer_depth=0 method.mask_ratio=0.5"
+    claim: int = 0  # what a paper says of its metric beside the baseline's: -1 lower, +1 higher, 0 nothing
 
     def recipe(
         self,
@@ -183,9 +184,11 @@ class Paired:
     seeds: int
 
     def verdict(self, direction: int) -> str:
-        """What the difference says about a claim that it is negative (-1) or positive (+1)."""
+        """What the difference says about a claim that it is negative (-1) or positive (+1); 0 claims nothing."""
         if abs(self.mean) <= self.half:
             return f"undecided ({self.seeds} seeds)" if self.seeds > 1 else "undecided (1 seed)"
+        if not direction:
+            return "lower" if self.mean < 0 else "higher"
         return "reproduced" if self.mean * direction > 0 else "contradicted"
 
 
@@ -208,7 +211,9 @@ def comparison(
     rows: Sequence[dict[str, Any]],
     metric: str,  # key of the rows
     baseline: str,  # name of an arm
-    direction: int = -1,  # what is claimed of the difference
+    claims: Mapping[
+        str, int
+    ],  # arm -> what is claimed of its difference, see `Arm.claim`; none for an arm that is missing
     budget: str = "steps",  # steps | flops
 ) -> "pd.DataFrame":  # noqa: F821
     """Every arm beside the baseline: mean over seeds, spread, paired difference and verdict."""
@@ -229,6 +234,10 @@ def comparison(
         entry["spread"] = np.std(list(of.values()), ddof=1) if len(of) > 1 else np.nan
         if arm != baseline and seeds:
             difference = paired([of[s] for s in seeds], [values[baseline][s] for s in seeds])
-            entry |= {"difference": difference.mean, "+/-": difference.half, "verdict": difference.verdict(direction)}
+            entry |= {
+                "difference": difference.mean,
+                "+/-": difference.half,
+                "verdict": difference.verdict(claims.get(arm, 0)),
+            }
         table.append(entry)
     return pd.DataFrame(table)

@@ -145,12 +145,12 @@ def test_the_table_pairs_by_seed_and_budget():
         for budget in ("steps", "flops")
     ]
     for budget in ("steps", "flops"):
-        table = comparison(rows, "loss", "base", budget=budget).set_index("arm")
+        table = comparison(rows, "loss", "base", {"better": -1}, budget).set_index("arm")
         assert table.loc["better", "difference"] == pytest.approx(-0.9967, abs=1e-4)
         assert table.loc["better", "verdict"] == "reproduced" and table.loc["base", "seeds"] == 3
-    assert comparison(rows, "loss", "base", direction=+1).set_index("arm").loc["better", "verdict"] == "contradicted"
+    assert comparison(rows, "loss", "base", {"better": +1}).set_index("arm").loc["better", "verdict"] == "contradicted"
     with pytest.raises(ValueError, match="budget"):
-        comparison(rows, "loss", "base", budget="time")
+        comparison(rows, "loss", "base", {}, "time")
 
 
 def test_arms_share_everything_that_they_do_not_name():
