@@ -54,10 +54,11 @@ def diagram_cases(
 def control_cases(
     seeds: int = 3,
 ) -> list[ToyConfig]:
-    """v at D = 512 with more steps, more width, both, and smaller learning rates."""
+    """v at D = 512 with more steps, more width, both (one seed), and other learning rates."""
     steps, lr = 4 * ToyConfig().steps, ToyConfig().lr
-    changes = ({"steps": steps}, {"width": 1024}, {"lr": lr / 2}, {"lr": lr / 5}, {"width": 1024, "steps": steps})
-    return [ToyConfig(prediction="v", seed=seed, **change) for change in changes for seed in range(seeds)]
+    changes = ({"steps": steps}, {"width": 1024}, {"lr": lr / 3}, {"lr": 3 * lr})
+    both = ToyConfig(prediction="v", width=1024, steps=steps)
+    return [ToyConfig(prediction="v", seed=seed, **change) for seed in range(seeds) for change in changes] + [both]
 
 # %% ../nbs/lib/manifold_survey.ipynb #ad15ba28
 def toy_identity(config: ToyConfig) -> str:
