@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskalign_lab import live, manifold, manifold_film, manifold_survey, paths, plots
+from maskalign_lab import live, manifold_film, manifold_survey, plots
 from maskalign_lab.experiments import comparison, load_rows
 from maskalign_lab.interpolants import interpolate
 from maskalign_lab.manifold import (
@@ -25,8 +25,8 @@ from maskalign_lab.manifold import (
     draw_start,
     embedding,
     error_split,
-    leaving_time,
     least_energy,
+    leaving_time,
     off_energy,
     sliced_distance,
     split,
@@ -211,7 +211,9 @@ def test_the_parts_of_the_error_are_the_whole_error(prediction):
 # training
 
 
-@pytest.mark.parametrize("change", [{"prediction": "eps"}, {"prediction": "v"}, {"width": 7}, {"lr": 0.1}, {"layers": 3}])
+@pytest.mark.parametrize(
+    "change", [{"prediction": "eps"}, {"prediction": "v"}, {"width": 7}, {"lr": 0.1}, {"layers": 3}]
+)
 def test_paired_cases_see_the_same_draws(change):
     other = replace(TINY, **change)
     for step in (0, 5):
@@ -339,7 +341,12 @@ def test_an_identity_names_one_case():
 
 def test_only_what_is_shown_is_kept(tmp_path):
     flow = watch_flow(begin(ToyConfig(dim=2, width=4)).net, ToyConfig(dim=2), 16, 4)
-    for config in (ToyConfig(dim=2), ToyConfig("moons", 2), ToyConfig(dim=2, seed=1), replace(ToyConfig(dim=2), width=8)):
+    for config in (
+        ToyConfig(dim=2),
+        ToyConfig("moons", 2),
+        ToyConfig(dim=2, seed=1),
+        replace(ToyConfig(dim=2), width=8),
+    ):
         manifold_survey.keep_flow(tmp_path / "flows.npz", config, flow)
     kept = load_flows(tmp_path / "flows.npz")
     assert {name: places.shape for name, places in kept.items()} == {"spiral-2-x": (5, 16, 2), "moons-2-x": (1, 16, 2)}
