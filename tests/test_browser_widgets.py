@@ -5,12 +5,15 @@ import statistics
 import textwrap
 
 import nbformat
+import numpy as np
 import papermill
 import pytest
 from browser import messages, run_all, settled
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from maskalign_lab.pages import write_page
+from maskalign_lab.plots import Curve, Panels, Points, filmstrip
+from maskalign_lab.widgets import Control, Scrubber, save_film
 
 pytestmark = pytest.mark.browser
 pytest_plugins = ["browser"]
@@ -235,3 +238,35 @@ def test_without_plotly_the_page_shows_the_filmstrip(offline, offline_page, tmp_
     lonely.write_bytes(offline.read_bytes())
     offline_page.goto(lonely.as_uri())
     assert offline_page.locator(".film img").is_visible() and not offline_page.locator(".film-controls").is_visible()
+
+
+def write_flow(folder):
+    """A page with a player of points."""
+    ring = np.stack([np.cos(np.arange(60) / 9), np.sin(np.arange(60) / 9)], 1)
+
+    def view(t):
+        panels = tuple(Points(f"t = {t}", (1 + t) * ring, 4.0, ring, labels=("first", "second")) for _ in range(2))
+        return Panels(panels, Curve("size", np.arange(3), {"ring": np.arange(3)}, "t", "size", t))
+
+    control = Control("t", "t", [2, 1, 0], default=0, kind="slider")
+    save_film(Scrubber(view, [control], lambda: filmstrip({"ring": view(0).panels}, ["a", "b"])), folder / "flow.json")
+    data = {"image/png": "iVBORw0KGgo=", "text/plain": "filmstrip"}
+    shown = new_output("display_data", data=data, metadata={"maskalign_lab": {"scrubber": "flow.json"}})
+    nbformat.write(new_notebook(cells=[new_code_cell("show(player)", outputs=[shown])]), folder / "flow.ipynb")
+    return write_page(folder / "flow.ipynb", folder / "flow.html")
+
+
+PLACES = """() => document.querySelector(".film-figure").data[1].x[0]"""
+
+
+def test_points_move_on_the_offline_page(offline_page, tmp_path):
+    page = offline_page
+    page.goto(write_flow(tmp_path).as_uri())
+    page.locator(".film-figure .scatterlayer .point").first.wait_for(timeout=60_000)
+    assert page.evaluate(PLACES) == 3
+    page.locator(".film input").focus()
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function(f"({PLACES})() === 2", timeout=20_000)
+    assert page.locator(".film-figure .xtitle").first.text_content() == "first"
+    assert page.locator(".film-figure .scatterlayer .point").count() >= 240
+    assert page.errors == [] and page.requests == []

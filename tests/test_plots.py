@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from maskalign_lab import live, plots
-from maskalign_lab.plots import Curve, Panels, Picture, TokenMap
+from maskalign_lab.plots import Curve, Panels, Picture, Points, TokenMap
 
 SHOWN = ("norm", "top", "probability", "loss", "cosine")  # as many panels as a study shows
 
@@ -133,6 +133,84 @@ def test_a_film_is_small_and_begins_with_its_default(size, most):
     assert np.array_equal(film.data[3].z, film.frames[4].data[3].z)
 
 
+# points
+
+
+def cloud(t=0.0, seed=0, reach=3.0, n=40):
+    draw = np.random.default_rng(seed)
+    points, behind = draw.normal(size=(n, 2)).astype(np.float32), draw.normal(size=(n, 2))
+    x = np.linspace(0, 1, 5)
+    two = [Points(f"t = {t}", points + i, reach, behind, plots.PALETTE[i], ("first", "second")) for i in (0, 1)]
+    return Panels((*two, view(seed=seed).panels[1]), Curve("curve", x, {"a": x}, "t", "value", t))
+
+
+def test_points_are_shown_where_they_are():
+    panels = cloud()
+    figure = live.figure(panels)
+    assert [trace.type for trace in figure.data] == live.kinds(panels)
+    grey, coloured, empty = figure.data[3:6]
+    second = panels.panels[1]
+    for trace, points in ((grey, second.behind), (coloured, second.points)):
+        assert np.allclose(np.stack([trace.x, trace.y], 1), points, atol=6e-4)
+    assert grey.marker.color == plots.MISSING and coloured.marker.color == plots.PALETTE[1] and empty.x == (None,)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.floats(0.1, 50))
+def test_points_have_equal_axes_that_rise(reach):
+    figure = live.figure(cloud(reach=reach))
+    width, height, _ = squares(figure, 3)
+    assert np.allclose(width, height)
+    for axis in (figure.layout.xaxis, figure.layout.yaxis, figure.layout.xaxis2, figure.layout.yaxis2):
+        assert axis.range == (-reach, reach) and axis.visible is None
+    assert figure.layout.xaxis.title.text == "first" and figure.layout.yaxis.title.text == "second"
+    assert figure.layout.yaxis2.showticklabels is False  # between panels there is no room
+    assert figure.layout.xaxis3.visible is False and figure.layout.yaxis3.range[0] > figure.layout.yaxis3.range[1]
+
+
+def test_moving_points_equals_making_anew_and_sends_no_map():
+    figure, other = live.figure(cloud()), cloud(0.5, seed=1, n=30)
+    live.update(figure, other)
+    assert json.loads(figure.to_json()) == json.loads(live.figure(other).to_json())
+    with pytest.raises(ValueError, match="another form"):
+        live.update(figure, Panels(other.panels[::-1], other.curve))
+
+
+def test_the_numbers_of_points_and_their_words_do_not_reach_the_curve():
+    at = live.place(cloud())
+    assert at.curve - 36 - (at.top + at.size) >= live.AXIS
+    assert live.place(Panels(cloud().panels[:2])).height - (at.top + at.size) >= live.AXIS
+
+
+def test_a_film_of_points_is_small():
+    views = [cloud(t, seed=i, n=250) for i, t in enumerate(np.linspace(0, 1, 21))]
+    film = live.film(views, 4)
+    assert len(film.to_json()) < 600_000 and len(film.frames) == 21
+    assert film.frames[4].data[1].x == film.data[1].x
+
+
+def test_a_strip_of_points_has_equal_scales_and_one_frame_each():
+    panels = cloud(reach=2.0).panels[:2]
+    figure = plots.filmstrip({"points": panels}, ["a", "b"])
+    for axes, panel in zip(figure.axes, panels):
+        assert axes.get_xlim() == axes.get_ylim() == (-2, 2) and axes.get_aspect() == 1
+        grey, coloured = (collection.get_offsets() for collection in axes.collections)
+        assert np.allclose(grey, panel.behind) and np.allclose(coloured, panel.points)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"points": np.zeros((2, 3))}, r"points of shape \(2, 3\) are no points of a plane: expected \(n, 2\)"),
+        ({"behind": np.zeros(2)}, r"behind of shape \(2,\)"),
+        ({"reach": 0.0}, "reach 0.0 must be positive"),
+    ],
+)
+def test_what_is_no_cloud_of_points_is_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        Points(**{"title": "", "points": np.zeros((4, 2)), "reach": 1.0} | wrong)
+
+
 # colours
 
 
@@ -151,7 +229,7 @@ BLIND = {
 
 
 @pytest.mark.parametrize("kind", BLIND)
-@pytest.mark.parametrize("quantity", ["norm", "probability", "loss"])
+@pytest.mark.parametrize("quantity", ["norm", "probability", "loss", "off", "distance"])
 def test_scales_rise_in_lightness_for_the_colour_blind(kind, quantity):
     seen = simulated(plots.colours(plots.QUANTITIES[quantity].scale)[::16], BLIND[kind])
     assert (np.diff(seen @ [0.2126, 0.7152, 0.0722]) > 0).all()
