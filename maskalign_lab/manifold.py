@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import one_of
-from .interpolants import interpolate, to_data_and_noise
+from .interpolants import convert, interpolate
 from .objectives import Objective, denoising_loss, draw_noise, draw_time
 from .sampling import SamplerConfig, sample
 from .seeding import generator, key
@@ -272,7 +272,7 @@ def error_split(
         t = t.expand(n)
         x_t = interpolate(x, noise, t)
         given = net(x_t.float(), t.float()).prediction.double()
-        error = to_data_and_noise(given, config.prediction, x_t, t, clamp=config.clamp)[0] - x
+        error = convert(given, config.prediction, "x", x_t, t, clamp=config.clamp) - x
         parts.append(torch.stack([part.square().sum(1).mean() for part in split(error, basis)]))
     return tuple(torch.stack(parts, 1))
 
