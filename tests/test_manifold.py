@@ -330,7 +330,7 @@ def test_rows_are_json_and_can_be_compared(tmp_path):
     assert [row["seed"] for row in ours] == [0, 1] and pick(rows) == []
     ratio, low, high = paired_ratio(theirs, ours, "off")
     assert low < ratio < high and ratio == pytest.approx(1 / paired_ratio(ours, theirs, "off")[0])
-    assert set(comparison(rows, "on", "x")["arm"]) == {"x", "v"}
+    assert set(comparison(rows, "on", "x", {})["arm"]) == {"x", "v"}
 
 
 def test_an_identity_names_one_case():
