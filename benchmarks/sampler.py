@@ -23,7 +23,7 @@ from maskalign_lab.sampling import Field, SamplerConfig, last_sample
 PLAIN, OURS = "plain: attention written out, two calls", "ours: SDPA, one call"
 
 
-def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # (b, heads, n, head_dim) each
+def written_out(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:  # (b, heads, n, head_dim) each
     """Attention as two products and a softmax."""
     return ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(dim=-1) @ v
 

@@ -58,10 +58,15 @@ def looped_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
             averaged[name].mul_(decay).add_(parameter.data, alpha=1 - decay)
 
 
+def fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float = 0.0) -> torch.Tensor:
+    """PyTorch's kernel, whatever the library would choose."""
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+
+
 @contextmanager
 def attention(written_out: bool):
     """Attention as the library chooses it, or always by the fused kernel."""
-    with patch.object(layers, "attend", attend if written_out else F.scaled_dot_product_attention):
+    with patch.object(layers, "attend", attend if written_out else fused):
         yield
 
 
@@ -169,7 +174,6 @@ def attention_alone(recipe: Recipe, batch: Batch, rounds: int) -> Comparison:
         qkv = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
         return lambda: function(*qkv).sum().backward()
 
-    fused = F.scaled_dot_product_attention
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     arms = {f"{name}, SDPA": both_ways(fused, dtype) for name, dtype in kinds.items()}
     arms |= {f"{name}, written out": both_ways(written_out, dtype) for name, dtype in kinds.items()}

@@ -191,7 +191,7 @@ class Paired:
             return "lower" if self.mean < 0 else "higher"
         return "reproduced" if self.mean * direction > 0 else "contradicted"
 
-
+# %% ../nbs/lib/experiments.ipynb #6a1c9d4d
 def paired(
     values: Sequence[float],  # of an arm, one a seed
     baseline: Sequence[float],  # of the baseline, the same seeds in the same order

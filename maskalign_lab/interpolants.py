@@ -88,7 +88,9 @@ def velocity(
     return c.d_alpha * x + c.d_sigma * noise
 
 # %% ../nbs/lib/interpolants.ipynb #667ecfec
-CONVERSIONS: dict[tuple[str, str], Callable[[Coefficients], tuple]] = {  # (factor of x_t, factor of the prediction, divisor)
+CONVERSIONS: dict[
+    tuple[str, str], Callable[[Coefficients], tuple]
+] = {  # (factor of x_t, factor of the prediction, divisor)
     ("x", "eps"): lambda c: (1, -c.alpha, c.sigma),
     ("x", "v"): lambda c: (c.d_sigma, -c.determinant, c.sigma),
     ("eps", "x"): lambda c: (1, -c.sigma, c.alpha),

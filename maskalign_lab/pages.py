@@ -25,7 +25,9 @@ from pygments.formatters import HtmlFormatter
 # %% ../nbs/lib/pages.ipynb #c3da8af7
 BRACKETS = {"|": "‖", "Vert": "‖", "lVert": "‖", "rVert": "‖", "vert": "|", "lvert": "|", "rvert": "|",
             "langle": "⟨", "rangle": "⟩", "{": "{", "}": "}"}  # fmt: skip
-SIZED = re.compile(r"(\\[Bb]igg?[lrm]?)\s*\\(" + "|".join(map(re.escape, sorted(BRACKETS, key=len, reverse=True))) + ")")
+SIZED = re.compile(
+    r"(\\[Bb]igg?[lrm]?)\s*\\(" + "|".join(map(re.escape, sorted(BRACKETS, key=len, reverse=True))) + ")"
+)
 
 
 def mathml(

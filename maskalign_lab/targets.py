@@ -35,7 +35,7 @@ from .spectra import effective_rank
 SIZES = (16, 32, 64, 128)  # pixels along a side, hence patches of 4, 8, 16, 32
 DETAILS = ("true", "repeated")
 
-
+# %% ../nbs/lib/targets.ipynb #1ea07d66
 def target_arm(
     prediction: str,
     loss_space: str = "v",
@@ -75,7 +75,7 @@ class Scale:
         """What `run_arms` asks for: arm and seed -> recipe."""
         return lambda arm, seed: arm.recipe(preset, dataset, seed, f"{self.overrides} {overrides}")
 
-
+# %% ../nbs/lib/targets.ipynb #70f4d689
 SCALES = {
     "smoke": Scale(
         "objective.clamp=0.05 network.width=16 network.depth=2 data.n=64 training.steps=5",
@@ -99,7 +99,7 @@ def film_arms(preset: str, seeds: int = 0) -> dict[tuple[str, str, int], Arm]:
 # %% ../nbs/lib/targets.ipynb #cf9d5001
 TIMES = tuple(round(0.05 + 0.1 * k, 2) for k in range(10))
 
-
+# %% ../nbs/lib/targets.ipynb #6b5ef54d
 @torch.no_grad()
 def implied(
     run: Run,
@@ -128,7 +128,7 @@ def split_error(
 # %% ../nbs/lib/targets.ipynb #22aa9720
 RANKED = 512  # tokens behind an effective rank
 
-
+# %% ../nbs/lib/targets.ipynb #1529d7ce
 def measure_target(
     run: Run,
     images: int = 256,  # held out
@@ -162,7 +162,7 @@ def at_side(
         return images[..., :: h // side, :: h // side]
     return images.repeat_interleave(side // h, 2).repeat_interleave(side // h, 3)
 
-
+# %% ../nbs/lib/targets.ipynb #3b5b3e3f
 def judge_samples(
     run: Run,
     n: int,
@@ -222,7 +222,7 @@ def one_image_rows(
                 save_rows(keep, rows)
     return rows
 
-
+# %% ../nbs/lib/targets.ipynb #1f9414d7
 ONE_IMAGE = tuple(
     OneImage(kind, width, size, seed=seed)
     for seed in range(3)

@@ -35,7 +35,7 @@ from .widgets import Control, Scrubber
 TIMES = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95)
 LIMIT, LARGEST = 2.0, 64  # of the values of x-hat; pixels along a side
 
-
+# %% ../nbs/lib/targets_film.ipynb #790a961a
 @dataclass
 class Film:
     """What networks make of images. A network is known by (prediction, loss space, size)."""
@@ -61,12 +61,12 @@ def to_levels(x: Tensor) -> Tensor:
     """Values between -2 and 2 in 256 levels; what is no number lies in the middle."""
     return ((x.nan_to_num(0).clamp(-LIMIT, LIMIT) + LIMIT) * (255 / (2 * LIMIT))).round().to(torch.uint8)
 
-
+# %% ../nbs/lib/targets_film.ipynb #c98b84f4
 def from_levels(levels: Tensor) -> Tensor:
     """The values of levels, off by at most 1/127."""
     return levels.float() * (2 * LIMIT / 255) - LIMIT
 
-
+# %% ../nbs/lib/targets_film.ipynb #db8ed9ef
 def noise_of(film: Film, size: int) -> Tensor:  # (k, 3, h, h)
     """The noise that was added to the images of a film."""
     k, _, h, _ = film.clean[size].shape
@@ -98,7 +98,7 @@ def make_film(
         film.guesses[key] = to_levels(at_side(guesses.flatten(0, 1), side)).unflatten(0, guesses.shape[:2]).cpu()
     return film
 
-
+# %% ../nbs/lib/targets_film.ipynb #b1ed71c6
 def guesses_of(
     run: Run, dataset: Dataset, times: Sequence[float], draw: torch.Generator
 ) -> tuple[Tensor, Tensor]:  # (k, 3, h, h) clean images, (k, T, 3, h, h) what the network implies of them
@@ -107,7 +107,7 @@ def guesses_of(
     noise = run.recipe.objective.noise_scale * torch.randn(x.shape, generator=draw).to(x)
     return x, torch.stack([guess_at(run, x, y, noise, t) for t in times], 1)
 
-
+# %% ../nbs/lib/targets_film.ipynb #1394684c
 def guess_at(run: Run, x: Tensor, y: Tensor, noise: Tensor, t: float) -> Tensor:
     """The x that a network implies about images with the given noise."""
     objective, times = run.recipe.objective, torch.full((len(x),), t, device=x.device)
@@ -141,7 +141,7 @@ def save_film(film: Film, path: str | Path) -> Path:
     save_file(tensors, path, {name: json.dumps(value) for name, value in words.items()})
     return Path(path)
 
-
+# %% ../nbs/lib/targets_film.ipynb #4c3ab28f
 def load_film(path: str | Path) -> Film:
     """Read what `save_film` wrote."""
     with safe_open(path, "pt") as file:
@@ -163,7 +163,7 @@ def to_pixels(
     """A tensor as a picture."""
     return ((x / reach).clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).permute(1, 2, 0)).numpy()
 
-
+# %% ../nbs/lib/targets_film.ipynb #3f999212
 def seen(
     film: Film, image: int, time: int, prediction: str, trained: tuple[str, int]
 ) -> dict[str, Tensor]:  # (3, h, h) each
@@ -179,7 +179,7 @@ def seen(
 # %% ../nbs/lib/targets_film.ipynb #088514d0
 NAMES = {"x": "x", "eps": "ε", "v": "v"}
 
-
+# %% ../nbs/lib/targets_film.ipynb #355e69d7
 def view(film: Film, image: int, time: int, prediction: str, trained: tuple[str, int]) -> Panels:
     """What the scrubber shows in one state of its controls."""
     found, (space, size), t = seen(film, image, time, prediction, trained), trained, film.times[time]
@@ -200,7 +200,7 @@ def view(film: Film, image: int, time: int, prediction: str, trained: tuple[str,
     )  # fmt: skip
     return Panels(tuple(pictures), curve)
 
-
+# %% ../nbs/lib/targets_film.ipynb #d248cc09
 def scrubber(film: Film) -> Scrubber:
     """The interactive view of a film."""
     kinds, networks = film.predictions(), film.trained()
@@ -213,7 +213,7 @@ def scrubber(film: Film) -> Scrubber:
     ]  # fmt: skip
     return Scrubber(lambda **state: view(film, **state), controls, lambda: strip(film))
 
-
+# %% ../nbs/lib/targets_film.ipynb #a75c57d6
 def strip(film: Film) -> Figure:
     """The filmstrip: the x-hat of all three predictions for the last network's loss and size, at five times."""
     columns = np.unique(np.linspace(0, len(film.times) - 1, 5).round().astype(int))
@@ -227,7 +227,7 @@ def strip(film: Film) -> Figure:
 # %% ../nbs/lib/targets_film.ipynb #472c1260
 COLOURS = dict(zip(KINDS, PALETTE, strict=False))
 
-
+# %% ../nbs/lib/targets_film.ipynb #88dfc67a
 def weights_figure(clamp: float = 0.05) -> Figure:
     """What each loss space makes of an error of x, over t."""
     theme()
@@ -239,7 +239,7 @@ def weights_figure(clamp: float = 0.05) -> Figure:
     axis.legend()
     return figure
 
-
+# %% ../nbs/lib/targets_film.ipynb #4dbfd9e2
 def size_figure(
     rows: Sequence[Mapping[str, Any]],  # with arm, seed and the metric
     metric: str = "x error",
@@ -280,14 +280,14 @@ def nine_figure(
         axis.set_yticklabels([NAMES[kind] for kind in KINDS], rotation=0)
     return figure
 
-
+# %% ../nbs/lib/targets_film.ipynb #aade1d40
 def nine_table(rows: Sequence[Mapping[str, Any]], metric: str, size: int) -> np.ndarray:  # (loss spaces, predictions)
     """Means over seeds of a metric; NaN where nothing was trained."""
     names = [[target_arm(kind, space, size).name for kind in KINDS] for space in KINDS]
     values = [[[row[metric] for row in rows if row["arm"] == name] for name in line] for line in names]
     return np.array([[np.mean(each) if each else np.nan for each in line] for line in values])
 
-
+# %% ../nbs/lib/targets_film.ipynb #166411bf
 def per_time_figure(
     rows: Sequence[Mapping[str, Any]],
     times: Sequence[float],

@@ -229,7 +229,10 @@ def fit(
         batch = to_device(batches(step), accelerator.device)
         draw = method.draw(batch, step, keyed)
         mine = accelerator.process_index, accelerator.num_processes
-        with accelerator.autocast(), dropout_of(model, key(config.seed, step, f"dropout {mine[0]}"), accelerator.device):
+        with (
+            accelerator.autocast(),
+            dropout_of(model, key(config.seed, step, f"dropout {mine[0]}"), accelerator.device),
+        ):
             return module(ema, step, shard(batch, *mine), shard(draw, *mine))
 
     with notice() if run else contextlib.nullcontext([]) as signals:
@@ -248,7 +251,9 @@ def fit(
             if (bad := guard.bad_step(step, due)) is not None:
                 with torch.compiler.set_stance("force_eager"):  # hooks see into blocks that are not compiled
                     where = culprit(trainee, lambda: forward(bad, trainee).total)  # noqa: B023
-                saved = f"; the state before it is {store(run, bad, model, averages, method, optimizer)}" if saves else ""
+                saved = (
+                    f"; the state before it is {store(run, bad, model, averages, method, optimizer)}" if saves else ""
+                )
                 raise NonFinite(f"step {bad + 1}: not finite, first in {where}{saved}")
             for name, parameters in averaged.items():
                 update_ema(parameters, current, getattr(config, name), step)
