@@ -101,6 +101,7 @@ def error_figure(
             found = pick(rows, data=data, dim=dim, prediction=prediction)
             _lines(axis, np.array(TIMES), found, f"error {part}", prediction)
         axis.set(xlabel="t (0: data, 1: noise)", yscale="log", xlim=(0, 1), title=f"{part} the plane, D = {dim}")
+        axis.minorticks_off()
     figure.axes[0].plot(TIMES, least_error(data), ":", color=QUIET, label="least possible")
     figure.axes[0].set_ylabel("squared error of the implied data")
     figure.axes[0].legend(fontsize=8)
@@ -123,6 +124,7 @@ def excess_figure(
                 axis.plot(leaving, LEFT, "o", color=COLOURS[prediction], markeredgecolor="white", zorder=5)
         axis.axhline(LEFT, color=QUIET, linestyle=":", linewidth=1.2)
         axis.set(xlabel="t (0: data, 1: noise)", yscale="log", xlim=(-0.02, 1.02), title=f"D = {dim}")
+        axis.minorticks_off()
     figure.axes[0].set_ylabel("excess, in deviations of the data")
     figure.axes[0].legend(fontsize=8)
     return figure

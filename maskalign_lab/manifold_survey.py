@@ -152,4 +152,4 @@ def paired_ratio(
     first, second = ({row["seed"]: row[metric] for row in rows} for rows in (over, under))
     seeds = sorted(first.keys() & second.keys())
     logs = paired([np.log(first[seed]) for seed in seeds], [np.log(second[seed]) for seed in seeds])
-    return tuple(float(np.exp(logs.mean + sign * logs.half)) for sign in (0, -1, 1))
+    return tuple(float(np.exp(log)) for log in (logs.mean, logs.mean - logs.half, logs.mean + logs.half))
