@@ -205,9 +205,10 @@ def test(rest):
 
     workers = 2
     threads = str(max(1, (os.cpu_count() or 1) // workers))  # all workers together use each core once
+    spread = ("--dist", "loadfile", "--no-loadscope-reorder")  # a file's tests share what they made; see tests/conftest.py
     results = [
         timed("nbs/lib", tool("nbdev-test"), "nbs/lib", "--n-workers", str(workers), OMP_NUM_THREADS=threads),
-        timed("tests", tool("python"), "-m", "pytest", *rest),
+        timed("tests", tool("python"), "-m", "pytest", "-n", str(workers), *spread, *rest, OMP_NUM_THREADS=threads),
     ]
     say("")
     for name, code, seconds in results:

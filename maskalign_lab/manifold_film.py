@@ -78,7 +78,7 @@ def least_error(data: str, points: int = 8192) -> np.ndarray:  # (len(TIMES),)
     net = ExactNet(draw_points(data, points, generator(0, 0, "dense points")), embedding(2))
     return error_split(net, ToyConfig(data, 2), torch.tensor(TIMES))[0].numpy()
 
-
+# %% ../nbs/lib/manifold_film.ipynb #a69c8125
 def _lines(axis: Any, t: np.ndarray, rows: Sequence[dict[str, Any]], metric: str, prediction: str) -> None:
     """Geometric mean over seeds and the range between the smallest and the largest."""
     values = np.array([row[metric] for row in rows])  # (seeds, T)
@@ -179,7 +179,7 @@ def diagram_figure(
     figure.colorbar(mesh, ax=figure.axes, label=quantity.label, pad=0.02)
     return figure
 
-
+# %% ../nbs/lib/manifold_film.ipynb #8b2f09e2
 def _tell(axis: Any, grid: np.ndarray, scale: LogNorm) -> None:
     """The numbers in the cells, dark on light and light on dark."""
     for (i, j), value in np.ndenumerate(grid):
@@ -199,7 +199,7 @@ class Film:
     places: np.ndarray  # (dims, predictions, T, n, 2)
     excess: np.ndarray  # (dims, predictions, T) root mean square over trajectories
 
-
+# %% ../nbs/lib/manifold_film.ipynb #47b1217f
 SHOWN = 200  # trajectories
 
 
@@ -208,7 +208,7 @@ def exact_way(data: str, steps: int, seed: int = 0, points: int = 2048) -> np.nd
     net = ExactNet(draw_points(data, points, generator(0, 0, "dense points")), embedding(2))
     return watch_flow(net, ToyConfig(data, 2, seed=seed), SHOWN, steps).on.numpy()
 
-
+# %% ../nbs/lib/manifold_film.ipynb #fea0c160
 def make_film(
     watched: Mapping[int, Mapping[str, Flow]],  # D -> prediction -> its flow
     data: str = "spiral",
@@ -221,7 +221,7 @@ def make_film(
     times = flows[0][0].t.numpy()
     return Film(data, tuple(watched), times, exact_way(data, len(times) - 1, seed), places, excess)
 
-
+# %% ../nbs/lib/manifold_film.ipynb #49105796
 def shipped_film(
     flows: Mapping[str, np.ndarray],  # from `load_flows`
     rows: Sequence[dict[str, Any]],  # from `load_rows`
@@ -264,7 +264,7 @@ def scrubber(film: Film) -> Scrubber:
     ]
     return Scrubber(partial(view, film), controls, lambda: strip(film, last))
 
-
+# %% ../nbs/lib/manifold_film.ipynb #340ecf9c
 def strip(
     film: Film,
     dim: int,  # index of the dimension

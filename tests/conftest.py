@@ -35,8 +35,12 @@ def tree(tmp_path) -> Path:
     return copied(tmp_path / "clone")
 
 
+LONG = ("test_browser", "test_study", "test_survival")  # files that run studies or kill trainings
+
+
 def pytest_collection_modifyitems(items):
-    """Tests marked `gpu` are skipped where there is no CUDA device."""
+    """Long files go first, so that no worker is left alone with one; `gpu` tests are skipped without a CUDA device."""
+    items.sort(key=lambda item: not item.path.name.startswith(LONG))
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not on_gpu:
         return
