@@ -22,8 +22,9 @@ from maskalign_lab.alignment import cosine_alignment, projector
 from maskalign_lab.benchmarking import Comparison, Ratio, in_turn, ratio, run_script
 from maskalign_lab.maskalign import MaskAlign, count_kept
 from maskalign_lab.methods import Batch, Draw, Method, State
-from maskalign_lab.recipes import Recipe, build, make_recipe
+from maskalign_lab.recipes import build, make_recipe
 from maskalign_lab.seeding import generator
+from maskalign_lab.settings import Recipe
 from maskalign_lab.sit import SIZES
 from maskalign_lab.training import fit, resolve_precision, to_device
 

@@ -24,8 +24,9 @@ from maskalign_lab import layers
 from maskalign_lab.benchmarking import Comparison, in_turn, run_script
 from maskalign_lab.layers import attend
 from maskalign_lab.methods import Batch, Method, State
-from maskalign_lab.recipes import Recipe, build, make_recipe
+from maskalign_lab.recipes import build, make_recipe
 from maskalign_lab.seeding import generator
+from maskalign_lab.settings import Recipe
 from maskalign_lab.training import fit, resolve_precision, update_ema
 
 PLAIN, OURS, COMPILED = "plain: float32, foreach AdamW, looped EMA", "ours: what fit does", "ours, blocks compiled"

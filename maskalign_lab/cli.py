@@ -109,7 +109,8 @@ def folder_for(
 @command("train", Train)
 def run_train(options: Train) -> int:
     """Train a recipe into a run folder."""
-    from maskalign_lab.recipes import identity, make_recipe, train
+    from maskalign_lab.recipes import make_recipe, train
+    from maskalign_lab.settings import identity
 
     words = shlex.join(options.overrides)
     recipe = make_recipe(options.method, options.preset, options.dataset, options.seed, words)
@@ -160,7 +161,7 @@ class TrainJudge:
 def run_judge(options: TrainJudge) -> int:
     """Train a judge and name its card."""
     from maskalign_lab.judging import JudgeConfig, train_judge
-    from maskalign_lab.recipes import absolute
+    from maskalign_lab.settings import absolute
 
     spec = absolute(options.dataset)
     folder = folder_for(options.out, "judges", spec, *([] if options.size == 32 else [str(options.size)]))
@@ -274,7 +275,8 @@ class Runs:
 def run_runs(options: Runs) -> int:
     """One line for each run: name, method, data, latest step, folder."""
     from maskalign_lab.checkpoints import steps_of
-    from maskalign_lab.recipes import from_json, run_folders
+    from maskalign_lab.recipes import run_folders
+    from maskalign_lab.settings import from_json
 
     for name, folder in sorted(run_folders().items()):
         steps = steps_of(folder)

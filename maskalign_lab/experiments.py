@@ -22,8 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from .checkpoints import write_atomic
 from .errors import one_of
 from .methods import Batch, State, layers_of, needs_of
-from .recipes import Recipe, Run, build, ensure_run, identity, load_run, load_sources, make_recipe
+from .recipes import Run, build, ensure_run, load_run, make_recipe
 from .seeding import generator
+from .settings import Recipe, identity
+from .sources import load_sources
 
 # %% ../nbs/lib/experiments.ipynb #04630d70
 @dataclass(frozen=True)

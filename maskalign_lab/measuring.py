@@ -22,9 +22,10 @@ from .datasets import Dataset
 from .judges import Judge, load_judge
 from .judging import real_pair
 from .metrics import balanced_labels, four_digits, judged, mean_interval, validation_loss
-from .recipes import Run, options_of
+from .recipes import Run
 from .sampling import SamplerConfig, last_sample
 from .seeding import key
+from .sources import options_of
 
 # %% ../nbs/lib/measuring.ipynb #1ecba3b6
 BATCH = 250  # samples at a time; a part of what keys the noise

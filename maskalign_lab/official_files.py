@@ -35,7 +35,8 @@ from maskalign_lab.official import (
     to_official,
 )
 from .official_jit import bare, flat, jit_config, published_jit, typed
-from .recipes import DataConfig, Recipe, Run, SiTConfig, to_json
+from .recipes import Run
+from .settings import DataConfig, Recipe, SiTConfig, to_json
 from .sit import SIZES, SiT
 from .training import TrainingConfig
 

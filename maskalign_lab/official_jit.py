@@ -19,8 +19,8 @@ from .jit import SIZES, JiT
 from .layers import BottleneckPatchEmbed, RMSNorm, SwiGLU
 from .methods import MethodConfig
 from .objectives import Objective
-from .recipes import JiTConfig
 from .sampling import SamplerConfig
+from .settings import JiTConfig
 
 # %% ../nbs/lib/official_jit.ipynb #1e9c6387
 NET: dict[str, Any] = dict(

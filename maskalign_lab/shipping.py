@@ -25,8 +25,9 @@ from .masking import record
 from .methods import innermost
 from .metrics import mean_interval, validation_loss
 from .plots import loss_per_t, sample_grid, save_png
-from .recipes import Recipe, Run, load_run, make_recipe, train
+from .recipes import Run, load_run, make_recipe, train
 from .sampling import SamplerConfig, last_sample
+from .settings import Recipe
 
 # %% ../nbs/lib/shipping.ipynb #ad25ba91
 SHIPPED = {f"{method}-shapes": (method, "shapes") for method in ("sit", "repa", "reg", "maskalign")}

@@ -26,9 +26,10 @@ from .layers import patchify
 from .measuring import as_bytes, sample_batches
 from .metrics import balanced_labels, four_digits, judged
 from .prediction_targets import KINDS, SIDE, OneImage, fit_one, space_weight
-from .recipes import Recipe, Run
+from .recipes import Run
 from .sampling import SamplerConfig
 from .seeding import generator
+from .settings import Recipe
 from .spectra import effective_rank, radial_spectrum
 
 # %% ../nbs/lib/targets.ipynb #561dd77f

@@ -23,9 +23,10 @@ from maskalign_lab.encoders import Teacher, load_teacher, qkv_names
 from maskalign_lab.layers import modulate
 from maskalign_lab.methods import Batch, MethodConfig, PlainSiT, State, needs_of
 from maskalign_lab.objectives import Objective
-from maskalign_lab.recipes import Batches, build, load_run, load_sources, make_batches, make_recipe, train
+from maskalign_lab.recipes import build, load_run, make_recipe, train
 from maskalign_lab.seeding import generator
 from maskalign_lab.sit import SiT
+from maskalign_lab.sources import Batches, load_sources, make_batches
 from maskalign_lab.taps import taps
 
 SMALL = dict(input_size=16, patch_size=4, in_channels=3, width=16, depth=3, heads=2, num_classes=10)

@@ -18,7 +18,8 @@ from maskalign_lab.caching import fill, open_cache, place
 from maskalign_lab.checkpoints import load_tensors, step_folder
 from maskalign_lab.datasets import load_dataset
 from maskalign_lab.encoders import cached_features, dataset_features, load_teacher, rows_of
-from maskalign_lab.recipes import make_batches, make_recipe, train
+from maskalign_lab.recipes import make_recipe, train
+from maskalign_lab.sources import make_batches
 
 ROOT = Path(paths.__file__).parents[1]
 OURS = {"data": "d1", "teacher": "t1", "grid": 8, "sizes": (4, 4)}
@@ -331,7 +332,7 @@ def test_the_second_training_reads_what_the_first_has_written(tmp_path, looks, m
 def test_training_with_kept_features_is_the_same_to_the_bit(tmp_path, monkeypatch):
     for name in ("made", "read"):
         train(recipe(), tmp_path / name, "cpu", 0)
-    monkeypatch.setattr("maskalign_lab.recipes.cached_features", lambda teacher, data: encoders.encode(teacher, data))
+    monkeypatch.setattr("maskalign_lab.sources.cached_features", lambda teacher, data: encoders.encode(teacher, data))
     train(recipe(), tmp_path / "memory", "cpu", 0)
     for part in ("model", "ema", "method", "optimizer"):
         made, read, memory = (load_tensors(step_folder(tmp_path / n), part) for n in ("made", "read", "memory"))

@@ -14,10 +14,12 @@ from maskalign_lab.layers import patchify
 from maskalign_lab.maskalign import MaskAlign, MaskAlignConfig, MaskInput, MaskLoss, count_kept, draw_keep
 from maskalign_lab.methods import Batch, MethodConfig, State, method_class, shard
 from maskalign_lab.objectives import Objective
-from maskalign_lab.recipes import build, from_json, identity, load_run, load_sources, make_recipe, to_json, train
+from maskalign_lab.recipes import build, load_run, make_recipe, train
 from maskalign_lab.reg import REG, REGConfig
 from maskalign_lab.seeding import generator
+from maskalign_lab.settings import from_json, identity, to_json
 from maskalign_lab.sit import SiT
+from maskalign_lab.sources import load_sources
 
 REG_INSIDE, REPA_INSIDE = REGConfig(depth=2, projector_width=24), REPAConfig(depth=2, projector_width=24)
 

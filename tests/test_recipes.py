@@ -14,18 +14,8 @@ from hypothesis import strategies as st
 from maskalign_lab import paths
 from maskalign_lab.checkpoints import load_tensors, step_folder
 from maskalign_lab.cli import main
-from maskalign_lab.recipes import (
-    PRESETS,
-    ensure_run,
-    find_run,
-    from_json,
-    identity,
-    load_run,
-    make_recipe,
-    override,
-    to_json,
-    train,
-)
+from maskalign_lab.recipes import PRESETS, ensure_run, find_run, load_run, make_recipe, train
+from maskalign_lab.settings import from_json, identity, override, to_json
 
 TINY = "network.width=16 network.depth=2 network.heads=2 data.n=64 training.batch_size=8 training.warmup=2"
 

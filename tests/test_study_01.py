@@ -11,8 +11,10 @@ from maskalign_lab import paths
 from maskalign_lab.batch import run_study
 from maskalign_lab.datasets import load_dataset
 from maskalign_lab.parameters import study_parameters
-from maskalign_lab.recipes import from_json, identity, images_of, make_recipe, train
+from maskalign_lab.recipes import make_recipe, train
+from maskalign_lab.settings import from_json, identity
 from maskalign_lab.shipping import SHIPPED, shipped_recipe
+from maskalign_lab.sources import images_of
 
 STUDY = paths.notebooks() / "01_gradient_norms.ipynb"
 
@@ -120,7 +122,10 @@ def test_a_given_run_is_studied(tmp_path):
 
 EDIT = """
 from functools import partial
-from maskalign_lab.recipes import build, edit_digest, identity, make_recipe, make_batches
+from maskalign_lab.methods import edit_digest
+from maskalign_lab.recipes import build, make_recipe
+from maskalign_lab.settings import identity
+from maskalign_lab.sources import make_batches
 from maskalign_lab.training import fit
 recipe = make_recipe("repa", "smoke", overrides="training.steps=2")
 batches = make_batches(recipe)
