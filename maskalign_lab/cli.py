@@ -222,14 +222,15 @@ def run_sample(options: Sample) -> int:
     device = resolve_device(options.device)
     run = load_run(options.run, device=str(device))
     config = chosen_sampler(options, run.sampler)
-    if run.net.in_channels != 3:
+    if run.net.in_channels != 3 and not run.autoencoder:
         raise ValueError(
-            f"run {run.name!r} makes latents of {run.net.in_channels} channels, not images; nothing to draw"
+            f"run {run.name!r} makes latents of {run.net.in_channels} channels, not images, and names no autoencoder; nothing "
+            "to draw"
         )
     classes = chosen_classes(options.classes, run.net.num_classes)
     y = torch.tensor(classes, device=device).repeat_interleave(options.n)
     x = last_sample(run.net, run.recipe.objective, y, config, options.seed)  # (b, c, h, w)
-    pixels = to_pixels(x.cpu())
+    pixels = to_pixels(run.pictures(x).cpu())
     title = f"{run.name}, step {run.step:,}, guidance {config.guidance:g}"
     print(save_png(sample_grid(pixels, options.n, [f"class {k}" for k in classes], title), Path(options.out)))
     return 0

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .checkpoints import write_atomic
 from .errors import one_of
 from .methods import Batch, State, layers_of, needs_of
-from .recipes import Run, build, ensure_run, load_run, make_recipe
+from .recipes import Run, build, ensure_run, latent_facts, load_run, make_recipe
 from .seeding import generator
 from .settings import Recipe, identity
 from .sources import load_sources
@@ -53,17 +53,19 @@ def step_flops(
     num_classes: int = 10,
     teacher_dim: int = 128,  # channels of the teacher's features
     channels: int = 3,  # of the images or latents
+    factor: int = 1,  # pixels along a side that make one latent
 ) -> float:
     """Floating-point operations of a training step per image: forward and backward of network and method."""
-    net, method = build(recipe, num_classes, teacher_dim, channels)
-    size, tokens = recipe.data.size, net.side**2
-    pairs = len(getattr(layers_of(recipe.method)[-1], "student_blocks", ()))  # of HASTE, before its stop
+    net, method = build(recipe, num_classes, teacher_dim, channels, factor)
+    size, tokens, aligned = recipe.data.size // factor, net.side**2, layers_of(recipe.method)[-1]
+    pairs = len(getattr(aligned, "student_blocks", ()))  # of HASTE, before its stop
     batch = Batch(
         torch.zeros(1, channels, size, size),
         torch.zeros(1, dtype=torch.long),
         torch.ones(1, tokens, teacher_dim),
         torch.ones(1, teacher_dim),
         torch.zeros(1, pairs, net.blocks[0].attn.heads, tokens, tokens),
+        torch.ones(1, len(getattr(aligned, "levels", ())), tokens, getattr(aligned, "dim", 1)),
     )
     draw = method.draw(batch, 0, lambda step, name: generator(0, step, name))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -162,7 +164,7 @@ def counts_of(recipes: Iterable[Recipe]) -> dict[str, int]:
     """Classes and teacher channels of the arms' common data; the arm that needs most of them tells."""
     sources = load_sources(max(recipes, key=lambda recipe: len(needs_of(recipe.method))))
     dim = sources.teacher.dim if sources.teacher else 128
-    return {"num_classes": sources.facts["num_classes"], "teacher_dim": dim}
+    return {"num_classes": sources.facts["num_classes"], "teacher_dim": dim} | latent_facts(sources.facts)
 
 # %% ../nbs/lib/experiments.ipynb #0da6a60e
 def load_rows(path: Path) -> list[dict[str, Any]]:

@@ -173,7 +173,7 @@ def noised_hidden(
     step: int,  # keys the noise
 ) -> Tensor:  # (b, n, d) patches; a class token is left out
     """Hidden tokens of noised images at a depth, conditioned on the true labels and, in REG, on the noised class token."""
-    x = dataset.images(index, device=run.device)
+    x = run.inputs(dataset.images(index, device=run.device))
     noise = torch.randn(x.shape, generator=generator(0, step, "analysis noise")).to(x)
     y, t, cls = torch.as_tensor(dataset.labels[index], device=x.device), t.to(x), run.class_tokens(dataset)
     if cls is not None:
@@ -301,7 +301,7 @@ def make_film(
         norms.append(torch.stack(rows, dim=1))  # (k, T, n)
     labels = [images.classes[images.labels[i]] for i in index]
     clean = images.pixels[index]
-    noised = np.stack([_noised_pixels(shown, t) for t in times], axis=1)
+    noised = np.stack([_noised_pixels(studied[0].run, shown, t) for t in times], axis=1)
     return Film([each.name for each in studied], times, labels, clean, noised, torch.stack(norms).numpy(), surveys)
 
 # %% ../nbs/01_gradient_norms.ipynb #4927eb2d
@@ -312,10 +312,10 @@ def _survey_of(observed: Observed, images: Dataset, sizes: Sizes) -> Survey:
     return survey(observed, images, observed.features(images), np.linspace(0, 1, sizes.times), sizes.images)
 
 # %% ../nbs/01_gradient_norms.ipynb #cde86972
-def _noised_pixels(dataset: Dataset, t: float) -> np.ndarray:  # (k, h, w, 3) uint8
-    x = dataset.images()
-    noise = torch.randn(x.shape, generator=generator(0, 0, "analysis noise"))
-    x_t = interpolate(x, noise, torch.full((len(x),), float(t)))
+def _noised_pixels(run: "Run", dataset: Dataset, t: float) -> np.ndarray:  # noqa: F821  (k, h, w, 3) uint8
+    x = run.inputs(dataset.images(device=run.device))
+    noise = torch.randn(x.shape, generator=generator(0, 0, "analysis noise")).to(x)
+    x_t = run.pictures(interpolate(x, noise, torch.full((len(x),), float(t), device=x.device))).cpu()
     return ((x_t.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
 
 # %% ../nbs/01_gradient_norms.ipynb #8be2ea9e

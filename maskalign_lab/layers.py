@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['patchify', 'unpatchify', 'take', 'with_class_token', 'PatchEmbed', 'BottleneckPatchEmbed', 'sincos_2d', 'rope_2d',
-           'rotate', 'TimestepEmbedder', 'LabelEmbedder', 'modulate', 'RMSNorm', 'SwiGLU', 'attend', 'Attention']
+           'rotate', 'sinusoids', 'TimestepEmbedder', 'LabelEmbedder', 'modulate', 'RMSNorm', 'SwiGLU', 'attend',
+           'Attention']
 
 # %% ../nbs/lib/layers.ipynb #79da3b60
 import math
@@ -121,6 +122,17 @@ def rotate(
     return (exact * cos + quarter * sin).to(vectors.dtype)
 
 # %% ../nbs/lib/layers.ipynb #c13b8dca
+def sinusoids(
+    t: Tensor,  # (b,)
+    frequencies: int,  # even
+) -> Tensor:  # (b, frequencies) float32
+    """Cosines, then sines, of t at rates that fall from 1 to almost 1/10,000 (DiT)."""
+    half = frequencies // 2
+    rates = torch.exp(-math.log(10000.0) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
+    angles = t.float()[:, None] * rates
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
 class TimestepEmbedder(nn.Module):
     """Sinusoids of t, then a two-layer MLP (DiT)."""
 
@@ -130,10 +142,7 @@ class TimestepEmbedder(nn.Module):
         self.frequencies = frequencies
 
     def forward(self, t: Tensor) -> Tensor:  # (b,) -> (b, d)
-        half = self.frequencies // 2
-        rates = torch.exp(-math.log(10000.0) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
-        angles = t.float()[:, None] * rates
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1).to(self.mlp[0].weight.dtype))
+        return self.mlp(sinusoids(t, self.frequencies).to(self.mlp[0].weight.dtype))
 
 # %% ../nbs/lib/layers.ipynb #2bc374e3
 class LabelEmbedder(nn.Module):

@@ -36,12 +36,12 @@ def sample_batches(
     labels: Tensor,  # (n,)
     config: SamplerConfig = SamplerConfig(),
     seed: int = 0,  # of the starting noise
-) -> Iterator[Tensor]:  # (at most 250, c, h, w) in [-1, 1], rounded to bytes
+) -> Iterator[Tensor]:  # (at most 250, 3, h, w) in [-1, 1], rounded to bytes
     """Samples of a run for the given labels, batch by batch."""
     device = next(run.net.parameters()).device
     for number, y in enumerate(labels.split(BATCH)):
         x = last_sample(run.net, run.recipe.objective, y.to(device), config, key(seed, number, "measure"))
-        yield as_bytes(x)
+        yield as_bytes(run.pictures(x))
 
 
 def as_bytes(images: Tensor) -> Tensor:
@@ -66,8 +66,8 @@ def loss_of(
     held_out: Dataset,
 ) -> dict[str, Any]:
     """Validation velocity loss per bin of t, with its 95 % interval."""
-    labels, images = torch.as_tensor(held_out.labels, device=run.device), held_out.images(device=run.device)
-    losses = validation_loss(run.net, run.recipe.objective, images, labels, class_tokens=run.class_tokens(held_out))
+    labels, x = torch.as_tensor(held_out.labels, device=run.device), run.inputs(held_out.images(device=run.device))
+    losses = validation_loss(run.net, run.recipe.objective, x, labels, class_tokens=run.class_tokens(held_out))
     mean, half = (values.tolist() for values in mean_interval(losses))
     return {
         "pictures": len(held_out),

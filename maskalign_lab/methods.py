@@ -35,6 +35,7 @@ class Batch:
     features: Tensor | None = None  # (b, n, d) clean teacher tokens, of all patches
     class_token: Tensor | None = None  # (b, d) clean teacher class token
     attention: Tensor | None = None  # (b, blocks, heads, n, n) attention logits of teacher blocks, between patches
+    levels: Tensor | None = None  # (b, K, n, d) levels of an autoencoder's encoder, from fine to coarse
 
 # %% ../nbs/lib/methods.ipynb #63d3bd18
 @dataclass

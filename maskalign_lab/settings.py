@@ -38,6 +38,7 @@ class DataConfig:
     detail: int | None = None  # pixels that the pictures are made with, each repeated to fill the size; None: size
     n: int | None = None  # training images; None takes all
     teacher: str = "tiny"  # tiny | tiny:PATH | oracle | timm:MODEL; used by methods that align
+    autoencoder: str = ""  # tiny | tiny:PATH | a diffusers folder or name, whose latents are learned; empty: pixels
 
 # %% ../nbs/lib/settings.ipynb #9811c5a1
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def samples_of(
 ) -> Tensor:
     """Samples of every class, class by class: (classes * per_class, 3, h, w) in [-1, 1]."""
     y = torch.arange(run.net.num_classes).repeat_interleave(per_class).to(run.net.pos_embed.device)
-    return last_sample(run.net, run.recipe.objective, y, config, seed).clamp(-1, 1).cpu()
+    return run.pictures(last_sample(run.net, run.recipe.objective, y, config, seed)).clamp(-1, 1).cpu()
 
 # %% ../nbs/lib/shipping.ipynb #7f1cf9e8
 def to_pixels(images: Tensor) -> np.ndarray:  # (n, h, w, 3) uint8
@@ -100,8 +100,8 @@ def to_pixels(images: Tensor) -> np.ndarray:  # (n, h, w, 3) uint8
 def write_card(run: Run, out: Path, command: str, config: SamplerConfig = SamplerConfig(guidance=2.0)) -> None:
     """Measure a run and write card.json, card.md, samples.png and loss.png."""
     held_out = run.images("validation")
-    images, labels = held_out.images(device=run.device), torch.as_tensor(held_out.labels, device=run.device)
-    losses = validation_loss(run.net, run.recipe.objective, images, labels, class_tokens=run.class_tokens(held_out))
+    x, labels = run.inputs(held_out.images(device=run.device)), torch.as_tensor(held_out.labels, device=run.device)
+    losses = validation_loss(run.net, run.recipe.objective, x, labels, class_tokens=run.class_tokens(held_out))
     mean, half = mean_interval(losses)
     facts = json.loads((run.path / "facts.json").read_text())
     seconds = [json.loads(line)["seconds"] for line in (run.path / "log.jsonl").read_text().splitlines()]
