@@ -62,6 +62,8 @@ def parse_value(
     """A typed value from text."""
     if hint is str:
         return text
+    if hint == tuple[str, ...]:
+        return tuple(filter(None, re.split(r"[\s,]+", text.strip("()"))))
     try:
         value = ast.literal_eval(text.capitalize() if text in ("true", "false", "none") else text)
     except (ValueError, SyntaxError):

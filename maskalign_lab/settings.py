@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from . import baselines, maskalign, reg  # noqa: F401  (importing a module registers its methods)
+from . import ahpa, baselines, maskalign, reg  # noqa: F401  (importing a module registers its methods)
 from .errors import one_of
 from .jit import JiT
 from .methods import MethodConfig, edit_digest, method_class
