@@ -25,7 +25,9 @@ from maskalign_lab.plots import (
     PALETTE,
     QUANTITIES,
     QUIET,
+    Bars,
     Curve,
+    Panel,
     Panels,
     Picture,
     Points,
@@ -39,7 +41,7 @@ from maskalign_lab.plots import (
 # %% ../nbs/lib/live.ipynb #25647550
 WIDTH, LEFT, RIGHT, GAP = 980, 58, 20, 24  # of the figure, its margins, between panels
 TITLE, BAR, CURVE, AXIS = 17, 58, 170, 48  # heights: a line of a title, a colour bar and its words, the curve, its axis
-BELOW = {Picture: 8, TokenMap: BAR, Points: AXIS}  # height of what stands below a panel
+BELOW = {Picture: 8, TokenMap: BAR, Points: AXIS, Bars: AXIS}  # height of what stands below a panel
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,11 @@ def values(
     return rows + (_curve_values(panels.curve) if panels.curve else [])
 
 
-def _panel_rows(panel: Picture | TokenMap | Points, shown: Panels, largest: int) -> list[dict[str, Any]]:
+def _panel_rows(panel: Panel, shown: Panels, largest: int) -> list[dict[str, Any]]:
+    if isinstance(panel, Bars):
+        heights = [round(float(value), 4) for value in panel.values.values()]
+        told = {"x": list(panel.values), "y": heights, "text": [f"{height:.2f}" for height in heights]}
+        return [told, *[_outline(None)] * 2]
     if isinstance(panel, Points):
         return [_places(panel.behind), _places(panel.points), _outline(None)]
     return [_panel_values(panel, shown, largest), *[_outline(shown.token)] * 2]
@@ -155,7 +161,9 @@ def kinds(
     panels: Panels,
 ) -> list[str]:
     """The types of the traces that show these panels, in order."""
-    first = [{Picture: "image", TokenMap: "heatmap", Points: "scatter"}[type(panel)] for panel in panels.panels]
+    first = [
+        {Picture: "image", TokenMap: "heatmap", Points: "scatter", Bars: "bar"}[type(panel)] for panel in panels.panels
+    ]
     lines = len(panels.curve.ys) + 2 if panels.curve else 0
     return [kind for panel in first for kind in (panel, "scatter", "scatter")] + ["scatter"] * lines
 
@@ -174,12 +182,19 @@ def _bar(quantity: Quantity, i: int, at: Place) -> dict[str, Any]:
 STOPS = sorted({*range(0, 256, 15), 127, 128})  # of the 256 colours; two in the middle, for the binary scale
 
 # %% ../nbs/lib/live.ipynb #5a0d37f0
-def _panel_traces(panel: Picture | TokenMap | Points, i: int, at: Place) -> list[dict[str, Any]]:
+def _panel_traces(panel: Panel, i: int, at: Place) -> list[dict[str, Any]]:
     axes = {"xaxis": f"x{i + 1}", "yaxis": f"y{i + 1}"}
     if isinstance(panel, Points):
         dots = {"type": "scatter", "mode": "markers", "hoverinfo": "skip", "showlegend": False, **axes}
         grey, coloured = ({"color": c, "size": size} for c, size in ((MISSING, 3), (panel.colour, 4)))
         return [dots | {"marker": grey}, dots | {"marker": coloured}, dots]
+    if isinstance(panel, Bars):
+        bars = {"type": "bar", "marker": {"color": PALETTE[: len(panel.values)]}, "textposition": "outside", **axes}
+        unseen = {"type": "scatter", "mode": "lines", **axes}
+        return [
+            bars | {"hoverinfo": "skip", "showlegend": False, "cliponaxis": False},
+            *[unseen | {"showlegend": False}] * 2,
+        ]
     first = {"type": "image", "hoverinfo": "none", **axes}
     if isinstance(panel, TokenMap):
         quantity = QUANTITIES[panel.quantity]
@@ -204,7 +219,16 @@ POINTS = {"showline": True, "mirror": True, "linecolor": QUIET, "ticks": "outsid
           "nticks": 5, "showgrid": False, "zeroline": False, "tickfont": {"size": 10.5}}  # fmt: skip
 
 
-def _axes_of(panel: Picture | TokenMap | Points, end: float, numbers: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+def _axes_of(panel: Panel, end: float, numbers: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    if isinstance(panel, Bars):
+        names = {
+            "showline": True,
+            "linecolor": QUIET,
+            "tickfont": {"size": 10.5},
+            "fixedrange": True,
+            "type": "category",
+        }
+        return names, {"range": [0, 1], "visible": False}
     if not isinstance(panel, Points):
         return {"range": [-0.5, end], "visible": False}, {"range": [end, -0.5], "visible": False}
     common = POINTS | {"range": [-panel.reach, panel.reach]}
