@@ -64,11 +64,11 @@ class Router(nn.Module):
     def log_weights(self, t: Tensor, y: Tensor | None = None) -> Tensor:  # (b,), (b,) -> (b, K)
         """Logarithms of the weights."""
         with torch.autocast(t.device.type, enabled=False):
-            told = sinusoids(t, self.width)
+            told = sinusoids(t, self.width).to(self.mlp[0].weight.dtype)
             if self.classes is not None:
                 told = told + self.classes(y)
             prior = schedule(self.prior, t, self.levels).clamp(min=1e-6).log()
-            return F.log_softmax(self.mlp(told).float() + prior, 1)
+            return F.log_softmax(self.mlp(told) + prior, 1)
 
     def forward(self, t: Tensor, y: Tensor | None = None) -> Tensor:  # (b,), (b,) -> (b, K)
         return self.log_weights(t, y).exp()

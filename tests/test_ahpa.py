@@ -1,0 +1,298 @@
+"""AHPA: weights that add up, a closed form that is the optimum, one level equal to itself, and nothing left at inference."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from maskalign_lab.ahpa import AHPA, SCHEDULES, AHPAConfig, Router, closed_form, gains, pull, schedule
+from maskalign_lab.autoencoders import load_autoencoder
+from maskalign_lab.datasets import load_dataset
+from maskalign_lab.levels import cached_level_tokens, description, fit_levels, on_grid, principal_components
+from maskalign_lab.methods import Batch, State
+from maskalign_lab.objectives import Objective
+from maskalign_lab.recipes import LATENTS, build, load_run, make_recipe, train
+from maskalign_lab.routing import measure_ahpa, measure_routing, oracle_arm, oracle_table, run_levels, trace_router
+from maskalign_lab.seeding import generator
+from maskalign_lab.sit import SiT
+from maskalign_lab.sources import kept_autoencoder, load_sources, make_batches
+
+NAMES = ("down.0", "down.1", "mid", "latent")
+times = st.lists(st.floats(0, 1), min_size=1, max_size=8).map(lambda values: torch.tensor(values))
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    """The folder of an untrained autoencoder of Stable Diffusion's form; another seed, other weights."""
+
+    def make(seed: int = 0) -> str:
+        folder = tmp_path_factory.mktemp("vae")
+        torch.manual_seed(seed)
+        blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+        AutoencoderKL(block_out_channels=(8, 16, 16), norm_num_groups=8, latent_channels=4, **blocks).save_pretrained(
+            folder
+        )
+        return str(folder)
+
+    return make
+
+
+def recipe(folder: str, method: str = "ahpa", more: str = ""):
+    small = (
+        "network.width=16 network.depth=3 data.n=32 training.steps=4 training.batch_size=8 training.precision=float32"
+    )
+    return make_recipe(method, "smoke", overrides=f"{LATENTS['']} {small} data.autoencoder={folder} {more}")
+
+
+def fixture(more: dict | None = None, double: bool = True, classes: int = 3):
+    """A small network, a method, and a batch with levels."""
+    torch.manual_seed(0)
+    net = SiT(input_size=8, patch_size=2, in_channels=4, width=32, depth=4, heads=2, num_classes=classes)
+    for p in net.parameters():
+        p.data.add_(0.05 * torch.randn_like(p))
+    method = AHPA(
+        net, Objective(), AHPAConfig(**{"levels": NAMES, "depth": 2, "projector_width": 32, "dim": 6} | (more or {}))
+    )
+    g = torch.Generator().manual_seed(1)
+    batch = Batch(
+        torch.randn(4, 4, 8, 8, generator=g), torch.tensor([0, 1, 2, 0]), levels=torch.randn(4, 4, 16, 6, generator=g)
+    )
+    draw = method.draw(batch, 0, lambda step, name: generator(0, step, name))
+    if double:
+        net, method = net.double(), method.double()
+        batch.x, batch.levels, draw.t, draw.noise = (v.double() for v in (batch.x, batch.levels, draw.t, draw.noise))
+    return net, method, batch, draw
+
+
+# ---- weights
+
+
+@settings(deadline=None, max_examples=40)
+@given(t=times, name=st.sampled_from((*SCHEDULES, *NAMES)))
+def test_schedules_are_weights(t, name):
+    weights = schedule(name, t, NAMES)
+    assert (weights >= 0).all()
+    torch.testing.assert_close(weights.sum(1), torch.ones(len(t)))
+
+
+@settings(deadline=None, max_examples=40)
+@given(t=times)
+def test_the_reverse_schedule_is_the_reverse(t):
+    torch.testing.assert_close(schedule("coarse-to-fine", t, NAMES), schedule("fine-to-coarse", t, NAMES).flip(1))
+
+
+@settings(deadline=None, max_examples=30)
+@given(t=times, size=st.floats(0.01, 30))
+def test_a_router_is_finite_and_adds_up_under_autocast(t, size):
+    """Whatever it learned: large weights of the perceptron included."""
+    torch.manual_seed(0)
+    router = Router(NAMES, "coarse-to-fine", width=32, num_classes=3)
+    for p in router.parameters():
+        p.data.add_(size * torch.randn_like(p))
+    with torch.autocast("cpu", torch.bfloat16):
+        weights = router(t, torch.full((len(t),), 3))
+    assert weights.dtype == torch.float32 and weights.isfinite().all()
+    torch.testing.assert_close(weights.sum(1), torch.ones(len(t)))
+
+
+@settings(deadline=None, max_examples=40)
+@given(data=st.data(), tau=st.floats(0.01, 5))
+def test_closed_form_is_the_optimum(data, tau):
+    draws = st.lists(st.floats(0, 2), min_size=4, max_size=4)
+    losses = torch.tensor([data.draw(draws)], dtype=torch.float64)
+    prior = torch.softmax(torch.tensor([data.draw(draws)], dtype=torch.float64), 1)
+    best = closed_form(losses, prior, tau)
+    value = lambda w: (w * losses).sum() + tau * pull(w.clamp(min=1e-300).log(), prior)[0]  # noqa: E731
+    least = -tau * torch.logsumexp(prior.log() - losses / tau, 1)[0]  # its value in closed form
+    torch.testing.assert_close(value(best), least, atol=1e-9, rtol=1e-6)
+    other = torch.softmax(torch.tensor([data.draw(draws)], dtype=torch.float64), 1)
+    assert value(other) >= value(best) - 1e-9
+
+
+def test_a_level_that_is_easier_weighs_more():
+    weights = closed_form(torch.tensor([0.1, 0.2, 0.4, 0.3]), torch.full((4,), 0.25), 0.1)
+    assert weights.argsort(descending=True).tolist() == [0, 1, 3, 2]
+
+
+# ---- the method
+
+
+def test_one_hot_weights_equal_the_single_level_to_the_bit(vae):
+    """Two trainings, one with four levels of which one counts and one with that level alone: the same network."""
+    folder, found = vae(), []
+    for levels in (NAMES, ("mid",)):
+        net, method = build(
+            recipe(folder, more=f"method.router=mid method.levels={','.join(levels)}"), 10, channels=4, factor=4
+        )
+        g = torch.Generator().manual_seed(0)
+        x, tokens = torch.randn(4, 4, 16, 16, generator=g), torch.randn(4, 4, 64, 16, generator=g)
+        tokens = tokens if len(levels) == 4 else tokens[:, [2]]
+        batch = Batch(x, torch.arange(4), levels=tokens)
+        draw = method.draw(batch, 0, lambda step, name: generator(0, step, name))
+        total = method.loss(State(net, net, 0), batch, draw).total
+        total.backward()
+        trunk = torch.cat([p.grad.flatten() for p in method.trunk.parameters()])
+        found.append((total, trunk, torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_permuting_levels_with_their_heads_changes_nothing():
+    net, method, batch, draw = fixture({"router": "uniform"})
+    first = method.loss(State(net, net, 0), batch, draw).total
+    order = [2, 0, 3, 1]
+    method.heads = torch.nn.ModuleList(method.heads[k] for k in order)
+    batch.levels = batch.levels[:, order]
+    torch.testing.assert_close(method.loss(State(net, net, 0), batch, draw).total, first, rtol=0, atol=1e-12)
+
+
+def test_targets_give_the_router_no_gradient_and_losses_do():
+    for mix, some in (("targets", False), ("losses", True)):
+        net, method, batch, draw = fixture({"mix": mix})
+        method.loss(State(net, net, 0), batch, draw).total.backward()
+        slopes = [p.grad.abs().max().item() for p in method.router.parameters() if p.grad is not None]
+        assert (max(slopes) > 1e-8) is some
+
+
+def test_outside_of_its_window_there_is_no_alignment():
+    net, method, batch, draw = fixture({"router": "uniform", "window": (0.0, 0.5)})
+    draw.t = torch.full_like(draw.t, 0.8)
+    parts = method.loss(State(net, net, 0), batch, draw)
+    assert parts.parts["alignment"] == 0 and parts.total == parts.parts["velocity"]
+
+
+def test_gains_are_inner_products_of_gradients():
+    """Against the products themselves, image by image and level by level."""
+    net, method, batch, draw = fixture()
+    found, step = gains(method, net, batch, draw, size=1e-6), 1e-4
+    assert found.shape == (2, 4) and found.isfinite().all()
+    coarse = gains(method, net, batch, draw, size=step)
+    torch.testing.assert_close(found, coarse, rtol=0.05, atol=1e-3 * found.abs().max().item())  # both near the slope
+
+
+def test_a_bilevel_router_moves_towards_what_helps():
+    """Its surrogate falls if weight goes to the level with the largest gain."""
+    net, method, batch, draw = fixture({"router": "bilevel", "tau": 1e-6, "probe_every": 1})
+    useful = gains(method, net, batch, draw)
+    method.router_loss(State(net, net, 0), batch, draw, method.log_weights(draw.t, draw.y)).backward()
+    lowered = -method.router.mlp[-1].bias.grad  # the direction in which the bias of each level will move
+    centred = useful - useful.mean(1, keepdim=True)
+    assert torch.cosine_similarity(lowered, centred.sum(0), dim=0) > 0.99
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"router": "learnt"}, "Did you mean 'learned'"),
+        ({"mix": "target"}, "Did you mean 'targets'"),
+        ({"tau": 0.0}, "must be positive"),
+        ({"window": (0.5, 0.2)}, "rising"),
+        ({"prior": "uniforn"}, "Did you mean 'uniform'"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        AHPAConfig(**given)
+
+
+# ---- levels
+
+
+@settings(deadline=None, max_examples=20)
+@given(side=st.sampled_from((2, 4, 8)), channels=st.integers(1, 5))
+def test_space_to_depth_keeps_every_value(side, channels):
+    level = torch.randn(2, channels, 8, 8)
+    torch.testing.assert_close(on_grid(level, side).flatten().sort().values, level.flatten().sort().values)
+
+
+def test_components_do_not_depend_on_the_order_of_rows():
+    rows = torch.randn(300, 8) @ torch.randn(8, 8)
+    for one, other in zip(principal_components(rows, 5), principal_components(rows.flip(0), 5), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_levels_of_another_autoencoder_are_refused(vae):
+    """The cache of one autoencoder, put in the place of another's."""
+    images = load_dataset("shapes", 64, n=8)
+    mine, other = (fit_levels(load_autoencoder(vae(seed)), images, NAMES, side=8, images=8) for seed in (0, 1))
+    assert description(mine, images) != description(other, images)
+    first, second = cached_level_tokens(mine, images), cached_level_tokens(other, images)
+    assert not torch.equal(first[[0]], second[[0]])
+    torch.testing.assert_close(first[[0, 3]].float(), mine(images.images([0, 3])), atol=2e-2, rtol=2e-2)
+
+
+def test_batches_hold_latents_and_levels(vae):
+    settings = recipe(vae())
+    batches = make_batches(settings)
+    batch, again, later = batches(0), batches(0), batches(4)  # 32 images in batches of 8: step 4 begins anew
+    assert batch.x.shape == (8, 4, 16, 16) and batch.levels.shape == (8, 4, 64, 16)
+    assert torch.equal(batch.x, again.x) and not torch.equal(batch.x, later.x)
+    facts = load_sources(settings).facts
+    assert (facts["channels"], facts["factor"]) == (4, 4) and len(facts["autoencoder_digest"]) == 16
+
+
+def test_pixels_are_refused():
+    with pytest.raises(ValueError, match="data.autoencoder=tiny"):
+        make_batches(make_recipe("ahpa", "smoke", overrides="data.autoencoder='' data.n=16"))
+
+
+# ---- runs
+
+
+@pytest.mark.parametrize("method", ["sit", "repa", "reg", "maskalign", "sra2", "ahpa", "haste", "irepa"])
+def test_every_method_learns_latents(method, vae, tmp_path):
+    run = load_run(train(recipe(vae(), method), tmp_path / method, "cpu", 0))
+    assert run.net.in_channels == 4 and run.net.side == 8
+    images = run.images("validation", 4).images()
+    assert run.inputs(images).shape == (4, 4, 16, 16) and run.pictures(run.inputs(images)).shape == images.shape
+    plain = build(
+        recipe("tiny", "sit", f"network.mixer_depth={run.recipe.network.mixer_depth}"), 10, channels=4, factor=4
+    )[0]
+    if not run.net.class_dim:  # nothing of the method is left in what is sampled
+        assert run.net.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_another_autoencoder_does_not_continue_a_run(vae, tmp_path):
+    first, other = vae(0), vae(1)
+    train(recipe(first), tmp_path / "run", "cpu", 0)
+    longer = recipe(first, more="training.steps=6")
+    (tmp_path / "run" / "recipe.json").unlink()
+    shutil.rmtree(first)
+    shutil.copytree(other, first)
+    kept_autoencoder.cache_clear()
+    with pytest.raises(FileExistsError, match="autoencoder_digest"):
+        train(longer, tmp_path / "run", "cpu", 0)
+
+
+def test_routing_of_a_run(vae, tmp_path):
+    run = load_run(train(recipe(vae(), more="method.by_class=true training.save_every=2"), tmp_path / "run", "cpu", 0))
+    held_out = run.images("validation", 12)
+    seen = measure_routing(run, held_out, run_levels(run))
+    np.testing.assert_allclose(seen.weights.sum(1), 1, rtol=1e-5)
+    np.testing.assert_allclose(seen.closed.sum(1), 1, rtol=1e-5)
+    rows = trace_router(run, 20)
+    assert [row["step"] for row in rows if row["class"] == "all"] == [2, 4]
+    assert {row["class"] for row in rows} - {"all"} == set(held_out.classes)
+    assert len(measure_ahpa(run, 8)["velocity per t"]) == 10
+
+
+def test_routing_refuses_what_has_no_levels(vae, tmp_path):
+    for method, more, message in (("sit", "", "expected ahpa"), ("ahpa", "method.mix=targets", "mixes its targets")):
+        run = load_run(train(recipe(vae(), method, more), tmp_path / method, "cpu", 0))
+        with pytest.raises(ValueError, match=message):
+            measure_routing(run, run.images("validation", 4))
+
+
+def test_the_oracle_compares_within_a_seed():
+    rows = [
+        {"arm": name, "seed": seed, "budget": "steps", "velocity per t": [loss * (1 + seed)] * 10}
+        for seed in range(2)
+        for name, loss in (("SiT", 1.0), (oracle_arm("mid", (0.67, 1.0)).name, 0.8))
+    ]
+    table = oracle_table(rows)
+    np.testing.assert_allclose(table[2, 2], -0.2)
+    assert np.isnan(np.delete(table.reshape(12, 3), 2 * 4 + 2, 0)).all()
