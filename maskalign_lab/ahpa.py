@@ -92,7 +92,7 @@ def pull(log_weights: Tensor, prior: Tensor) -> Tensor:  # (b, K), (b, K) -> (b,
 # %% ../nbs/06_ahpa.ipynb #8dae1426
 ROUTERS, MIXES, LOSSES = ("learned", "bilevel"), ("losses", "targets"), ("cosine", "smooth-l1")
 
-
+# %% ../nbs/06_ahpa.ipynb #f7867563
 @dataclass(frozen=True)
 class AHPAConfig(MethodConfig):
     """AHPA's settings. Paper: a four-layer router, depth 3 (B) or 7 (XL); the rest of its text is not public."""
@@ -136,7 +136,7 @@ def level_head(
     nn.init.zeros_(head.bias)
     return head
 
-
+# %% ../nbs/06_ahpa.ipynb #19033c5d
 def take_levels(levels: Tensor, keep: Tensor | None) -> Tensor:  # (b, K, n, d) -> (b, K, k, d)
     """The kept tokens of every level."""
     return levels if keep is None else levels.take_along_dim(keep[:, None, :, None], 2)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Arm', 'step_flops', 'Length', 'lengths', 'arm_rows', 'extended', 'run_identity', 'run_arms', 'counts_of', 'load_rows',
-           'save_rows', 'Paired', 'paired', 'comparison']
+           'save_rows', 'Paired', 'paired', 'comparison', 'against']
 
 # %% ../nbs/lib/experiments.ipynb #c319753d
 import json
@@ -245,3 +245,21 @@ def comparison(
             }
         table.append(entry)
     return pd.DataFrame(table)
+
+# %% ../nbs/lib/experiments.ipynb #e3069def
+def against(
+    rows: Sequence[dict[str, Any]],
+    metric: str,
+    arm: str,
+    other: str,
+    claim: int = -1,  # of the arm beside the other, see `Arm.claim`
+    budget: str = "steps",  # steps | flops
+) -> dict[str, Any]:
+    """The paired difference of two arms, with its verdict."""
+    of = {(row["arm"], row["seed"]): row[metric] for row in rows if row["budget"] == budget}
+    common = sorted(seed for name, seed in of if name == arm and (other, seed) in of)
+    if not common:
+        return {"arm": arm, "beside": other, "seeds": 0, "verdict": "not trained"}
+    found = paired([of[arm, seed] for seed in common], [of[other, seed] for seed in common])
+    told = {"difference": found.mean, "+/-": found.half, "seeds": found.seeds, "verdict": found.verdict(claim)}
+    return {"arm": arm, "beside": other} | told

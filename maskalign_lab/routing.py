@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['TIMES', 'LEVELS', 'BASELINES', 'ROUTED', 'SINGLE', 'ARMS', 'CLAIMS', 'WINDOWS', 'ORACLE', 'TRACED', 'SHORT', 'SCALES',
-           'run_levels', 'check_ahpa', 'Routing', 'level_losses_at', 'constant_losses', 'measure_routing', 'router_arm',
-           'oracle_arm', 'Scale', 'measure_ahpa', 'as_routing', 'oracle_table', 'trace_router']
+           'run_levels', 'level_contents', 'check_ahpa', 'Routing', 'level_losses_at', 'constant_losses',
+           'measure_routing', 'router_arm', 'oracle_arm', 'Scale', 'measure_ahpa', 'as_routing', 'oracle_table',
+           'trace_router', 'router_traces']
 
 # %% ../nbs/lib/routing.ipynb #6f7d7a01
 from collections.abc import Callable, Sequence
@@ -21,11 +22,14 @@ from .checkpoints import steps_of
 from .datasets import Dataset
 from .experiments import Arm
 from .interpolants import interpolate
+from .layers import unpatchify
 from .levels import Levels
 from .metrics import four_digits, validation_loss
-from .recipes import LATENTS, Recipe, Run, load_run
+from .probing import cknna, linear_probe
+from .recipes import LATENTS, Recipe, Run, ensure_run, load_run
 from .seeding import generator
 from .sources import levels_of
+from .spectra import radial_spectrum
 
 # %% ../nbs/lib/routing.ipynb #3d6f8104
 def run_levels(
@@ -35,7 +39,32 @@ def run_levels(
     check_ahpa(run)
     return levels_of(run.recipe, run.images("train"), run.autoencoder)
 
+# %% ../nbs/lib/routing.ipynb #49fca3b2
+@torch.no_grad()
+def level_contents(
+    levels: Levels,
+    dataset: Dataset,  # the first half teaches the probe, the second tests it
+    teacher: Tensor,  # (n, tokens, d) features of the same images on the same grid
+) -> "pd.DataFrame":  # noqa: F821
+    """What each level holds: variance that is kept, power in detail, class, agreement with a teacher."""
+    import pandas as pd
 
+    tokens = torch.cat([levels(part) for part in dataset.images(device=levels.autoencoder.device).split(64)]).cpu()
+    labels, half, held = torch.as_tensor(dataset.labels), len(dataset) // 2, []
+    some = torch.randperm(half * levels.side**2, generator=generator(0, 0, "contents"))[:1000]
+    for level, name in zip(tokens.unbind(1), levels.names, strict=True):
+        power = radial_spectrum(unpatchify(level, 1)).mean(0)[1:]  # without the mean
+        mean, shares = level.mean(1), levels.shares()[name]
+        with torch.enable_grad():
+            named = linear_probe(mean[:half], labels[:half], mean[half:])
+        near = cknna(level[:half].flatten(0, 1)[some], teacher[:half].flatten(0, 1)[some].float())
+        numbers = shares.sum(), power[1:].sum() / power.sum(), (named == labels[half:]).float().mean(), near
+        held.append((name, *(float(number) for number in numbers)))
+    return pd.DataFrame(
+        held, columns=["level", "variance kept", "power in detail", "class probe", "CKNNA to the teacher"]
+    )
+
+# %% ../nbs/lib/routing.ipynb #faa059c7
 def check_ahpa(run: Run) -> None:
     """Refuse a run that has no losses of levels."""
     if not isinstance(run.method, AHPA):
@@ -76,7 +105,7 @@ class Routing:
 # %% ../nbs/lib/routing.ipynb #921c7abf
 TIMES = tuple(round(0.05 + 0.1 * k, 2) for k in range(10))
 
-
+# %% ../nbs/lib/routing.ipynb #5e4d259e
 @torch.no_grad()
 def level_losses_at(
     run: Run,
@@ -92,7 +121,7 @@ def level_losses_at(
     hidden = run.net.hidden(interpolate(x, noise, times), times, y, run.recipe.method.depth)
     return run.method.level_losses(hidden, levels)
 
-
+# %% ../nbs/lib/routing.ipynb #33198fe7
 def constant_losses(method: AHPA, levels: Tensor) -> Tensor:  # (b, K, n, d) -> (K,)
     """The loss of the best constant prediction of each level."""
     rows = levels.transpose(0, 1).flatten(1, 2)  # (K, b n, d)
@@ -125,12 +154,12 @@ def measure_routing(
 # %% ../nbs/lib/routing.ipynb #beea1382
 LEVELS = ("down.0", "down.1", "mid", "latent")
 
-
+# %% ../nbs/lib/routing.ipynb #265e924f
 def router_arm(name: str, router: str, more: str = "", claim: int = 0) -> Arm:
     """AHPA with one way to weigh its levels."""
     return Arm(name, "ahpa", f"method.router={router} {more}".strip(), claim)
 
-
+# %% ../nbs/lib/routing.ipynb #d4d47398
 BASELINES = (Arm("SiT", "sit"), Arm("SRA 2", "sra2", "", -1), Arm("REPA", "repa", "method.depth=3", -1))
 ROUTED = (
     router_arm("uniform", "uniform", claim=-1),
@@ -146,12 +175,12 @@ CLAIMS = {arm.name: arm.claim for arm in ARMS}
 # %% ../nbs/lib/routing.ipynb #275060fa
 WINDOWS = ((0.0, 0.33), (0.33, 0.67), (0.67, 1.0))
 
-
+# %% ../nbs/lib/routing.ipynb #4d3c6cdd
 def oracle_arm(level: str, window: tuple[float, float]) -> Arm:
     """Alignment with one level at some times only."""
     return router_arm(f"{level}, {window[0]:g} to {window[1]:g}", level, f"method.window=({window[0]},{window[1]})")
 
-
+# %% ../nbs/lib/routing.ipynb #8c50c6ad
 ORACLE = tuple(oracle_arm(level, window) for level in LEVELS for window in WINDOWS)
 TRACED = (
     router_arm("AHPA", "learned"),
@@ -173,8 +202,10 @@ class Scale:
     images: int = 256  # held-out ones
 
     def recipe_of(self, preset: str, dataset: str, overrides: str = "") -> Callable[[Arm, int], Recipe]:
-        """What `run_arms` asks for: arm and seed -> recipe."""
-        return lambda arm, seed: arm.recipe(preset, dataset, seed, f"{LATENTS['']} {self.overrides} {overrides}")
+        """What `run_arms` asks for: arm and seed -> recipe. Overrides of the method are for AHPA's arms alone."""
+        others = " ".join(item for item in overrides.split() if not item.startswith("method."))
+        given = lambda arm: overrides if arm.method == "ahpa" else others  # noqa: E731
+        return lambda arm, seed: arm.recipe(preset, dataset, seed, f"{LATENTS['']} {self.overrides} {given(arm)}")
 
 
 SHORT = "training.cooldown=0 training.batch_size=32 training.warmup=100 data.n=6000"
@@ -255,3 +286,14 @@ def trace_router(
         classes = enumerate(held_out.classes)
         rows += [row(measure_routing(now, held_out, levels, label=k), step, name) for k, name in classes]
     return rows
+
+# %% ../nbs/lib/routing.ipynb #90902880
+def router_traces(
+    recipe_of: Callable[[Arm, int], Recipe],
+    seed: int = 0,
+    images: int = 256,
+    device: str = "auto",
+) -> list[dict[str, Any]]:  # rows of `trace_router`, with the arm
+    """Train the routers whose way is shown, and look at each along it."""
+    runs = {arm.name: ensure_run(recipe_of(arm, seed), device) for arm in TRACED}
+    return [{"arm": name} | row for name, run in runs.items() for row in trace_router(run, images)]

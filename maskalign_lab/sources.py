@@ -37,7 +37,7 @@ def options_of(data: DataConfig) -> dict[str, str]:
     """The option of `load_dataset` that gives a recipe's variant."""
     return {STREAMS[one_of(data.name, STREAMS, "dataset with variants")]: data.variant} if data.variant else {}
 
-
+# %% ../nbs/lib/sources.ipynb #4f5d5621
 def images_of(data: DataConfig, split: str, n: int | None = None) -> Dataset:
     """The images that a recipe names; n of them, or all."""
     return load_dataset(data.name, data.size, split, n, detail=data.detail, **options_of(data))
@@ -64,7 +64,7 @@ class Sources(NamedTuple):
     autoencoder: Autoencoder | None  # None for training on pixels
     facts: dict[str, Any]  # num_classes, digests; of latents their channels and factor
 
-
+# %% ../nbs/lib/sources.ipynb #c6359322
 def load_sources(recipe: Recipe, device: str = "cpu") -> Sources:
     """Load the training images, the autoencoder and the teacher that a recipe needs; all must fit each other."""
     data, needs, place = recipe.data, needs_of(recipe.method), resolve_device(device)
@@ -91,7 +91,7 @@ def token_side(recipe: Recipe, autoencoder: Autoencoder | None) -> int:
     """Tokens along a side of the network that a recipe names."""
     return recipe.data.size // (autoencoder.factor if autoencoder else 1) // recipe.network.patch_size
 
-
+# %% ../nbs/lib/sources.ipynb #388ada79
 def check_needs(recipe: Recipe, teacher: Teacher | None, autoencoder: Autoencoder | None) -> None:
     """Refuse a teacher or a training on pixels that cannot give what the method asks for."""
     data, method, needs = recipe.data, recipe.method.name, needs_of(recipe.method)
@@ -169,7 +169,7 @@ def make_batches(
         batches.levels = cached_level_tokens(levels_of(recipe, dataset, autoencoder), dataset)
     return batches
 
-
+# %% ../nbs/lib/sources.ipynb #17a90ea8
 def levels_of(recipe: Recipe, dataset: Dataset, autoencoder: Autoencoder) -> Levels:
     """The levels that a recipe's method aligns with, reduced as its training images ask for."""
     asked = layer_that_needs(recipe.method, "levels")
