@@ -270,9 +270,10 @@ def examine(
     autoencoder: Autoencoder,
     config: CompressConfig,
     others: dict[str, Dataset] | None = None,  # pictures of other sources, by heading
+    n: int | None = None,  # held-out pictures of each data set; None is all
 ) -> dict:  # what the card tells beside the training
     """All figures of an autoencoder, from its weights."""
-    held_out = {name: load_dataset(name, config.size, "validation") for name, _ in config.mix}
+    held_out = {name: load_dataset(name, config.size, "validation", n) for name, _ in config.mix}
     mean, std = all_moments(autoencoder, held_out["photos"])
     scaled = (mean - autoencoder.shift) * autoencoder.scale, std * autoencoder.scale
     centre, deviation = spread(*scaled, (0, 2, 3))
@@ -354,6 +355,7 @@ def compress(
     config: CompressConfig = CompressConfig(),
     device: str = "auto",
     others: dict[str, Dataset] | None = None,  # pictures to measure besides, by heading
+    n: int | None = None,  # held-out pictures of each data set to measure; None is all
     print_every: float = 10.0,  # seconds between lines of progress; 0 prints none
 ) -> Path:  # the folder, which "tiny:PATH" loads
     """Train an autoencoder, measure it and save it with its card."""
@@ -366,5 +368,5 @@ def compress(
     card = {"config": asdict(config), "pictures": len(dataset), "dataset_digest": dataset.digest}
     card |= {"seconds": round(lesson.seconds, 1), "device": resolve_device(device).type}
     card |= {"licence": "Apache-2.0", "command": "maskalign-lab make autoencoder"}
-    save_autoencoder(Path(out), autoencoder, card | examine(autoencoder, config, others))
+    save_autoencoder(Path(out), autoencoder, card | examine(autoencoder, config, others, n))
     return Path(out)

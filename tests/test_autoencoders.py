@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from diffusers import AutoencoderKL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskalign_lab import autoencoders, caching, compressing, paths
+from maskalign_lab import autoencoders, caching, cli, compressing, paths, shipping
 from maskalign_lab.autoencoders import Autoencoder, cached_latents, cached_levels, latents_of, load_autoencoder
 from maskalign_lab.datasets import load_dataset
 from maskalign_lab.seeding import generator
@@ -272,3 +273,97 @@ def test_the_card_tells_the_truth(tiny):
         assert found["PSNR"] == pytest.approx(told["PSNR"], abs=0.5), name
         assert found["PSNR of draws"] <= found["PSNR"] + 0.05 and found["PSNR"] > found["PSNR of coarse pictures"] + 3
         assert found["KL"] == pytest.approx(told["KL"], rel=0.1)
+
+
+# ---- how it was made
+
+SHORT = compressing.CompressConfig(
+    steps=12, batch_size=8, widths=(8, 16, 16), groups=4, mix=(("photos", 40), ("digits", 20)), save_every=4, warmup=2
+)
+
+
+@pytest.fixture
+def one_thread():
+    """Sums that several threads share may differ in their last bit, because addition is not associative."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_it_learns_and_is_repeatable(one_thread):
+    pictures, before = compressing.mixture(SHORT), torch.random.get_rng_state()
+    config = replace(SHORT, steps=30)
+    runs = [list(compressing.compressions(pictures, config, device="cpu")) for _ in range(2)]
+    losses = [float(lesson.losses["pixels"]) for lesson in runs[0]]
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+    first, second = (run[-1].pupil.state_dict() for run in runs)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("stop", [5, 8])
+def test_a_training_that_was_stopped_goes_on(stop, one_thread, tmp_path):
+    """From the last checkpoint, to the same bits."""
+    pictures = compressing.mixture(SHORT)
+    *_, whole = compressing.compressions(pictures, SHORT, device="cpu")
+    for lesson in compressing.compressions(pictures, SHORT, tmp_path, "cpu"):
+        if lesson.step == stop:
+            break
+    rest = list(compressing.compressions(pictures, SHORT, tmp_path, "cpu"))
+    assert [lesson.step for lesson in rest] == list(range(4 * (stop // 4), 13))
+    for name, value in rest[-1].pupil.state_dict().items():
+        assert torch.equal(value, whole.pupil.state_dict()[name]), name
+
+
+def test_a_finished_training_is_measured_and_saved(tmp_path):
+    others = {"other photographs": load_dataset("photos", split="validation", n=10, seed=7)}
+    out = compressing.compress(tmp_path / "out", tmp_path / "work", SHORT, "cpu", others, 20, print_every=0)
+    names = ["card.json", "card.md", "config.json", "diffusion_pytorch_model.safetensors"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    found, card = load_autoencoder(f"tiny:{out}"), json.loads((out / "card.json").read_text())
+    assert card["weights"] == found.digest and list(card["held out"]) == ["photos", "digits", "other photographs"]
+    assert "other photographs" in (out / "card.md").read_text() and "maskalign-lab make autoencoder" in card["command"]
+    rows = cached_latents(found, pictures := compressing.mixture(SHORT))[:]
+    noise = torch.randn(60, 4, 8, 8, generator=generator(0, 0, "posterior"))
+    latents = latents_of(*rows.unbind(1), found.scale, found.shift, noise)
+    assert abs(latents.mean()) < 0.02 and abs(latents.std() - 1) < 0.02
+    again = compressing.compress(tmp_path / "again", tmp_path / "work", SHORT, "cpu", n=20, print_every=0)
+    assert (again / names[3]).read_bytes() == (out / names[3]).read_bytes()  # nothing was left to train
+    with pytest.raises(FileExistsError, match="trained with config"):
+        next(compressing.compressions(pictures, replace(SHORT, lr=1.0), tmp_path / "work", "cpu"))
+    with pytest.raises(FileExistsError, match=f"trained with data '{pictures.digest}'"):
+        next(compressing.compressions(load_dataset("digits", n=30), SHORT, tmp_path / "work", "cpu"))
+
+
+def test_variations_keep_what_they_should(photos):
+    images = photos.images()
+    varied = compressing.vary(images, generator(0, 0, "vary"))
+    assert varied.shape == images.shape and varied.abs().max() <= 1 and not torch.equal(varied, images)
+    plain = compressing.vary(grey := images.mean(1, keepdim=True).expand(-1, 3, -1, -1), generator(0, 0, "vary"))
+    torch.testing.assert_close(plain.flatten(1).sort().values, grey.flatten(1).sort().values, rtol=0, atol=1e-5)
+
+
+def test_signal_to_noise_of_known_errors():
+    """An error of 0.2 everywhere is 20 dB; what overshoots the range is no error."""
+    images = torch.full((2, 3, 8, 8), 0.5)
+    assert compressing.psnr(images, images - 0.2).tolist() == pytest.approx([20, 20], abs=1e-4)
+    white = torch.ones(1, 3, 8, 8)
+    assert compressing.psnr(white, 1.7 * white).item() == float("inf")
+
+
+def test_divergence_is_torch_distributions(small, photos):
+    mean, std = small.moments(photos.images())
+    normal = torch.distributions.Normal
+    expected = torch.distributions.kl_divergence(normal(mean, std), normal(torch.zeros(()), torch.ones(())))
+    torch.testing.assert_close(compressing.divergence(mean, std), expected.sum((1, 2, 3)), rtol=1e-4, atol=1e-3)
+
+
+def test_the_command_knows_it(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(
+        shipping, "compress", lambda out, work, device: f"{out.parent.name}/{out.name} {work.name} {device}"
+    )
+    assert cli.main(["make", "autoencoder", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out == "data/autoencoder autoencoder cpu\n"
+    assert cli.main(["make", "autoencoderr"]) == 2
+    assert "Did you mean 'autoencoder'" in capsys.readouterr().err
