@@ -304,7 +304,7 @@ pictures ({mix}), mirrored, transposed, half of them recoloured; {seconds:.0f} s
 {rows}
 
 PSNR in decibels, mean over pictures, decoded from the posterior's mean or from a draw. A coarse picture holds the mean colours
-of patches of {factor} x {factor} pixels, enlarged bicubically. CIFAR-10, where it is listed, was not trained on.
+of patches of {factor} x {factor} pixels, enlarged bicubically. No held-out picture was trained on.
 
 | channel of the latents (photos, scaled) | mean | deviation | posterior's deviation |
 |---|---|---|---|

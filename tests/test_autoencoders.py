@@ -15,7 +15,20 @@ from maskalign_lab.autoencoders import Autoencoder, cached_latents, cached_level
 from maskalign_lab.datasets import load_dataset
 from maskalign_lab.seeding import generator
 
-SD = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4, "norm_num_groups": 32}
+SD_VAE = {  # config.json of stabilityai/sd-vae-ft-mse; it is older than scaling_factor, whose default is its own
+    "_class_name": "AutoencoderKL",
+    "_diffusers_version": "0.4.2",
+    "act_fn": "silu",
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "in_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "out_channels": 3,
+    "sample_size": 256,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+}
 SMALL = {"block_out_channels": (8, 16, 16), "layers_per_block": 2, "norm_num_groups": 4, "shift_factor": 0.25}
 
 
@@ -52,7 +65,7 @@ def own_cache(monkeypatch, tmp_path):
 def test_the_published_geometry():
     """sd-vae-ft-mse at 256 pixels: the table of the encoder's stages, from a forward pass without numbers."""
     with torch.device("meta"):
-        published = Autoencoder(make_vae(**SD, sample_size=256, scaling_factor=0.18215), "sd", "")
+        published = Autoencoder(AutoencoderKL.from_config(SD_VAE), "sd", "")
     assert sum(p.numel() for p in published.parameters()) == 83_653_863
     assert (published.factor, published.channels, published.scale, published.shift) == (8, 4, 0.18215, 0.0)
     levels = {
@@ -273,6 +286,13 @@ def test_the_card_tells_the_truth(tiny):
         assert found["PSNR"] == pytest.approx(told["PSNR"], abs=0.5), name
         assert found["PSNR of draws"] <= found["PSNR"] + 0.05 and found["PSNR"] > found["PSNR of coarse pictures"] + 3
         assert found["KL"] == pytest.approx(told["KL"], rel=0.1)
+
+
+def test_it_takes_larger_pictures(tiny):
+    images = load_dataset("photos", 64, "validation", n=4).images()
+    found = {name: tuple(level.shape[1:]) for name, level in tiny.levels(images).items()}
+    assert found == tiny.level_shapes(64) and found["latent"] == (4, 16, 16)
+    assert tiny.decode(tiny.encode(images)).shape == images.shape
 
 
 # ---- how it was made
