@@ -15,7 +15,7 @@ from maskalign_lab.autoencoders import Autoencoder, cached_latents, cached_level
 from maskalign_lab.datasets import load_dataset
 from maskalign_lab.seeding import generator
 
-SD_VAE = {  # config.json of stabilityai/sd-vae-ft-mse; it is older than scaling_factor, whose default is its own
+SD_VAE = {  # config.json of stabilityai/sd-vae-ft-mse; without scaling_factor, so that diffusers takes 0.18215
     "_class_name": "AutoencoderKL",
     "_diffusers_version": "0.4.2",
     "act_fn": "silu",
