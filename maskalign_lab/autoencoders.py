@@ -202,10 +202,10 @@ def wrap_autoencoder(
     settings = [vae.config[key] for key in ("act_fn", "norm_num_groups", "scaling_factor", "shift_factor")]
     return Autoencoder(vae, name, weights_digest(vae, *settings))
 
-# %% ../nbs/lib/autoencoders.ipynb #cd0a0693
+# %% ../nbs/lib/autoencoders.ipynb #cf2a50c2
 AUTOENCODERS = ("tiny", "tiny:PATH", "FOLDER", "OWNER/NAME")
 
-# %% ../nbs/lib/autoencoders.ipynb #36ab24e0
+# %% ../nbs/lib/autoencoders.ipynb #a0356220
 def load_kl(
     spec: str,  # a folder in diffusers' layout, or a name on the hub
 ) -> nn.Module:
@@ -225,7 +225,7 @@ def load_kl(
         raise ValueError(f"autoencoder {spec!r} is of class {kind!r}, expected 'AutoencoderKL'")
     return vae
 
-# %% ../nbs/lib/autoencoders.ipynb #e17792b7
+# %% ../nbs/lib/autoencoders.ipynb #1f15f4de
 def load_tiny(
     name: str,  # what it was asked for
     folder: Path,  # holds config.json, weights and card.json
@@ -243,7 +243,7 @@ def load_tiny(
         )
     return found
 
-# %% ../nbs/lib/autoencoders.ipynb #fb0ad29d
+# %% ../nbs/lib/autoencoders.ipynb #3785cc9a
 def load_autoencoder(
     spec: str = "tiny",  # "tiny", "tiny:PATH", a folder, or a name on the Hugging Face hub
     device: str | torch.device = "cpu",
@@ -266,10 +266,10 @@ def load_autoencoder(
         one_of(spec, AUTOENCODERS, "autoencoder")
     return wrap_autoencoder(load_kl(spec), spec).to(device)
 
-# %% ../nbs/lib/autoencoders.ipynb #65a58298
+# %% ../nbs/lib/autoencoders.ipynb #b45eaaca
 PIXELS = 2**20  # that an encoder sees at once: 1024 pictures of 32 x 32, 16 of 256 x 256
 
-# %% ../nbs/lib/autoencoders.ipynb #3377dd8d
+# %% ../nbs/lib/autoencoders.ipynb #e105f2ce
 def moment_rows(autoencoder: Autoencoder, images: Tensor) -> Tensor:  # (b, 2, c, h, w) float32
     """Mean and deviation of the posterior, stacked."""
     return torch.stack(autoencoder.moments(images), 1)
@@ -279,7 +279,7 @@ def level_rows(autoencoder: Autoencoder, images: Tensor, names: tuple[str, ...])
     """The levels of each picture, one behind the other."""
     return torch.cat([level.flatten(1).half() for level in autoencoder.levels(images, names).values()], 1)
 
-# %% ../nbs/lib/autoencoders.ipynb #5fc2a741
+# %% ../nbs/lib/autoencoders.ipynb #59880563
 def description(
     autoencoder: Autoencoder,
     dataset: Dataset,
@@ -295,7 +295,7 @@ def description(
         "code": hashlib.blake2b(code.encode(), digest_size=8).hexdigest(),
     }
 
-# %% ../nbs/lib/autoencoders.ipynb #170fb8ca
+# %% ../nbs/lib/autoencoders.ipynb #7c201cfd
 def filled(
     kind: str,  # "latents" or "levels"
     told: dict[str, Any],  # see `description`
@@ -313,7 +313,7 @@ def filled(
 
     return fill(place(kind, told), told, len(dataset), compute, rows_per_shard(row_bytes, batch))
 
-# %% ../nbs/lib/autoencoders.ipynb #75772acb
+# %% ../nbs/lib/autoencoders.ipynb #2ecd9d70
 def cached_latents(
     autoencoder: Autoencoder,
     dataset: Dataset,
@@ -327,7 +327,7 @@ def cached_latents(
     told, rows = description(autoencoder, dataset, ("moments",)), partial(moment_rows, autoencoder)
     return filled("latents", told, rows, 4 * 2 * prod(shape), autoencoder, dataset)
 
-# %% ../nbs/lib/autoencoders.ipynb #5a429934
+# %% ../nbs/lib/autoencoders.ipynb #454edd46
 def cached_levels(
     autoencoder: Autoencoder,
     dataset: Dataset,

@@ -467,9 +467,9 @@ def run_figures(options: Figures) -> int:
 # %% ../nbs/lib/cli.ipynb #ab70bc81
 @dataclass
 class Make:
-    """Make a run that ships again, from nothing: `make repa-shapes`."""
+    """Make what ships again, from nothing: `make repa-shapes`, `make autoencoder`."""
 
-    name: Positional[str]  # of the run
+    name: Positional[str]  # of the run, or autoencoder
     device: str = "auto"  # auto, cpu, cuda, mps
 
 # %% ../nbs/lib/cli.ipynb #3b74ef36

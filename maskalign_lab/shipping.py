@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import paths
 from .checkpoints import load_tensors, step_folder, steps_of, write_atomic
+from .compressing import compress
 from .errors import one_of
 from .gradient_norms import observe, save_maps, survey
 from .masking import record
@@ -166,14 +167,16 @@ def card_text(run: Run, card: dict) -> str:
 
 # %% ../nbs/lib/shipping.ipynb #68ac7435
 def make(
-    name: str,  # of a run that ships
+    name: str,  # of a run that ships, or "autoencoder"
     work: Path | None = None,  # where it is trained; continued if it was interrupted
-    out: Path | None = None,  # where it ships; None: data/runs/NAME
+    out: Path | None = None,  # where it ships; None: data/runs/NAME, or data/autoencoder
     device: str = "auto",
 ) -> Path:
-    """Train, measure and pack a run that ships."""
-    recipe = shipped_recipe(name)
-    work, out = Path(work or paths.output() / "trained" / name), Path(out or paths.data() / "runs" / name)
+    """Train, measure and pack a run that ships, or the autoencoder."""
+    work = Path(work or paths.output() / "trained" / name)
+    if one_of(name, (*SHIPPED, "autoencoder"), "thing that ships") == "autoencoder":
+        return compress(Path(out or paths.data() / name), work, device=device)
+    recipe, out = shipped_recipe(name), Path(out or paths.data() / "runs" / name)
     train(recipe, work, device)
     pack(work, out)
     write_card(load_run(work), out, f"maskalign-lab make {name}")
