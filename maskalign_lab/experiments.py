@@ -108,7 +108,7 @@ def arm_rows(
     device: str = "auto",
 ) -> list[dict[str, Any]]:
     """Train one arm with one seed as far as the longer budget asks, and measure it at both."""
-    began, run = time.perf_counter(), ensure_run(extended(recipe, length), device)
+    began, run = time.perf_counter(), ensure_run(extended(recipe, length), device, every_save=True)
     row = {"arm": arm.name, "seed": recipe.training.seed, "identity": run_identity(recipe, length)}
     row |= {"relative_flops": length.relative, "seconds": round(time.perf_counter() - began, 1)}
     found = {step: measure(load_run(run.path, step, device)) for step in {length.steps, length.flops} - {None}}

@@ -51,11 +51,12 @@ def principal_components(
         raise ValueError(f"{m} tokens of {d} values have no {dim} principal components; expected 1 to {min(d, m - 1)}")
     rows = rows.double()
     centred = rows - (mean := rows.mean(0))
-    _, values, vectors = torch.linalg.svd(centred, full_matrices=False)
-    values, vectors = values.square() / (m - 1), vectors[:dim]
-    signs = vectors.gather(1, vectors.abs().argmax(1, keepdim=True)).sign()
-    basis = (signs * vectors).mT / values[:dim].clamp(min=1e-12).sqrt()
-    return mean.float(), basis.float(), (values[:dim] / values.sum()).float()
+    product = (centred.mT @ centred if d <= m else centred @ centred.mT) / (m - 1)  # the smaller of the two
+    values, vectors = (part.flip(-1)[..., :dim] for part in torch.linalg.eigh(product))
+    vectors = F.normalize(vectors if d <= m else centred.mT @ vectors, dim=0)  # (d, dim)
+    signs = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
+    basis = signs * vectors / values.clamp(min=1e-12).sqrt()
+    return mean.float(), basis.float(), (values / product.trace()).float()
 
 # %% ../nbs/lib/levels.ipynb #46a8c2a9
 class Levels(nn.Module):

@@ -72,7 +72,7 @@ NAMED: dict[str, dict[str, str]] = {  # what else a name stands for, by preset; 
         "paper": "data.size=256 network.patch_size=16 network.width=768 network.depth=12 network.heads=12 "
         "network.bottleneck=128 network.context_tokens=32 training.steps=250000 training.batch_size=1024 training.lr=2e-4 "
         "training.warmup=6255 training.clip=1e9 training.second_ema=0.9996",
-    }
+    },
 }
 
 # %% ../nbs/lib/recipes.ipynb #dec3f7cb
@@ -281,11 +281,17 @@ def identity_of(
         return None
 
 
-def ensure_run(recipe: Recipe, device: str = "auto") -> Run:
+def ensure_run(
+    recipe: Recipe,
+    device: str = "auto",
+    every_save: bool = False,  # whether earlier checkpoints, by the recipe's `save_every`, have to be there too
+) -> Run:
     """The run of a recipe: a shipped or cached one if it exists, else trained now into the cache."""
-    wanted = identity(recipe)
+    wanted, training = identity(recipe), recipe.training
+    steps = {training.steps, *(range(training.save_every, training.steps, training.save_every) if every_save else ())}
     for path in run_folders().values():
-        if identity_of(path) == wanted and recipe.training.steps in steps_of(path):
-            return load_run(path, device=device)
+        if identity_of(path) == wanted and steps <= set(steps_of(path)):
+            return load_run(path, training.steps, device)
     name = f"{recipe.method.name}-{Path(recipe.data.name).name.replace(':', '-')}-{wanted}"
+    name += f"-every-{training.save_every}" if every_save else ""
     return load_run(train(recipe, paths.cache() / "runs" / name, device), device=device)

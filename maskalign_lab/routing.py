@@ -67,7 +67,7 @@ def level_contents(
 # %% ../nbs/lib/routing.ipynb #faa059c7
 def check_ahpa(run: Run) -> None:
     """Refuse a run that has no losses of levels."""
-    if not isinstance(run.method, AHPA):
+    if not hasattr(run.method, "level_losses"):  # the notebook may have defined the method anew
         raise ValueError(f"run {run.name!r} is of method {run.recipe.method.name!r}; expected ahpa, which has levels")
     if run.recipe.method.mix == "targets":
         raise ValueError(
@@ -198,6 +198,9 @@ class Scale:
 
     overrides: str  # of every recipe
     oracle: str  # overrides of the short runs
+    arms: tuple[Arm, ...] = ARMS
+    tried: tuple[Arm, ...] = ORACLE
+    traced: tuple[Arm, ...] = TRACED
     seeds: int = 5  # of the tables; 0: what ships
     images: int = 256  # held-out ones
 
@@ -210,8 +213,16 @@ class Scale:
 
 SHORT = "training.cooldown=0 training.batch_size=32 training.warmup=100 data.n=6000"
 SCALES = {
-    "smoke": Scale("training.cooldown=0 training.steps=6 data.n=64", "training.steps=6", 1, 16),
-    "laptop": Scale(f"{SHORT} training.steps=800", "training.steps=400", 0),
+    "smoke": Scale(
+        "training.cooldown=0 training.steps=4 data.n=64",
+        "",
+        (BASELINES[0], *ROUTED[3:]),
+        ORACLE[:2],
+        TRACED[4:5],
+        1,
+        16,
+    ),
+    "laptop": Scale(f"{SHORT} training.steps=800", "training.steps=400", seeds=0),
     "gpu": Scale("training.steps=2000 training.warmup=200", "training.steps=1000"),
     "paper": Scale(LATENTS["paper"], "training.steps=50000", images=2048),
 }
@@ -226,7 +237,7 @@ def measure_ahpa(
     x, labels = run.inputs(held_out.images(device=run.device)), torch.as_tensor(held_out.labels, device=run.device)
     per_bin = validation_loss(run.net, run.recipe.objective, x, labels).mean(1).tolist()
     found = {"velocity": four_digits(sum(per_bin) / len(per_bin)), "velocity per t": list(map(four_digits, per_bin))}
-    if not isinstance(run.method, AHPA):
+    if not hasattr(run.method, "level_losses"):
         return found
     seen = measure_routing(run, held_out)
     digits = lambda table: [list(map(four_digits, row)) for row in table.tolist()]  # noqa: E731
@@ -289,11 +300,12 @@ def trace_router(
 
 # %% ../nbs/lib/routing.ipynb #90902880
 def router_traces(
+    arms: Sequence[Arm],
     recipe_of: Callable[[Arm, int], Recipe],
     seed: int = 0,
     images: int = 256,
     device: str = "auto",
 ) -> list[dict[str, Any]]:  # rows of `trace_router`, with the arm
     """Train the routers whose way is shown, and look at each along it."""
-    runs = {arm.name: ensure_run(recipe_of(arm, seed), device) for arm in TRACED}
+    runs = {arm.name: ensure_run(recipe_of(arm, seed), device, every_save=True) for arm in arms}
     return [{"arm": name} | row for name, run in runs.items() for row in trace_router(run, images)]

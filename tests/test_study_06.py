@@ -9,7 +9,7 @@ import pytest
 from maskalign_lab import paths
 from maskalign_lab.batch import run_study
 from maskalign_lab.experiments import load_rows
-from maskalign_lab.routing import ARMS, ORACLE, TRACED
+from maskalign_lab.routing import SCALES
 from maskalign_lab.routing_film import load_film
 
 
@@ -45,9 +45,9 @@ def test_figures_are_small_and_traceable(smoke):
 
 def test_the_tables_of_the_job_are_kept(smoke):
     folder = smoke.path(".html").parent
-    assert {row["arm"] for row in load_rows(folder / "06_rows.json")} == {arm.name for arm in ARMS}
-    assert {row["arm"] for row in load_rows(folder / "06_oracle.json")} >= {arm.name for arm in ORACLE}
-    assert {row["arm"] for row in load_rows(folder / "06_router.json")} == {arm.name for arm in TRACED}
+    assert {row["arm"] for row in load_rows(folder / "06_rows.json")} == {arm.name for arm in SCALES["smoke"].arms}
+    assert {row["arm"] for row in load_rows(folder / "06_oracle.json")} >= {arm.name for arm in SCALES["smoke"].tried}
+    assert {row["arm"] for row in load_rows(folder / "06_router.json")} == {arm.name for arm in SCALES["smoke"].traced}
     film = load_film(folder / "06_film.safetensors")
     np.testing.assert_allclose(film.weights.sum(-1), 1, rtol=1e-5)
 
