@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['CARD', 'CompressConfig', 'mixture', 'vary', 'build_vae', 'start_linear', 'compress_losses', 'check_same', 'keep',
-           'compressions', 'all_moments', 'spread', 'finish', 'psnr', 'coarse', 'divergence', 'decode_all', 'measure',
-           'examine', 'card_text', 'save_autoencoder', 'compress']
+           'compressions', 'finish', 'examine', 'card_text', 'save_autoencoder', 'compress']
 
 # %% ../nbs/lib/compressing.ipynb #e8b5500d
 import copy
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from .autoencoders import Autoencoder, wrap_autoencoder
 from .checkpoints import optimizer_tensors, save_step, step_folder, steps_of, write_atomic
 from .datasets import Dataset, load_dataset
-from .metrics import four_digits
+from .reconstruction import all_moments, measure, spread
 from .seeding import batch_indices, generator
 from .teaching import Lesson, learn, learning_rate, progress, random_colours
 from .training import resolve_device, resolve_precision, resume, update_ema
@@ -182,29 +181,7 @@ def compressions(
             keep(work, step + 1, {"model": vae, "ema": average}, optimizer, told | {"seconds": seconds})
         yield Lesson(step + 1, detached, seconds, average)
 
-# %% ../nbs/lib/compressing.ipynb #1a4bc41c
-def all_moments(
-    autoencoder: Autoencoder,
-    dataset: Dataset,
-    batch_size: int = 256,
-) -> tuple[Tensor, Tensor]:  # (n, c, h, w) both, on the CPU
-    """Mean and deviation of the posterior of every picture."""
-    starts = range(0, len(dataset), batch_size)
-    parts = [autoencoder.moments(dataset.images(slice(k, k + batch_size), autoencoder.device)) for k in starts]
-    return tuple(torch.cat(each).cpu() for each in zip(*parts))
-
-
-def spread(
-    mean: Tensor,  # (n, c, h, w) of the posterior
-    std: Tensor,  # (n, c, h, w)
-    dims: tuple[int, ...],  # averaged over
-) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of draws from the posterior."""
-    centre = mean.mean(dims, keepdim=True)
-    variance = (mean - centre).square().mean(dims) + std.square().mean(dims)
-    return centre.squeeze(dims), variance.sqrt()
-
-# %% ../nbs/lib/compressing.ipynb #94769c22
+# %% ../nbs/lib/compressing.ipynb #025fea7a
 def finish(
     average: nn.Module,  # the moving average of a trained AutoencoderKL
     dataset: Dataset,  # the training pictures
@@ -215,57 +192,7 @@ def finish(
     vae.register_to_config(scaling_factor=round(1 / deviation.item(), 4), shift_factor=round(centre.item(), 4))
     return wrap_autoencoder(vae, "tiny")
 
-# %% ../nbs/lib/compressing.ipynb #d3e6ff1e
-def psnr(
-    images: Tensor,  # (b, 3, h, w) in [-1, 1]
-    decoded: Tensor,  # (b, 3, h, w)
-) -> Tensor:  # (b,) decibels
-    """Peak signal-to-noise ratio of each picture; what overshoots is cut off."""
-    return 10 * torch.log10(4 / (decoded.clamp(-1, 1) - images).square().mean((1, 2, 3)))
-
-# %% ../nbs/lib/compressing.ipynb #9ba35d86
-def coarse(
-    images: Tensor,  # (b, 3, h, w)
-    factor: int,
-) -> Tensor:  # (b, 3, h, w)
-    """The means of patches, enlarged again."""
-    means = F.avg_pool2d(images, factor)
-    return F.interpolate(means, images.shape[2:], mode="bicubic")
-
-
-def divergence(mean: Tensor, std: Tensor) -> Tensor:  # (n, c, h, w) both -> (n,) nats
-    """Of the posterior of each picture from a standard normal."""
-    return 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).sum((1, 2, 3))
-
-# %% ../nbs/lib/compressing.ipynb #e3338128
-def decode_all(
-    autoencoder: Autoencoder,
-    latents: Tensor,  # (n, c, h, w), unscaled
-    batch_size: int = 256,
-) -> Tensor:  # (n, 3, h * factor, w * factor), on the CPU
-    """Pictures from unscaled latents."""
-    scaled = (latents - autoencoder.shift) * autoencoder.scale
-    parts = scaled.to(autoencoder.device).split(batch_size)
-    return torch.cat([autoencoder.decode(part).cpu() for part in parts])
-
-
-def measure(
-    autoencoder: Autoencoder,
-    dataset: Dataset,  # held out
-    seed: int = 0,  # of the posterior's noise
-) -> dict[str, float]:
-    """Decibels from the posterior's mean, from a draw, and of coarse pictures; nats."""
-    images, (mean, std) = dataset.images(), all_moments(autoencoder, dataset)
-    noise = torch.randn(mean.shape, generator=generator(seed, 0, "posterior"))
-    found = {
-        "PSNR": psnr(images, decode_all(autoencoder, mean)),
-        "PSNR of draws": psnr(images, decode_all(autoencoder, mean + std * noise)),
-        "PSNR of coarse pictures": psnr(images, coarse(images, autoencoder.factor)),
-        "KL": divergence(mean, std),
-    }
-    return {"pictures": len(dataset)} | {name: four_digits(values.mean().item()) for name, values in found.items()}
-
-# %% ../nbs/lib/compressing.ipynb #3dd47285
+# %% ../nbs/lib/compressing.ipynb #dca2a699
 def examine(
     autoencoder: Autoencoder,
     config: CompressConfig,
@@ -290,7 +217,7 @@ def examine(
         },
     }
 
-# %% ../nbs/lib/compressing.ipynb #d59fbdf1
+# %% ../nbs/lib/compressing.ipynb #1c74d181
 CARD = """\
 # A tiny autoencoder
 
@@ -316,7 +243,7 @@ Source: this project's own training, on data that ship with it. Licence {licence
 `{weights}`. Made again by `{command}`.
 """
 
-# %% ../nbs/lib/compressing.ipynb #e995536a
+# %% ../nbs/lib/compressing.ipynb #d6fdc728
 def card_text(
     card: dict,  # what card.json holds
 ) -> str:
@@ -333,7 +260,7 @@ def card_text(
         channel_rows="\n".join(f"| {k} | " + " | ".join(map(str, values)) + " |" for k, values in channels),
     )
 
-# %% ../nbs/lib/compressing.ipynb #164d8722
+# %% ../nbs/lib/compressing.ipynb #2ed0d62b
 def save_autoencoder(
     out: Path,  # folder to write
     autoencoder: Autoencoder,
@@ -348,7 +275,7 @@ def save_autoencoder(
     write_atomic(out / "card.json", json.dumps(card, indent=1) + "\n")
     write_atomic(out / "card.md", text)
 
-# %% ../nbs/lib/compressing.ipynb #a099f4bf
+# %% ../nbs/lib/compressing.ipynb #27f7b63c
 def compress(
     out: Path,  # folder to write
     work: Path,  # folder of checkpoints; a training that was interrupted goes on

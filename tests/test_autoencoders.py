@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskalign_lab import autoencoders, caching, cli, compressing, paths, shipping
+from maskalign_lab import autoencoders, caching, cli, compressing, paths, reconstruction, shipping
 from maskalign_lab.autoencoders import Autoencoder, cached_latents, cached_levels, latents_of, load_autoencoder
 from maskalign_lab.datasets import load_dataset
 from maskalign_lab.seeding import generator
@@ -282,7 +282,7 @@ def test_the_card_tells_the_truth(tiny):
     card = json.loads((paths.data() / "autoencoder" / "card.json").read_text())
     assert (tiny.digest, tiny.scale, tiny.shift) == (card["weights"], card["scale"], card["shift"])
     for name in ("photos", "shapes", "digits"):
-        told, found = card["held out"][name], compressing.measure(tiny, load_dataset(name, split="validation", n=252))
+        told, found = card["held out"][name], reconstruction.measure(tiny, load_dataset(name, split="validation", n=90))
         assert found["PSNR"] == pytest.approx(told["PSNR"], abs=0.5), name
         assert found["PSNR of draws"] <= found["PSNR"] + 0.05 and found["PSNR"] > found["PSNR of coarse pictures"] + 3
         assert found["KL"] == pytest.approx(told["KL"], rel=0.1)
@@ -367,16 +367,16 @@ def test_variations_keep_what_they_should(photos):
 def test_signal_to_noise_of_known_errors():
     """An error of 0.2 everywhere is 20 dB; what overshoots the range is no error."""
     images = torch.full((2, 3, 8, 8), 0.5)
-    assert compressing.psnr(images, images - 0.2).tolist() == pytest.approx([20, 20], abs=1e-4)
+    assert reconstruction.psnr(images, images - 0.2).tolist() == pytest.approx([20, 20], abs=1e-4)
     white = torch.ones(1, 3, 8, 8)
-    assert compressing.psnr(white, 1.7 * white).item() == float("inf")
+    assert reconstruction.psnr(white, 1.7 * white).item() == float("inf")
 
 
 def test_divergence_is_torch_distributions(small, photos):
     mean, std = small.moments(photos.images())
     normal = torch.distributions.Normal
     expected = torch.distributions.kl_divergence(normal(mean, std), normal(torch.zeros(()), torch.ones(())))
-    torch.testing.assert_close(compressing.divergence(mean, std), expected.sum((1, 2, 3)), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(reconstruction.divergence(mean, std), expected.sum((1, 2, 3)), rtol=1e-4, atol=1e-3)
 
 
 def test_the_command_knows_it(monkeypatch, capsys, tmp_path):
