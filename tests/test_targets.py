@@ -19,7 +19,17 @@ from maskalign_lab.recipes import build, load_run, make_recipe, train
 from maskalign_lab.sampling import SOLVERS, SamplerConfig, last_sample
 from maskalign_lab.seeding import generator
 from maskalign_lab.spectra import effective_rank, radial_spectrum
-from maskalign_lab.targets import at_side, film_arms, measure_target, split_error, target_arm, versus_x
+from maskalign_lab.targets import (
+    SCALES,
+    at_side,
+    film_arms,
+    measure_target,
+    sheet,
+    sheet_arms,
+    split_error,
+    target_arm,
+    versus_x,
+)
 from maskalign_lab.targets_film import (
     film_of_run,
     from_levels,
@@ -308,3 +318,33 @@ def test_predictions_agree_on_the_velocity_that_they_imply():
 
 def test_methods_of_all_kinds_are_known():
     assert {"sit", "repa", "reg", "maskalign"} <= METHODS.keys()
+
+
+# ---- spectrum and samples
+
+
+def test_a_network_that_says_nothing_is_wrong_at_all_scales_alike(tmp_path):
+    """An untrained network predicts x = 0, so its error is the image: the ratio of powers is 1 in every ring."""
+    recipe = tiny("x", more="training.lr=1e-30")
+    found = measure_target(load_run(train(recipe, tmp_path / "run", "cpu", 0)), 16)
+    assert len(found["spectrum"]) == 17
+    np.testing.assert_allclose(found["spectrum"], 1, rtol=1e-3)
+
+
+def test_sheets_start_from_the_same_noise(runs):
+    """Sheets are reproducible, in bytes, and those of different predictions begin alike."""
+    run = runs["x", "v", 32]
+    config = SamplerConfig("euler", steps=2)
+    first, again = sheet(run, 3, config), sheet(run, 3, config)
+    assert first.shape == (3, 32, 32, 3) and first.dtype == np.uint8 and np.array_equal(first, again)
+    assert not np.array_equal(first[0], first[1])
+
+
+@pytest.mark.parametrize("preset", SCALES)
+def test_sheets_are_of_the_smallest_and_the_largest_size(preset):
+    arms = sheet_arms(SCALES[preset])
+    sizes = sorted({int(name.split("-")[1]) for name in arms})
+    assert len(arms) == 6 and sizes == ([16, 32] if preset == "smoke" else [16, 128])
+    for name, arm in arms.items():
+        recipe = arm.recipe("smoke")
+        assert name == f"{recipe.objective.prediction}-{recipe.data.size}" and recipe.objective.loss_space == "v"
