@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from maskalign_lab import paths
+
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = """--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
 --disable-component-update --disable-sync""".split()
@@ -156,3 +158,25 @@ def messages(page) -> list[str]:
     button.first.click()
     page.locator(".jp-LogConsolePanel .jp-OutputArea-child").first.wait_for(timeout=20_000)
     return page.locator(".jp-LogConsolePanel .jp-OutputArea-child").all_inner_texts()
+
+
+SHOWN = """() => { const plot = document.querySelector('.js-plotly-plot');
+  return JSON.stringify(plot.layout.annotations.map(a => a.text)) }"""
+
+
+def scrub(page, lab: Lab, study: str, first: str, then: str, choice: str) -> None:
+    """Run a study in JupyterLab, move the slider by one, and press a button of its controls; the words in the figure must follow."""
+    shutil.copy(paths.notebooks() / f"{study}.ipynb", lab.folder)
+    run_all(page, lab, f"{study}.ipynb")
+    settled(page, 400)
+    errors = ".jp-OutputArea-output[data-mime-type*='error'], .jp-RenderedText[data-mime-type*='stderr']"
+    assert page.locator(errors).all_text_contents() == []
+    page.locator(".js-plotly-plot").first.scroll_into_view_if_needed()
+    assert first in page.evaluate(SHOWN)
+    page.locator(".widget-slider .noUi-handle, .jupyter-widgets .noUi-handle").first.focus()
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function(f"then => ({SHOWN})().includes(then)", arg=then, timeout=10_000)
+    before = page.evaluate(SHOWN)
+    page.get_by_role("button", name=choice, exact=True).first.click()
+    page.wait_for_function(f"before => ({SHOWN})() !== before", arg=before, timeout=10_000)
+    assert not page.errors

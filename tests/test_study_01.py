@@ -1,11 +1,11 @@
 """Study 01 as its users run it: papermill end to end, mistakes in seconds, and an edited loss that is really trained."""
 
 import json
-import re
 from dataclasses import replace
 
 import nbformat
 import pytest
+from studies import check_figure, check_first_cells, check_smoke, own_folders, smoke_fixture  # noqa: F401  (fixtures)
 
 from maskalign_lab import paths
 from maskalign_lab.batch import run_study
@@ -19,46 +19,20 @@ from maskalign_lab.sources import images_of
 STUDY = paths.notebooks() / "01_gradient_norms.ipynb"
 
 
-@pytest.fixture(autouse=True)
-def own_folders(monkeypatch, tmp_path):
-    monkeypatch.setenv("MASKALIGN_LAB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("MASKALIGN_LAB_OUTPUT", str(tmp_path / "runs"))
-
-
-@pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
-    """One execution with preset smoke, shared by the tests that look at its results."""
-    folder = tmp_path_factory.mktemp("smoke")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MASKALIGN_LAB_CACHE", str(folder / "cache"))
-        return run_study("01", {"preset": "smoke"}, folder / "job")
+smoke = smoke_fixture("01")
 
 
 def test_smoke_runs_end_to_end(smoke):
-    assert smoke.status == "ok", smoke.error
-    executed = nbformat.read(smoke.path(".ipynb"), as_version=4)
-    assert "widgets" not in executed.metadata
-    assert all(cell.execution_count for cell in executed.cells if cell.cell_type == "code")
-
-
-def test_the_job_holds_a_page_that_asks_the_network_for_nothing(smoke):
-    page = smoke.path(".html").read_text(encoding="utf-8")
-    assert len(page) < 1_000_000 and (smoke.path(".html").parent / "plotly.min.js").exists()
-    assert not re.findall(r"""(?:src|href)=["']https?://[^"']+\.(?:js|css|woff2?)""", page)
+    check_smoke(smoke)
 
 
 def test_figures_are_small_and_traceable(smoke):
-    folder = smoke.path(".html").parent
     for name in ("01_position_probability", "01_filmstrip"):
-        assert (folder / f"{name}.png").stat().st_size <= 100_000
-        side = json.loads((folder / f"{name}.json").read_text())
-        assert side["study"] == "01_gradient_norms" and "-p preset smoke" in side["command"] and side["versions"]
+        check_figure(smoke, "01_gradient_norms", name)
 
 
 def test_the_scrubber_comes_by_the_third_code_cell():
-    code = [c for c in nbformat.read(STUDY, as_version=4).cells if c.cell_type == "code"]
-    assert any("show(scrubber" in cell.source for cell in code[:3])
-    assert "parameters" in code[1].metadata.get("tags", [])
+    check_first_cells("01_gradient_norms")
 
 
 @pytest.mark.parametrize(

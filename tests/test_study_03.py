@@ -1,9 +1,7 @@
 """Study 03 as its users run it: papermill end to end, what ships, and mistakes in seconds."""
 
-import json
-
-import nbformat
 import pytest
+from studies import check_figure, check_first_cells, check_smoke, own_folders, smoke_fixture  # noqa: F401  (fixtures)
 
 from maskalign_lab import paths
 from maskalign_lab.batch import run_study
@@ -12,35 +10,16 @@ from maskalign_lab.recipes import make_recipe, train
 from maskalign_lab.targets import ARMS, SCALES
 from maskalign_lab.targets_film import load_film
 
-
-@pytest.fixture(autouse=True)
-def own_folders(monkeypatch, tmp_path):
-    monkeypatch.setenv("MASKALIGN_LAB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("MASKALIGN_LAB_OUTPUT", str(tmp_path / "runs"))
-
-
-@pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
-    """One execution with preset smoke, shared by the tests that look at its results."""
-    folder = tmp_path_factory.mktemp("smoke")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MASKALIGN_LAB_CACHE", str(folder / "cache"))
-        return run_study("03", {"preset": "smoke"}, folder / "job")
+smoke = smoke_fixture("03")
 
 
 def test_smoke_runs_end_to_end(smoke):
-    assert smoke.status == "ok", smoke.error
-    executed = nbformat.read(smoke.path(".ipynb"), as_version=4)
-    assert "widgets" not in executed.metadata
-    assert all(cell.execution_count for cell in executed.cells if cell.cell_type == "code")
+    check_smoke(smoke)
 
 
 def test_figures_are_small_and_traceable(smoke):
-    folder = smoke.path(".html").parent
     for name in ("03_filmstrip", "03_by_size", "03_width"):
-        assert (folder / f"{name}.png").stat().st_size <= 100_000
-        side = json.loads((folder / f"{name}.json").read_text())
-        assert side["study"] == "03_prediction_targets" and "-p preset smoke" in side["command"]
+        check_figure(smoke, "03_prediction_targets", name)
 
 
 def test_the_tables_of_the_job_are_kept(smoke):
@@ -64,10 +43,7 @@ def test_the_tables_that_ship_are_paired():
 
 
 def test_the_scrubber_comes_by_the_third_code_cell():
-    book = nbformat.read(paths.notebooks() / "03_prediction_targets.ipynb", as_version=4)
-    code = [cell for cell in book.cells if cell.cell_type == "code"]
-    assert any("show(scrubber" in cell.source for cell in code[:3])
-    assert "parameters" in code[1].metadata.get("tags", [])
+    check_first_cells("03_prediction_targets")
 
 
 @pytest.mark.parametrize(

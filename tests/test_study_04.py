@@ -1,13 +1,10 @@
 """Study 04 as its users run it, and its measures against brute force and known answers."""
 
-import json
-import re
-
-import nbformat
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from studies import check_figure, check_first_cells, check_smoke, own_folders, smoke_fixture  # noqa: F401  (fixtures)
 from torch import nn
 
 from maskalign_lab import paths
@@ -32,50 +29,24 @@ FIGURES = (
 )
 
 
-@pytest.fixture(autouse=True)
-def own_folders(monkeypatch, tmp_path):
-    monkeypatch.setenv("MASKALIGN_LAB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("MASKALIGN_LAB_OUTPUT", str(tmp_path / "runs"))
-
-
-@pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
-    """One execution with preset smoke, shared by the tests that look at its results."""
-    folder = tmp_path_factory.mktemp("smoke")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MASKALIGN_LAB_CACHE", str(folder / "cache"))
-        return run_study("04", {"preset": "smoke"}, folder / "job")
+smoke = smoke_fixture("04")
 
 
 # ---- the study
 
 
 def test_smoke_runs_end_to_end(smoke):
-    assert smoke.status == "ok", smoke.error
-    executed = nbformat.read(smoke.path(".ipynb"), as_version=4)
-    assert "widgets" not in executed.metadata
-    assert all(cell.execution_count for cell in executed.cells if cell.cell_type == "code")
-
-
-def test_the_job_holds_a_page_that_asks_the_network_for_nothing(smoke):
-    page = smoke.path(".html").read_text(encoding="utf-8")
-    assert len(page) < 1_000_000 and (smoke.path(".html").parent / "plotly.min.js").exists()
-    assert not re.findall(r"""(?:src|href)=["']https?://[^"']+\.(?:js|css|woff2?)""", page)
+    check_smoke(smoke)
 
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_figures_are_small_and_traceable(smoke, name):
-    path = smoke.path(".html").parent / f"04_{name}.png"
-    assert path.stat().st_size <= 100_000
-    side = json.loads(path.with_suffix(".json").read_text())
-    assert side["study"] == "04_reg" and "-p preset smoke" in side["command"] and side["versions"]
+    side = check_figure(smoke, "04_reg", f"04_{name}")
     assert all(row["method"] == "undecided (1 seed)" for row in side["findings"])
 
 
 def test_the_scrubber_comes_by_the_third_code_cell():
-    code = [c for c in nbformat.read(STUDY, as_version=4).cells if c.cell_type == "code"]
-    assert any("show(scrubber" in cell.source for cell in code[:3])
-    assert "parameters" in code[1].metadata.get("tags", [])
+    check_first_cells("04_reg")
 
 
 @pytest.mark.parametrize(

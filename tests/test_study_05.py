@@ -1,9 +1,7 @@
 """Study 05 as its users run it: papermill end to end, its table, and mistakes in seconds."""
 
-import json
-
-import nbformat
 import pytest
+from studies import check_figure, check_first_cells, check_smoke, own_folders, smoke_fixture  # noqa: F401  (fixtures)
 
 from maskalign_lab import paths
 from maskalign_lab.batch import run_study
@@ -15,34 +13,17 @@ from maskalign_lab.recipes import make_recipe, train
 ARMS = (*HEADLINE, *ABLATIONS, *CONTROLS, *ON_REPA)
 
 
-@pytest.fixture(autouse=True)
-def own_folders(monkeypatch, tmp_path):
-    monkeypatch.setenv("MASKALIGN_LAB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("MASKALIGN_LAB_OUTPUT", str(tmp_path / "runs"))
-
-
-@pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
-    """One execution with preset smoke, shared by the tests that look at its results."""
-    folder = tmp_path_factory.mktemp("smoke")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MASKALIGN_LAB_CACHE", str(folder / "cache"))
-        return run_study("05", {"preset": "smoke"}, folder / "job")
+smoke = smoke_fixture("05")
 
 
 def test_smoke_runs_end_to_end(smoke):
-    assert smoke.status == "ok", smoke.error
-    executed = nbformat.read(smoke.path(".ipynb"), as_version=4)
-    assert "widgets" not in executed.metadata
-    assert all(cell.execution_count for cell in executed.cells if cell.cell_type == "code")
+    check_smoke(smoke)
 
 
 def test_figures_are_small_and_traceable(smoke):
-    folder = smoke.path(".html").parent
     for name in ("05_filmstrip", "05_arms"):
-        assert (folder / f"{name}.png").stat().st_size <= 100_000
-        side = json.loads((folder / f"{name}.json").read_text())
-        assert side["study"] == "05_maskalign" and "-p preset smoke" in side["command"] and side["by_steps"]
+        side = check_figure(smoke, "05_maskalign", name)
+        assert side["by_steps"]
 
 
 def test_the_table_of_the_job_is_paired_and_kept(smoke):
@@ -81,10 +62,7 @@ def test_the_table_that_ships_is_what_todays_recipes_would_train():
 
 
 def test_the_scrubber_comes_by_the_third_code_cell():
-    book = nbformat.read(paths.notebooks() / "05_maskalign.ipynb", as_version=4)
-    code = [cell for cell in book.cells if cell.cell_type == "code"]
-    assert any("show(scrubber" in cell.source for cell in code[:3])
-    assert "parameters" in code[1].metadata.get("tags", [])
+    check_first_cells("05_maskalign")
 
 
 @pytest.mark.parametrize(
