@@ -9,7 +9,7 @@ import nbformat
 import pytest
 from conftest import ROOT
 
-from maskalign_lab import cli, paths
+from maskalign_lab import cli, commands, network_commands, paths
 from maskalign_lab.cli import main
 
 HEAVY = {"torch", "numpy", "matplotlib", "papermill", "nbformat", "jupyter_client", "plotly", "IPython", "timm"}
@@ -47,7 +47,7 @@ def test_help_and_typing_errors_import_nothing_heavy(words):
     assert not modules & HEAVY
 
 
-@pytest.mark.parametrize("name", cli.COMMANDS)
+@pytest.mark.parametrize("name", commands.COMMANDS)
 def test_every_command_explains_itself(name, capsys):
     with pytest.raises(SystemExit) as end:
         main([name, "--help"])
@@ -82,8 +82,8 @@ def test_mistakes_are_told_in_one_line(words, message, capsys):
 
 def test_overrides_stand_anywhere():
     words = ["repa", "method.weight=1", "--preset", "gpu", "training.steps=3", "--out", "here"]
-    typed = cli.parse(cli.Train, words)
-    assert typed == cli.Train("repa", ("method.weight=1", "training.steps=3"), preset="gpu", out="here")
+    typed = commands.parse(network_commands.Train, words)
+    assert typed == network_commands.Train("repa", ("method.weight=1", "training.steps=3"), preset="gpu", out="here")
 
 
 # ---- training and sampling
@@ -111,7 +111,7 @@ def test_train_sample_and_list(tmp_path, capsys):
 def test_teach_has_the_defaults_of_its_module():
     from maskalign_lab.teaching import TeachConfig
 
-    command, config = cli.Teach("shapes"), TeachConfig()
+    command, config = network_commands.Teach("shapes"), TeachConfig()
     assert (command.steps, command.seed) == (config.steps, config.seed)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from maskalign_lab import cli, judges, judging, measuring, metrics
+from maskalign_lab import cli, judges, judging, measuring, metrics, network_commands
 from maskalign_lab.datasets import load_dataset
 from maskalign_lab.paths import data
 from maskalign_lab.recipes import load_run, make_recipe, train
@@ -272,7 +272,7 @@ def test_a_short_measurement_draws_the_first_samples_of_a_long_one(run):
 
 def test_the_commands(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MASKALIGN_LAB_OUTPUT", str(tmp_path / "runs"))
-    assert cli.TrainJudge("shapes").steps == judging.JudgeConfig().steps
+    assert network_commands.TrainJudge("shapes").steps == judging.JudgeConfig().steps
     assert cli.main(["measure", str(run.path), "--n", "20", "--steps", "1", "--guidance", "1.5"]) == 0
     (file,) = (tmp_path / "runs" / "measured").iterdir()
     assert json.loads(file.read_text())["sampler"]["guidance"] == 1.5 and "guidance-1.5" in file.name

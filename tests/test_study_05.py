@@ -59,9 +59,9 @@ def test_the_table_that_ships_is_what_todays_recipes_would_train(group, baseline
     def untrained(_):
         raise AssertionError("a row was not found")
 
-    if arms:
-        seeds = sorted({row["seed"] for row in rows})
-        assert run_arms(arms, seeds, recipe_of, baseline, untrained, rows) == rows
+    if not arms:
+        pytest.skip(f"no arm beside {baseline} ships")
+    assert run_arms(arms, sorted({row["seed"] for row in rows}), recipe_of, baseline, untrained, rows) == rows
 
 
 def test_the_scrubber_comes_by_the_third_code_cell():

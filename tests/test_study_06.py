@@ -25,8 +25,12 @@ def test_figures_are_small_and_traceable(smoke):
 def test_the_tables_of_the_job_are_kept(smoke):
     folder = smoke.path(".html").parent
     assert {row["arm"] for row in load_rows(folder / "06_rows.json")} == {arm.name for arm in SCALES["smoke"].arms}
-    assert {row["arm"] for row in load_rows(folder / "06_oracle_rows.json")} >= {arm.name for arm in SCALES["smoke"].tried}
-    assert {row["arm"] for row in load_rows(folder / "06_router_rows.json")} == {arm.name for arm in SCALES["smoke"].traced}
+    assert {row["arm"] for row in load_rows(folder / "06_oracle_rows.json")} >= {
+        arm.name for arm in SCALES["smoke"].tried
+    }
+    assert {row["arm"] for row in load_rows(folder / "06_router_rows.json")} == {
+        arm.name for arm in SCALES["smoke"].traced
+    }
     film = load_film(folder / "06_film.safetensors")
     np.testing.assert_allclose(film.weights.sum(-1), 1, rtol=1e-5)
 
