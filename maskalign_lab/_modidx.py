@@ -1501,6 +1501,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'maskalign_lab.sources.levels_of': ('lib/sources.html#levels_of', 'maskalign_lab/sources.py'),
                                        'maskalign_lab.sources.load_sources': ('lib/sources.html#load_sources', 'maskalign_lab/sources.py'),
                                        'maskalign_lab.sources.make_batches': ('lib/sources.html#make_batches', 'maskalign_lab/sources.py'),
+                                       'maskalign_lab.sources.mean_latents': ('lib/sources.html#mean_latents', 'maskalign_lab/sources.py'),
                                        'maskalign_lab.sources.options_of': ('lib/sources.html#options_of', 'maskalign_lab/sources.py'),
                                        'maskalign_lab.sources.token_side': ('lib/sources.html#token_side', 'maskalign_lab/sources.py')},
             'maskalign_lab.spectra': { 'maskalign_lab.spectra.effective_rank': ( 'lib/spectra.html#effective_rank',

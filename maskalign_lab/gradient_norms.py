@@ -173,7 +173,7 @@ def noised_hidden(
     step: int,  # keys the noise
 ) -> Tensor:  # (b, n, d) patches; a class token is left out
     """Hidden tokens of noised images at a depth, conditioned on the true labels and, in REG, on the noised class token."""
-    x = run.inputs(dataset.images(index, device=run.device))
+    x = run.inputs(dataset, index)
     noise = torch.randn(x.shape, generator=generator(0, step, "analysis noise")).to(x)
     y, t, cls = torch.as_tensor(dataset.labels[index], device=x.device), t.to(x), run.class_tokens(dataset)
     if cls is not None:
@@ -313,7 +313,7 @@ def _survey_of(observed: Observed, images: Dataset, sizes: Sizes) -> Survey:
 
 # %% ../nbs/01_gradient_norms.ipynb #cde86972
 def _noised_pixels(run: "Run", dataset: Dataset, t: float) -> np.ndarray:  # noqa: F821  (k, h, w, 3) uint8
-    x = run.inputs(dataset.images(device=run.device))
+    x = run.inputs(dataset)
     noise = torch.randn(x.shape, generator=generator(0, 0, "analysis noise")).to(x)
     x_t = run.pictures(interpolate(x, noise, torch.full((len(x),), float(t), device=x.device))).cpu()
     return ((x_t.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()

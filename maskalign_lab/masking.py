@@ -67,7 +67,7 @@ def look(
 ) -> Seen:
     """Noise some images at one time; equal seeds give equal noise, whichever run looks."""
     run, view = observed.run, observed.run.teacher_view(dataset)
-    x = run.inputs(dataset.images(index, device=run.device))
+    x = run.inputs(dataset, index)
     times = torch.full((len(x),), float(t), device=x.device)
     noise = torch.randn(x.shape, generator=generator(seed, int(index[0]), "masking noise")).to(x)
     teacher, cls_t = view.tokens[index].to(x), None
@@ -310,7 +310,7 @@ def measure_arm(
     """Validation velocity loss, alignment loss over all tokens, stability gap and preference of one network."""
     observed, held_out = observe(run), run.images("validation", images)
     losses = validation_loss(
-        run.net, run.recipe.objective, run.inputs(held_out.images(device=run.device)),
+        run.net, run.recipe.objective, run.inputs(held_out),
         torch.as_tensor(held_out.labels, device=run.device), class_tokens=run.class_tokens(held_out),
     )  # fmt: skip
     found = {"velocity": losses.mean().item()}

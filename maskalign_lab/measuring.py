@@ -66,7 +66,7 @@ def loss_of(
     held_out: Dataset,
 ) -> dict[str, Any]:
     """Validation velocity loss per bin of t, with its 95 % interval."""
-    labels, x = torch.as_tensor(held_out.labels, device=run.device), run.inputs(held_out.images(device=run.device))
+    labels, x = torch.as_tensor(held_out.labels, device=run.device), run.inputs(held_out)
     losses = validation_loss(run.net, run.recipe.objective, x, labels, class_tokens=run.class_tokens(held_out))
     mean, half = (values.tolist() for values in mean_interval(losses))
     return {

@@ -28,7 +28,7 @@ from .sampling import SamplerConfig
 from .seeding import key
 from .settings import NETWORKS, Recipe, absolute, from_json, identity, override, to_json
 from .sit import SiT
-from .sources import kept_autoencoder, kept_features, kept_images, load_sources, make_batches
+from .sources import kept_autoencoder, kept_features, kept_images, load_sources, make_batches, mean_latents
 from .training import AVERAGES, cut_log, fit, resolve_device, with_log
 
 # %% ../nbs/lib/recipes.ipynb #88a32a86
@@ -161,9 +161,11 @@ class Run:
         name = self.recipe.data.autoencoder
         return kept_autoencoder(name, self.device) if name else None
 
-    def inputs(self, images: Tensor) -> Tensor:
-        """What the network sees of images (b, 3, h, w): themselves, or the mean of their latents."""
-        return self.autoencoder.encode(images) if self.autoencoder else images
+    def inputs(self, dataset: Dataset, index: Any = slice(None)) -> Tensor:
+        """What the network sees of images without noise, on its device: pixels, or the means of their latents."""
+        if not self.autoencoder:
+            return dataset.images(index, self.device)
+        return mean_latents(self.autoencoder, dataset)[index].to(self.device)
 
     def pictures(self, x: Tensor) -> Tensor:
         """Images (b, 3, h, w), about in [-1, 1], of what a network gives or is given."""

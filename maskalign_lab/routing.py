@@ -144,7 +144,7 @@ def measure_routing(
         dataset = dataset.subset(np.flatnonzero(dataset.labels == label))
     config, images = run.recipe.method, dataset.images(device=run.device)
     targets, y = (levels or run_levels(run))(images), torch.as_tensor(dataset.labels, device=run.device)
-    x, t = run.inputs(images), torch.tensor(times, device=run.device)
+    x, t = run.inputs(dataset), torch.tensor(times, device=run.device)
     losses = torch.stack([level_losses_at(run, x, y, targets, time).mean(0) for time in times])
     seen = torch.full_like(t, run.net.num_classes if label is None else label, dtype=torch.long)
     closed = closed_form(losses, schedule(config.prior, t, config.levels), config.tau)
@@ -234,7 +234,7 @@ def measure_ahpa(
 ) -> dict[str, Any]:
     """Validation velocity loss, as a mean and per tenth of t; of a run with levels, their losses and weights over time."""
     held_out = run.images("validation", images)
-    x, labels = run.inputs(held_out.images(device=run.device)), torch.as_tensor(held_out.labels, device=run.device)
+    x, labels = run.inputs(held_out), torch.as_tensor(held_out.labels, device=run.device)
     per_bin = validation_loss(run.net, run.recipe.objective, x, labels).mean(1).tolist()
     found = {"velocity": four_digits(sum(per_bin) / len(per_bin)), "velocity per t": list(map(four_digits, per_bin))}
     if not hasattr(run.method, "level_losses"):

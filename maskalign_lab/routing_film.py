@@ -93,7 +93,7 @@ def weights_at(run: Run, t: float, y: Tensor) -> Tensor:  # (b, K)
 
 def noised_pixels(run: Run, images: Dataset, t: float) -> np.ndarray:  # (k, h, w, 3) uint8
     """Noised latents, decoded."""
-    x = run.inputs(images.images(device=run.device))
+    x = run.inputs(images)
     noise = torch.randn(x.shape, generator=generator(0, 0, "routing film")).to(x)
     seen = run.pictures(interpolate(x, noise, torch.full((len(x),), float(t), device=x.device)))
     return ((seen.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()

@@ -101,7 +101,7 @@ def to_pixels(images: Tensor) -> np.ndarray:  # (n, h, w, 3) uint8
 def write_card(run: Run, out: Path, command: str, config: SamplerConfig = SamplerConfig(guidance=2.0)) -> None:
     """Measure a run and write card.json, card.md, samples.png and loss.png."""
     held_out = run.images("validation")
-    x, labels = run.inputs(held_out.images(device=run.device)), torch.as_tensor(held_out.labels, device=run.device)
+    x, labels = run.inputs(held_out), torch.as_tensor(held_out.labels, device=run.device)
     losses = validation_loss(run.net, run.recipe.objective, x, labels, class_tokens=run.class_tokens(held_out))
     mean, half = mean_interval(losses)
     facts = json.loads((run.path / "facts.json").read_text())
