@@ -87,7 +87,8 @@ def load_sources(recipe: Recipe, device: str = "cpu") -> Sources:
     """Load the training images, the autoencoder and the teacher that a recipe needs; all must fit each other."""
     data, needs, place = recipe.data, needs_of(recipe.method), resolve_device(device)
     dataset = (kept_images if data.name in STREAMS else images_of)(data, "train", data.n)  # a folder may have changed
-    autoencoder = kept_autoencoder(data.autoencoder, place) if data.autoencoder else None
+    load = kept_autoencoder if data.autoencoder == "tiny" else load_autoencoder  # likewise
+    autoencoder = load(data.autoencoder, place) if data.autoencoder else None
     if autoencoder:
         check_side(autoencoder, data.size)
     aligned, teacher = "features" in needs, None

@@ -19,7 +19,7 @@ from maskalign_lab.recipes import LATENTS, build, load_run, make_recipe, train
 from maskalign_lab.routing import measure_ahpa, measure_routing, oracle_arm, oracle_table, run_levels, trace_router
 from maskalign_lab.seeding import generator
 from maskalign_lab.sit import SiT
-from maskalign_lab.sources import kept_autoencoder, load_sources, make_batches
+from maskalign_lab.sources import load_sources, make_batches
 
 NAMES = ("down.0", "down.1", "mid", "latent")
 times = st.lists(st.floats(0, 1), min_size=1, max_size=8).map(lambda values: torch.tensor(values))
@@ -265,7 +265,6 @@ def test_another_autoencoder_does_not_continue_a_run(vae, tmp_path):
     (tmp_path / "run" / "recipe.json").unlink()
     shutil.rmtree(first)
     shutil.copytree(other, first)
-    kept_autoencoder.cache_clear()
     with pytest.raises(FileExistsError, match="autoencoder_digest"):
         train(longer, tmp_path / "run", "cpu", 0)
 
