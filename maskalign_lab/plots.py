@@ -175,7 +175,9 @@ def png(
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=dpi, bbox_inches="tight", facecolor="white")
         picture = Image.open(file).convert("RGB")
-        for indexed in (picture, *(picture.quantize(n, dither=Image.Dither.NONE) for n in (256, 96))):
+        few, fewer = (picture.quantize(n, dither=Image.Dither.NONE) for n in (256, 96))
+        change = np.abs(np.asarray(few.convert("RGB"), float) - np.asarray(picture, float)).mean()
+        for indexed in (few if change < 0.5 else picture, few, fewer):  # a chart has few colours, and half the bytes
             packed = io.BytesIO()
             indexed.save(packed, "PNG", optimize=True)
             if packed.tell() <= max_bytes:
