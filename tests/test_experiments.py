@@ -88,11 +88,11 @@ def test_a_row_measures_the_step_that_it_names(tmp_path):
 def test_a_stopped_table_goes_on_where_it_stopped(tmp_path, monkeypatch):
     file, trained = tmp_path / "rows.json", []
 
-    def stops_after_one(recipe, device):
+    def stops_after_one(recipe, device, every_save):
         if trained:
             raise KeyboardInterrupt
         trained.append(recipe)
-        return ensure(recipe, device)
+        return ensure(recipe, device, every_save)
 
     ensure = experiments.ensure_run
     monkeypatch.setattr(experiments, "ensure_run", stops_after_one)
