@@ -83,6 +83,15 @@ def nine_table(rows: Sequence[Mapping[str, Any]], metric: str, size: int) -> np.
     values = [[[row[metric] for row in rows if row["arm"] == name] for name in line] for line in names]
     return np.array([[np.mean(each) if each else np.nan for each in line] for line in values])
 
+# %% ../nbs/lib/targets_figures.ipynb #458dcd5a
+def _ranges(axis: Any, rows: Sequence[Mapping[str, Any]], metric: str, size: int, x: Sequence[float]) -> None:
+    """A list-valued metric of the three predictions with v-loss: mean, and range over seeds."""
+    for kind in KINDS:
+        of = np.array([row[metric] for row in rows if row["arm"] == target_arm(kind, "v", size).name])
+        if len(of):
+            axis.plot(x, of.mean(0), color=COLOURS[kind], label=f"{NAMES[kind]}-prediction")
+            axis.fill_between(x, of.min(0), of.max(0), color=COLOURS[kind], alpha=0.2, linewidth=0)
+
 # %% ../nbs/lib/targets_figures.ipynb #166411bf
 def per_time_figure(
     rows: Sequence[Mapping[str, Any]],
@@ -96,11 +105,7 @@ def per_time_figure(
     figure = Figure(figsize=(4 * len(sizes), 3.2), layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, len(sizes), sharey=True))
     for axis, size in zip(axes, sizes, strict=True):
-        for kind in KINDS:
-            of = np.array([row[metric] for row in rows if row["arm"] == target_arm(kind, "v", size).name])
-            if len(of):
-                axis.plot(times, of.mean(0), color=COLOURS[kind], label=f"{NAMES[kind]}-prediction")
-                axis.fill_between(times, of.min(0), of.max(0), color=COLOURS[kind], alpha=0.2, linewidth=0)
+        _ranges(axis, rows, metric, size, times)
         axis.set(
             xlabel="t (0 data, 1 noise)", yscale="log", title=f"{size} px, {3 * (size // SIDE) ** 2} values a token"
         )
@@ -137,12 +142,7 @@ def spectrum_figure(
     figure = Figure(figsize=(4 * len(sizes), 3.2), layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, len(sizes), sharey=True))
     for axis, size in zip(axes, sizes, strict=True):
-        for kind in KINDS:
-            of = np.array([row["spectrum"] for row in rows if row["arm"] == target_arm(kind, "v", size).name])
-            if len(of):
-                cycles = np.arange(of.shape[1])
-                axis.plot(cycles, of.mean(0), color=COLOURS[kind], label=f"{NAMES[kind]}-prediction")
-                axis.fill_between(cycles, of.min(0), of.max(0), color=COLOURS[kind], alpha=0.2, linewidth=0)
+        _ranges(axis, rows, "spectrum", size, np.arange(size // 2 + 1))
         axis.axhline(1, color=INK, lw=1, ls="--")
         axis.set(xlabel="cycles per image", yscale="log", title=f"{size} px, {3 * (size // SIDE) ** 2} values a token")
     axes[0].set_ylabel("power of the error over the images'")

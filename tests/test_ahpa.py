@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from maskalign_lab.ahpa import AHPA, SCHEDULES, AHPAConfig, Router, closed_form, gains, pull, schedule
 from maskalign_lab.autoencoders import load_autoencoder
+from maskalign_lab.caching import open_cache, place
 from maskalign_lab.datasets import load_dataset
 from maskalign_lab.levels import cached_level_tokens, description, fit_levels, on_grid, principal_components
-from maskalign_lab.methods import Batch, State
+from maskalign_lab.methods import Batch, State, denoise, shard
 from maskalign_lab.objectives import Objective
 from maskalign_lab.recipes import LATENTS, build, load_run, make_recipe, train
 from maskalign_lab.routing import measure_ahpa, measure_routing, oracle_arm, oracle_table, run_levels, trace_router
@@ -168,10 +169,20 @@ def test_outside_of_its_window_there_is_no_alignment():
 def test_gains_are_inner_products_of_gradients():
     """Against the products themselves, image by image and level by level."""
     net, method, batch, draw = fixture()
-    found, step = gains(method, net, batch, draw, size=1e-6), 1e-4
-    assert found.shape == (2, 4) and found.isfinite().all()
-    coarse = gains(method, net, batch, draw, size=step)
-    torch.testing.assert_close(found, coarse, rtol=0.05, atol=1e-3 * found.abs().max().item())  # both near the slope
+    found = gains(method, net, batch, draw, size=1e-6)
+    weights = [p for p in net.parameters() if p.requires_grad]
+
+    def slopes(loss):
+        of = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
+        return torch.cat(
+            [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(weights, of, strict=True)]
+        )
+
+    first, second = ((shard(batch, k, 2), shard(draw, k, 2)) for k in (0, 1))
+    held_out = slopes(denoise(method, net, *second).velocity)
+    losses = method.level_losses(denoise(method, net, *first).hidden[2], first[0].levels)
+    exact = torch.stack([slopes(loss) @ held_out for loss in losses.flatten()]).view_as(losses)
+    torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-7)
 
 
 def test_a_bilevel_router_moves_towards_what_helps():
@@ -217,12 +228,14 @@ def test_components_do_not_depend_on_the_order_of_rows():
 
 
 def test_levels_of_another_autoencoder_are_refused(vae):
-    """The cache of one autoencoder, put in the place of another's."""
+    """Another autoencoder has a place of its own, and what lies in the first one's place is not taken for its levels."""
     images = load_dataset("shapes", 64, n=8)
     mine, other = (fit_levels(load_autoencoder(vae(seed)), images, NAMES, side=8, images=8) for seed in (0, 1))
     assert description(mine, images) != description(other, images)
     first, second = cached_level_tokens(mine, images), cached_level_tokens(other, images)
     assert not torch.equal(first[[0]], second[[0]])
+    with pytest.raises(ValueError, match="was made with autoencoder"):
+        open_cache(place("levels", description(mine, images)), description(other, images))
     torch.testing.assert_close(first[[0, 3]].float(), mine(images.images([0, 3])), atol=2e-2, rtol=2e-2)
 
 
