@@ -148,12 +148,10 @@ class AHPA(Method, name="ahpa"):
     Config = AHPAConfig
     needs = ("levels",)
 
-    def __init__(
-        self, net: nn.Module, objective: Objective, config: AHPAConfig, label_dropout: float = 0.1, teacher_dim: int = 0
-    ):
-        super().__init__(net, objective, config, label_dropout, teacher_dim)
+    def build(self, net: nn.Module, teacher_dim: int) -> None:
+        config, width = self.config, self.config.projector_width
         check_depths((config.depth,), net.depth)
-        self.collect, width = (config.depth,), config.projector_width
+        self.collect = (config.depth,)
         self.trunk = nn.Sequential(nn.Linear(net.width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         heads = ("mixture",) if config.mix == "targets" else config.levels
         self.heads = nn.ModuleList(level_head(width, config.dim, name) for name in heads)
@@ -200,10 +198,13 @@ class AHPA(Method, name="ahpa"):
         config = self.config
         if self.router is None:
             return log_weights.new_zeros(())
-        prior = schedule(config.prior, draw.t, config.levels)
-        strength = config.tau * pull(log_weights, prior).mean()
-        if config.router != "bilevel" or state.step % config.probe_every or len(batch.y) < 2:
+        strength = config.tau * pull(log_weights, schedule(config.prior, draw.t, config.levels)).mean()
+        if config.router != "bilevel":
             return strength
+        if state.step % config.probe_every:
+            return log_weights.new_zeros(())  # the pull too rests between looks, or it would be as many times stronger
+        if len(batch.y) < 2:
+            raise ValueError("a bilevel router needs a batch of two images or more: one half is held out")
         useful = gains(self, state.model, batch, draw)
         useful = useful / useful.std().clamp(min=1e-12)
         return strength - (log_weights[::2].exp() * useful).sum(1).mean()

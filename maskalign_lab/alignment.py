@@ -63,13 +63,10 @@ class REPA(Method, name="repa"):
     Config = REPAConfig
     needs = ("features",)
 
-    def __init__(
-        self, net: nn.Module, objective: Objective, config: REPAConfig, label_dropout: float = 0.1, teacher_dim: int = 0
-    ):
-        super().__init__(net, objective, config, label_dropout, teacher_dim)
-        check_depths((config.depth,), net.depth)
-        self.collect = (config.depth,)
-        self.projectors = nn.ModuleList([projector(net.width, config.projector_width, teacher_dim)])
+    def build(self, net: nn.Module, teacher_dim: int) -> None:
+        check_depths((self.config.depth,), net.depth)
+        self.collect = (self.config.depth,)
+        self.projectors = nn.ModuleList([projector(net.width, self.config.projector_width, teacher_dim)])
 
     def loss(self, state: State, batch: Batch, draw: Draw, phase: str = "main") -> Losses:
         velocity, _, hidden = denoise(self, state.model, batch, draw)

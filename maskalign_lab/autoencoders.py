@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AUTOENCODERS', 'PIXELS', 'latents_of', 'exact', 'level_modules', 'run_to', 'Autoencoder', 'check_side',
            'check_images', 'check_levels', 'wrap_autoencoder', 'load_kl', 'load_tiny', 'load_autoencoder',
-           'moment_rows', 'level_rows', 'description', 'filled', 'cached_latents', 'cached_levels', 'unpack_levels']
+           'moment_rows', 'description', 'filled', 'cached_latents']
 
 # %% ../nbs/lib/autoencoders.ipynb #57e3ee98
 import hashlib
@@ -274,24 +274,16 @@ def moment_rows(autoencoder: Autoencoder, images: Tensor) -> Tensor:  # (b, 2, c
     """Mean and deviation of the posterior, stacked."""
     return torch.stack(autoencoder.moments(images), 1)
 
-
-def level_rows(autoencoder: Autoencoder, images: Tensor, names: tuple[str, ...]) -> Tensor:  # (b, numbers) float16
-    """The levels of each picture, one behind the other."""
-    return torch.cat([level.flatten(1).half() for level in autoencoder.levels(images, names).values()], 1)
-
 # %% ../nbs/lib/autoencoders.ipynb #59880563
 def description(
     autoencoder: Autoencoder,
     dataset: Dataset,
-    levels: tuple[str, ...],  # names of levels, or ("moments",)
 ) -> dict[str, Any]:
-    """What latents and levels depend on, as plain values."""
-    made_by = (latents_of, run_to, Autoencoder.moments, Autoencoder.levels, moment_rows, level_rows)
-    code = "".join(map(inspect.getsource, made_by))
+    """What cached latents depend on, as plain values."""
+    code = "".join(map(inspect.getsource, (latents_of, Autoencoder.moments, moment_rows)))
     return {
         "data": dataset.digest,
         "autoencoder": autoencoder.digest,
-        "levels": list(levels),
         "code": hashlib.blake2b(code.encode(), digest_size=8).hexdigest(),
     }
 
@@ -324,26 +316,5 @@ def cached_latents(
     damaged, or what was made by another autoencoder; see `caching.fill`.
     """
     shape = autoencoder.level_shapes(dataset.pixels.shape[1])["latent"]
-    told, rows = description(autoencoder, dataset, ("moments",)), partial(moment_rows, autoencoder)
+    told, rows = description(autoencoder, dataset), partial(moment_rows, autoencoder)
     return filled("latents", told, rows, 4 * 2 * prod(shape), autoencoder, dataset)
-
-# %% ../nbs/lib/autoencoders.ipynb #454edd46
-def cached_levels(
-    autoencoder: Autoencoder,
-    dataset: Dataset,
-    names: tuple[str, ...],  # of `Autoencoder.level_names`
-) -> Cache:  # (n, numbers) float16, on disk; `unpack_levels` gives them their shapes
-    """Raw levels of every picture, encoded at most once and kept under `paths.cache() / "levels"`; errors as above."""
-    names = check_levels(autoencoder, names)
-    shapes = autoencoder.level_shapes(dataset.pixels.shape[1])
-    told, rows = description(autoencoder, dataset, names), partial(level_rows, autoencoder, names=names)
-    return filled("levels", told, rows, 2 * sum(prod(shapes[name]) for name in names), autoencoder, dataset)
-
-
-def unpack_levels(
-    rows: Tensor,  # (b, numbers) of `cached_levels`
-    shapes: dict[str, tuple[int, int, int]],  # of the levels in the rows, in their order; see `level_shapes`
-) -> dict[str, Tensor]:  # (b, channels, height, width) each
-    """Levels by name, in their shapes."""
-    parts = rows.split([prod(shape) for shape in shapes.values()], 1)
-    return {name: part.unflatten(1, shape) for (name, shape), part in zip(shapes.items(), parts)}

@@ -103,17 +103,10 @@ class HASTE(REPA, name="haste"):
     Config = HASTEConfig
     needs = ("features", "attention")
 
-    def __init__(
-        self,
-        net: nn.Module,
-        objective: Objective,
-        config: HASTEConfig,
-        label_dropout: float = 0.1,
-        teacher_dim: int = 0,
-    ):
-        super().__init__(net, objective, config, label_dropout, teacher_dim)
+    def build(self, net: nn.Module, teacher_dim: int) -> None:
+        super().build(net, teacher_dim)
         check_attention(net)
-        check_pairs(config, net.depth)
+        check_pairs(self.config, net.depth)
 
     def loss(self, state: State, batch: Batch, draw: Draw, phase: str = "main") -> Losses:
         config, net = self.config, state.model
@@ -179,18 +172,10 @@ class IREPA(Method, name="irepa"):
     needs = ("features",)
     needs_grid = "its projector is a convolution over the whole grid"
 
-    def __init__(
-        self,
-        net: nn.Module,
-        objective: Objective,
-        config: IREPAConfig,
-        label_dropout: float = 0.1,
-        teacher_dim: int = 0,
-    ):
-        super().__init__(net, objective, config, label_dropout, teacher_dim)
-        check_depths((config.depth,), net.depth)
-        self.collect = (config.depth,)
-        self.projectors = nn.ModuleList([ConvProjector(net.width, teacher_dim, config.kernel, net.side)])
+    def build(self, net: nn.Module, teacher_dim: int) -> None:
+        check_depths((self.config.depth,), net.depth)
+        self.collect = (self.config.depth,)
+        self.projectors = nn.ModuleList([ConvProjector(net.width, teacher_dim, self.config.kernel, net.side)])
 
     def loss(self, state: State, batch: Batch, draw: Draw, phase: str = "main") -> Losses:
         velocity, _, hidden = denoise(self, state.model, batch, draw)
@@ -235,18 +220,10 @@ class SRA2(Method, name="sra2"):
 
     Config = SRA2Config
 
-    def __init__(
-        self,
-        net: nn.Module,
-        objective: Objective,
-        config: SRA2Config,
-        label_dropout: float = 0.1,
-        teacher_dim: int = 0,
-    ):
-        super().__init__(net, objective, config, label_dropout, teacher_dim)
-        check_depths((config.depth,), net.depth)
-        self.collect = (config.depth,)
-        self.projector = deep_projector(net.width, net.in_channels * net.patch_size**2, config.layers)
+    def build(self, net: nn.Module, teacher_dim: int) -> None:
+        check_depths((self.config.depth,), net.depth)
+        self.collect = (self.config.depth,)
+        self.projector = deep_projector(net.width, net.in_channels * net.patch_size**2, self.config.layers)
 
     def loss(self, state: State, batch: Batch, draw: Draw, phase: str = "main") -> Losses:
         velocity, _, hidden = denoise(self, state.model, batch, draw)

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .autoencoders import Autoencoder, check_levels
-from .caching import Cache, fill, place, rows_per_shard
+from .autoencoders import Autoencoder, check_levels, filled
+from .caching import Cache
 from .datasets import Dataset
 from .errors import one_of
 from .layers import patchify
@@ -143,12 +143,9 @@ def cached_level_tokens(
     dataset: Dataset,
 ) -> Cache:  # (n, K, tokens, d) float16, on disk
     """The levels of every picture, computed at most once and kept under `paths.cache() / "levels"`; errors as in `caching.fill`."""
-    told, batch = description(levels, dataset), 64
 
-    def compute(start: int, stop: int) -> Tensor:
-        parts = [slice(k, min(k + batch, stop)) for k in range(start, stop, batch)]
-        device = levels.autoencoder.device
-        return torch.cat([levels(dataset.images(part, device)).half().cpu() for part in parts])
+    def rows(images: Tensor) -> Tensor:  # (b, K, tokens, d)
+        return levels(images).half()
 
     row_bytes = 2 * len(levels.names) * levels.side**2 * levels.dim
-    return fill(place("levels", told), told, len(dataset), compute, rows_per_shard(row_bytes, batch))
+    return filled("levels", description(levels, dataset), rows, row_bytes, levels.autoencoder, dataset)

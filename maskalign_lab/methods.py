@@ -117,6 +117,10 @@ class Method(nn.Module):
         check_trainable(objective)
         self.objective, self.config, self.label_dropout = objective, config, label_dropout
         self.num_classes, self.patch_size = net.num_classes, net.patch_size
+        self.build(net, teacher_dim)
+
+    def build(self, net: nn.Module, teacher_dim: int) -> None:
+        """Check what the method needs of the network, and make what it trains beside it, such as projectors."""
 
     def draw(self, batch: Batch, step: int, generator: Callable[[int, str], torch.Generator]) -> Draw:
         """Draw times, noise and dropped labels for a whole batch; `generator(step, name)` keys each draw."""

@@ -195,6 +195,22 @@ def test_a_bilevel_router_moves_towards_what_helps():
     assert torch.cosine_similarity(lowered, centred.sum(0), dim=0) > 0.99
 
 
+def test_a_bilevel_router_rests_between_its_looks():
+    """Neither the gains nor the pull act there, so that their ratio does not depend on how often it looks."""
+    net, method, batch, draw = fixture({"router": "bilevel", "probe_every": 3})
+    torch.nn.init.ones_(method.router.mlp[-1].bias[:1])  # away from the prior, where the pull has a slope
+    log_weights = method.log_weights(draw.t, draw.y)
+    acts = [method.router_loss(State(net, net, step), batch, draw, log_weights).requires_grad for step in range(7)]
+    assert acts == [step % 3 == 0 for step in range(7)]
+
+
+def test_a_bilevel_router_needs_something_held_out():
+    net, method, batch, draw = fixture({"router": "bilevel"})
+    one, only = shard(batch, 0, len(batch.y)), shard(draw, 0, len(batch.y))
+    with pytest.raises(ValueError, match="a batch of two images or more"):
+        method.loss(State(net, net, 0), one, only)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskalign_lab import autoencoders, caching, cli, compressing, paths, reconstruction, shipping
-from maskalign_lab.autoencoders import Autoencoder, cached_latents, cached_levels, latents_of, load_autoencoder
+from maskalign_lab.autoencoders import Autoencoder, cached_latents, latents_of, load_autoencoder
 from maskalign_lab.datasets import load_dataset
 from maskalign_lab.seeding import generator
 
@@ -185,18 +185,11 @@ def test_a_folder_of_diffusers_is_an_autoencoder(small, photos, tmp_path):
 # ---- caches
 
 
-def test_cached_moments_and_levels(small, photos, own_cache):
+def test_cached_moments_make_the_latents(small, photos, own_cache):
     images, noise = photos.images(), torch.randn(20, 4, 8, 8, generator=generator(0, 0, "posterior"))
     rows = cached_latents(small, photos)
     assert rows.shape == (20, 2, 4, 8, 8) and rows.dtype == torch.float32
     assert torch.equal(latents_of(*rows[:].unbind(1), small.scale, small.shift, noise), small.encode(images, noise))
-    names = ("mid", "down.0")
-    levels, shapes = cached_levels(small, photos, names), small.level_shapes(32)
-    assert levels.dtype == torch.float16
-    unpacked = autoencoders.unpack_levels(levels[:], {name: shapes[name] for name in names})
-    for name, level in small.levels(images, names).items():
-        assert torch.equal(unpacked[name], level.half())
-    assert cached_levels(small, photos, ("mid",)).folder != levels.folder
 
 
 def test_what_is_cached_is_not_encoded_again(small, photos, own_cache, monkeypatch):
@@ -208,15 +201,11 @@ def test_what_is_cached_is_not_encoded_again(small, photos, own_cache, monkeypat
 def test_a_cache_of_another_autoencoder_is_refused(small, photos, own_cache):
     """In the folder of one autoencoder lies what another one made, as after a copy by hand."""
     other = autoencoders.wrap_autoencoder(make_vae(seed=1, **SMALL), "other")
-    for make, kind, levels in (
-        (cached_latents, "latents", ("moments",)),
-        (lambda one, data: cached_levels(one, data, ("mid",)), "levels", ("mid",)),
-    ):
-        folder = caching.place(kind, autoencoders.description(other, photos, levels))
-        assert make(small, photos).folder != folder
-        shutil.copytree(make(small, photos).folder, folder)
-        with pytest.raises(ValueError, match=f"autoencoder '{small.digest}', wanted is autoencoder '{other.digest}'"):
-            make(other, photos)
+    folder = caching.place("latents", autoencoders.description(other, photos))
+    assert cached_latents(small, photos).folder != folder
+    shutil.copytree(cached_latents(small, photos).folder, folder)
+    with pytest.raises(ValueError, match=f"autoencoder '{small.digest}', wanted is autoencoder '{other.digest}'"):
+        cached_latents(other, photos)
 
 
 def test_a_cut_shard_is_named(small, photos, own_cache):
