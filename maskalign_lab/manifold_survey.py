@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from .experiments import load_rows, paired, save_rows
+from .experiments import load_rows, save_rows
 from .manifold import DATA, Flow, ToyConfig, measure, trained
+from .verdicts import paired
 
 # %% ../nbs/lib/manifold_survey.ipynb #ebb9fb60
 PREDICTIONS, DIMS, SEEDS = ("x", "eps", "v"), (2, 8, 16, 512), {"spiral": 5, "moons": 3, "gaussians": 3}

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import one_of
-from .experiments import Arm, load_rows, paired, save_rows
+from .experiments import Arm, load_rows, save_rows
 from .interpolants import convert, interpolate
 from .judges import load_judge
 from .layers import patchify
@@ -31,6 +31,7 @@ from .sampling import SamplerConfig
 from .seeding import generator
 from .settings import Recipe
 from .spectra import effective_rank, radial_spectrum
+from .verdicts import paired
 
 # %% ../nbs/lib/targets.ipynb #561dd77f
 SIZES = (16, 32, 64, 128)  # pixels along a side, hence patches of 4, 8, 16, 32

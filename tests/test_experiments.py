@@ -3,20 +3,15 @@
 import json
 from dataclasses import replace
 
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from maskalign_lab import experiments
 from maskalign_lab.checkpoints import steps_of
 from maskalign_lab.experiments import (
     Arm,
     Length,
-    comparison,
     lengths,
     load_rows,
-    paired,
     run_arms,
     save_rows,
     step_flops,
@@ -109,48 +104,6 @@ def test_files_hold_one_row_a_line(tmp_path):
     text = (tmp_path / "new" / "rows.json").read_text()
     assert load_rows(tmp_path / "new" / "rows.json") == json.loads(text)["rows"] == rows
     assert len(text.splitlines()) == 4 and load_rows(tmp_path / "none.json") == []
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.integers(2, 8), st.floats(-3, 3), st.integers(0, 1000))
-def test_a_pair_is_about_differences(n, shift, seed):
-    """What all arms of a seed share cancels, and the verdict turns with the sign."""
-    draw = np.random.default_rng(seed)
-    ours, theirs, common = draw.normal(size=n), draw.normal(size=n), 10 * draw.normal(size=n)
-    one, other = paired(ours + shift, theirs), paired(ours + shift + common, theirs + common)
-    assert other.mean == pytest.approx(one.mean, abs=1e-9) and other.half == pytest.approx(one.half, abs=1e-9)
-    opposite = {"reproduced": "contradicted", "contradicted": "reproduced"}
-    assert one.verdict(+1) == opposite.get(one.verdict(-1), one.verdict(-1))
-    assert paired(theirs, ours + shift).mean == pytest.approx(-one.mean)
-
-
-def test_one_seed_decides_nothing():
-    assert paired([1.0], [9.0]).verdict(-1) == "undecided (1 seed)"
-    with pytest.raises(ValueError, match="2 and 1 values are no pairs"):
-        paired([1.0, 2.0], [1.0])
-
-
-def test_the_table_pairs_by_seed_and_budget():
-    values = {
-        ("base", 0): 1.0,
-        ("base", 1): 2.0,
-        ("base", 2): 3.0,
-        ("better", 2): 2.0,
-        ("better", 0): 0.0,
-        ("better", 1): 1.01,
-    }
-    rows = [
-        {"arm": arm, "seed": seed, "budget": budget, "relative_flops": 1.0, "loss": loss + 5 * (budget == "flops")}
-        for (arm, seed), loss in values.items()
-        for budget in ("steps", "flops")
-    ]
-    for budget in ("steps", "flops"):
-        table = comparison(rows, "loss", "base", {"better": -1}, budget).set_index("arm")
-        assert table.loc["better", "difference"] == pytest.approx(-0.9967, abs=1e-4)
-        assert table.loc["better", "verdict"] == "reproduced" and table.loc["base", "seeds"] == 3
-    assert comparison(rows, "loss", "base", {"better": +1}).set_index("arm").loc["better", "verdict"] == "contradicted"
-    with pytest.raises(ValueError, match="budget"):
-        comparison(rows, "loss", "base", {}, "time")
 
 
 def test_arms_share_everything_that_they_do_not_name():

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskalign_lab import live, manifold_film, manifold_survey, plots
-from maskalign_lab.experiments import comparison, load_rows
+from maskalign_lab.experiments import load_rows
 from maskalign_lab.interpolants import interpolate
 from maskalign_lab.manifold import (
     DATA,
@@ -47,6 +47,7 @@ from maskalign_lab.manifold_survey import (
     toy_identity,
 )
 from maskalign_lab.seeding import generator
+from maskalign_lab.verdicts import comparison
 
 TINY = ToyConfig(dim=6, width=12, steps=12, batch=16)
 DIMS = st.integers(2, 40)

@@ -5,10 +5,11 @@ from studies import check_figure, check_first_cells, check_smoke, own_folders, s
 
 from maskalign_lab import paths
 from maskalign_lab.batch import run_study
-from maskalign_lab.experiments import comparison, load_rows, run_arms
+from maskalign_lab.experiments import load_rows, run_arms
 from maskalign_lab.masking import ABLATIONS, CLAIMS, CONTROLS, HEADLINE, ON_REPA, TABLE
 from maskalign_lab.methods import METHODS
 from maskalign_lab.recipes import make_recipe, train
+from maskalign_lab.verdicts import comparison
 
 ARMS = (*HEADLINE, *ABLATIONS, *CONTROLS, *ON_REPA)
 
