@@ -35,6 +35,7 @@ class Arm:
     method: str  # a registered method
     overrides: str = ""  # "network.mixer_depth=0 method.mask_ratio=0.5"
     claim: int = 0  # what a paper says of its metric beside the baseline's: -1 lower, +1 higher, 0 nothing
+    relative: Callable[[Recipe], str] | None = None  # overrides that depend on the preset, from the recipe so far
 
     def recipe(
         self,
@@ -44,7 +45,11 @@ class Arm:
         overrides: str = "",  # of every arm
     ) -> Recipe:
         """The arm's recipe for one seed."""
-        return make_recipe(self.method, preset, dataset, seed, f"{overrides} {self.overrides}")
+        told = f"{overrides} {self.overrides}"
+        recipe = make_recipe(self.method, preset, dataset, seed, told)
+        if self.relative is None:
+            return recipe
+        return make_recipe(self.method, preset, dataset, seed, f"{told} {self.relative(recipe)}")
 
 # %% ../nbs/lib/experiments.ipynb #b9e088ac
 COUNTED = 4  # images of a step, and steps: a bilevel router does not do the same in each
@@ -57,7 +62,7 @@ def step_flops(
     channels: int = 3,  # of the images or latents
     factor: int = 1,  # pixels along a side that make one latent
 ) -> float:
-    """Floating-point operations of a training step per image: forward and backward of network and method."""
+    """Floating-point operations of a training step per image, forward and backward, a mean over the training's steps."""
     net, method = build(recipe, num_classes, teacher_dim, channels, factor)
     size, tokens, aligned = recipe.data.size // factor, net.side**2, layers_of(recipe.method)[-1]
     pairs = len(getattr(aligned, "student_blocks", ()))  # of HASTE, before its stop
@@ -70,10 +75,19 @@ def step_flops(
         torch.ones(COUNTED, len(getattr(aligned, "levels", ())), tokens, getattr(aligned, "dim", 1)),
     )
     draw = method.draw(batch, 0, lambda step, name: generator(0, step, name))
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        for step in range(COUNTED):
-            method.loss(State(net, net, step), batch, draw).total.backward()
-    return counter.get_total_flops() / COUNTED**2
+
+    def counted(start: int, end: int) -> float:
+        """The mean of the first steps of a phase."""
+        few = range(start, min(end, start + COUNTED))
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            for step in few:
+                method.loss(State(net, net, step), batch, draw).total.backward()
+        return counter.get_total_flops() / len(few) / COUNTED
+
+    steps = recipe.training.steps
+    stop = min(getattr(aligned, "stop", steps), steps)
+    phases = [(start, end) for start, end in ((0, stop), (stop, steps)) if end > start]
+    return sum((end - start) * counted(start, end) for start, end in phases) / steps
 
 # %% ../nbs/lib/experiments.ipynb #0ce898ef
 @dataclass(frozen=True)

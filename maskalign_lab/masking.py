@@ -281,15 +281,15 @@ ABLATIONS = (
 
 # %% ../nbs/lib/masking.ipynb #9f07eefa
 CONTROLS = (
-    Arm("two blocks behind", "reg", "network.depth=14"),
-    Arm("aligned two deeper", "reg", "method.depth=6"),
+    Arm("two blocks behind", "reg", relative=lambda recipe: f"network.depth={recipe.network.depth + 2}"),
+    Arm("aligned two deeper", "reg", relative=lambda recipe: f"method.depth={recipe.method.depth + 2}"),
     Arm("mask the loss", "mask-loss"),
     Arm("mask the input", "mask-input"),
 )
 ON_REPA = (
     Arm("REPA", "repa"),
     Arm("REPA + MaskAlign", "maskalign", "method.inner.name=repa", -1),
-    Arm("HASTE", "haste", "method.stop=400", -1),
+    Arm("HASTE", "haste", "", -1, lambda recipe: f"method.stop={recipe.training.steps // 2}"),
     Arm("iREPA", "irepa", "", -1),
 )
 CLAIMS = {arm.name: arm.claim for arm in HEADLINE + ABLATIONS + CONTROLS + ON_REPA}

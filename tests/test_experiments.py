@@ -51,6 +51,16 @@ def test_every_method_can_be_counted(method):
     assert other > plain if method != "maskalign" else other < step_flops(make_recipe("mask-loss", "smoke"))
 
 
+def test_a_method_that_stops_costs_what_its_two_phases_cost():
+    """Before its stop, after it, and half and half."""
+    cost = {
+        stop: step_flops(make_recipe("haste", "smoke", overrides=f"method.stop={stop}")) for stop in (1, 10, 20, 99)
+    }
+    after = 20 * cost[1] / 19 - cost[20] / 19  # of 20 steps one is before
+    assert cost[99] == cost[20] and cost[10] == pytest.approx((cost[20] + after) / 2)
+    assert after == pytest.approx(step_flops(make_recipe("sit", "smoke")))
+
+
 def test_the_second_budget_costs_what_the_baseline_costs():
     plan = lengths({arm.name: recipe_of(arm, 0) for arm in ARMS}, "narrow")
     assert plan["narrow"] == Length(4, 4, 1.0) and plan["deep"].steps == 4 and plan["deep"].flops == 2
