@@ -113,7 +113,7 @@ def expected_size(
 # %% ../nbs/lib/doctor.ipynb #9231f6e0
 SHIPPED = (
     "shapes/card.md", "digits/card.md", "teacher/shapes/teacher.safetensors", "teacher/shapes/card.json",
-    *(f"runs/{method}-shapes/recipe.json" for method in ("sit", "repa", "reg", "maskalign")), "results/05_maskalign.json",
+    *(f"runs/{method}-shapes/recipe.json" for method in ("sit", "repa", "reg", "maskalign")), "results/05_maskalign_shapes.json",
 )  # fmt: skip
 
 # %% ../nbs/lib/doctor.ipynb #db5f22b0

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COUNTED', 'Arm', 'step_flops', 'Length', 'lengths', 'arm_rows', 'extended', 'run_identity', 'run_arms', 'counts_of',
-           'load_rows', 'save_rows']
+           'load_rows', 'save_rows', 'results_file', 'shipped_rows']
 
 # %% ../nbs/lib/experiments.ipynb #c319753d
 import json
@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .checkpoints import write_atomic
 from .errors import one_of
 from .methods import Batch, State, layers_of, needs_of
+from .paths import data
 from .recipes import Run, build, ensure_run, latent_facts, load_run, make_recipe
 from .seeding import generator
 from .settings import Recipe, identity
@@ -194,3 +195,27 @@ def save_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n ".join(json.dumps(row) for row in rows)
     write_atomic(Path(path), f'{{"rows": [\n {lines}\n]}}\n')
+
+# %% ../nbs/lib/experiments.ipynb #e66845d1
+def results_file(
+    table: str,  # "05_maskalign"
+    dataset: str,  # "shapes" or "folder:.../cifar10/train"
+) -> Path:
+    """Where the rows of a data set ship: `05_maskalign_shapes.json`, `05_maskalign_cifar10-train.json`."""
+    name = "-".join(Path(dataset.removeprefix("folder:")).parts[-2:]) if dataset.startswith("folder:") else dataset
+    return data() / "results" / f"{table}_{name}.json"
+
+
+def shipped_rows(
+    table: str,
+    preset: str,
+    dataset: str,
+    overrides: str = "",  # of every recipe
+) -> list[dict[str, Any]]:
+    """The rows that ship, if they were made with these settings; else none, and a line that says so."""
+    path = results_file(table, dataset)
+    if (preset, overrides) == ("laptop", "") and path.exists():
+        return load_rows(path)
+    told = f"preset {preset!r}, dataset {dataset!r}" + (f" and overrides {overrides!r}" if overrides else "")
+    print(f"No rows of {table} ship for {told}; `-p seeds 1` trains them with one seed.")
+    return []

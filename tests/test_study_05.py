@@ -37,7 +37,7 @@ def test_the_table_of_the_job_is_paired_and_kept(smoke):
 
 def test_the_table_that_ships_is_paired():
     """Every arm that ships has the baseline's seeds and both budgets: a gap would bias the paired differences."""
-    rows = load_rows(paths.data() / "results" / "05_maskalign.json")
+    rows = load_rows(paths.data() / "results" / "05_maskalign_shapes.json")
     seeds = {row["seed"] for row in rows if row["arm"] == "REG"}
     assert seeds == set(range(len(seeds))) and {row["arm"] for row in rows} <= {arm.name for arm in ARMS}
     found = [(row["arm"], row["seed"], row["budget"]) for row in rows]
@@ -50,7 +50,7 @@ def test_the_table_that_ships_is_paired():
 @pytest.mark.parametrize(("group", "baseline"), [((*HEADLINE, *ABLATIONS, *CONTROLS), "REG"), (ON_REPA, "REPA")])
 def test_the_table_that_ships_is_what_todays_recipes_would_train(group, baseline):
     """`-p seeds 5` finds the rows by the identity of their runs: nothing is trained again."""
-    rows = load_rows(paths.data() / "results" / "05_maskalign.json")
+    rows = load_rows(paths.data() / "results" / "05_maskalign_shapes.json")
     rows = [row for row in rows if row["arm"] in {arm.name for arm in group}]
     arms = [arm for arm in group if arm.name in {row["arm"] for row in rows}]
 
