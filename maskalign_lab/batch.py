@@ -8,6 +8,7 @@ __all__ = ['find_study', 'Job', 'job_folder', 'command_of', 'new_job', 'describe
 
 # %% ../nbs/lib/batch.ipynb #07b97962
 import json
+import math
 import os
 import re
 import secrets
@@ -211,8 +212,18 @@ def summary(
 
 # %% ../nbs/lib/batch.ipynb #773f7163
 def plain(value: Any) -> Any:
-    """What JSON cannot hold, as what it can: a scalar of numpy as a number, anything else as text."""
-    return value.item() if hasattr(value, "item") else str(value)
+    """Facts as JSON holds them: a table as its rows, six digits, null for what is no number, text for anything else."""
+    if hasattr(value, "to_dict"):
+        value = value.to_dict("records")
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(each) for each in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 
 # %% ../nbs/lib/batch.ipynb #fa4eac72
 def save_figure(
@@ -228,8 +239,8 @@ def save_figure(
     from maskalign_lab.plots import save_png
 
     path = save_png(figure, Path(out_dir) / f"{name}.png")
-    side = {"figure": name, **facts, **origin()}
-    write_atomic(path.with_suffix(".json"), json.dumps(side, indent=1, default=plain) + "\n")
+    side = plain({"figure": name, **facts, **origin()})
+    write_atomic(path.with_suffix(".json"), json.dumps(side, indent=1, allow_nan=False) + "\n")
     return path
 
 # %% ../nbs/lib/batch.ipynb #09ced244

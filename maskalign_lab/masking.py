@@ -10,7 +10,7 @@ __all__ = ['HEADLINE', 'ABLATIONS', 'CONTROLS', 'ON_REPA', 'CLAIMS', 'TABLE', 'S
 # %% ../nbs/lib/masking.ipynb #eb37d695
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,11 @@ from maskalign_lab.gradient_norms import (
 from maskalign_lab.influence import (
     Split,
     alignment_outputs,
+    dropped_columns,
+    for_copies,
     hidden_outputs,
     loss_influence,
-    probed_influence,
-    restored,
+    probed_columns,
     split,
 )
 from .interpolants import interpolate
@@ -188,9 +189,9 @@ def null_preference(
     ratio: float,
     repeats: int = 20,  # simulated surveys
     seed: int = 0,
-) -> Tensor:  # (repeats,)
-    """Largest over smallest conditional probability when every image marks kept tokens at random."""
-    kept, ratios = count_kept(tokens, ratio), []
+) -> Tensor:  # (repeats, tokens)
+    """Conditional probability of every position when every image marks kept tokens at random."""
+    kept, found = count_kept(tokens, ratio), []
     for repeat in range(repeats):
         draw = generator(seed, repeat, "null preference")
         keep = draw_keep(images, tokens, kept, draw)
@@ -198,8 +199,8 @@ def null_preference(
         marked, present = (
             torch.zeros(tokens).index_add_(0, keep.flatten(), v.flatten()) for v in (marks, marks * 0 + 1)
         )
-        ratios.append(concentration(marked / present))
-    return torch.stack(ratios)
+        found.append(marked / present)
+    return torch.stack(found)
 
 # %% ../nbs/lib/masking.ipynb #560d6739
 def dropped_share(
@@ -225,20 +226,29 @@ def restored_share(
     dataset: Dataset,
     t: float,
     ratio: float = 0.25,
-    images: int = 2,  # from the front of the dataset
+    images: int = 64,  # from the front of the dataset
     probes: int = 16,  # random directions
     seed: int = 0,  # of noise, masks and directions
 ) -> Tensor:  # (images,) 0: nothing comes back
-    """Influence of dropped on kept patches at the aligned depth, over the same with all patches there."""
+    """Squared influence of dropped on kept patches at the aligned depth, over the same with all patches there."""
     net, index = observed.net, np.arange(min(images, len(dataset)))
     seen = look(observed, dataset, index, t, seed)
-    keep = draw_keep(len(index), net.side**2, count_kept(net.side**2, ratio), generator(seed, 0, "restored"))
+    draw = generator(seed, 0, "restored")
+    keep = draw_keep(len(index), net.side**2, count_kept(net.side**2, ratio), draw).to(seen.y.device)
     tokens, c = net.embed(seen.x_t, seen.t, seen.y, seen.cls_t)
-    masked, full = (
-        probed_influence(hidden_outputs(net, c, observed.depth, k), tokens.detach(), probes, seed)
-        for k in (keep.to(seen.y.device), None)
-    )
-    return restored(masked, full)
+    first, gone = int(bool(net.class_dim)), dropped_columns(keep, net.side**2)
+
+    def felt(stay: Tensor | None) -> Tensor:  # (b,) influence of the dropped patches on the kept ones
+        outputs = hidden_outputs(net, c, observed.depth, stay)
+
+        def kept_rows(copies: Tensor) -> Tensor:
+            patches = outputs(copies)[:, first:]
+            return patches if stay is not None else take(patches, for_copies(keep, copies))
+
+        columns, _ = probed_columns(replace(outputs, rows=kept_rows), tokens.detach(), probes, seed)
+        return (columns[:, first:] * gone).sum(1)
+
+    return felt(keep) / felt(None)
 
 # %% ../nbs/lib/masking.ipynb #101c97e6
 def record(
@@ -307,7 +317,7 @@ def measure_arm(
     run: Run,
     images: int = 256,  # for the losses; four times as many for the preference
 ) -> dict[str, Any]:
-    """Validation velocity loss, alignment loss over all tokens, stability gap and preference of one network."""
+    """Validation velocity loss, alignment loss, stability gap, preference and reach of dropped tokens of one network."""
     observed, held_out = observe(run), run.images("validation", images)
     losses = validation_loss(
         run.net, run.recipe.objective, run.inputs(held_out),
@@ -321,4 +331,5 @@ def measure_arm(
             seen = preference(observed, many, [0.5], ratio, 4 * images)
             found[f"peak {name}"] = float(seen.probability.max() / seen.probability.mean())
         found["reaches dropped"] = dropped_share(observed, held_out, 0.5, images=images // 2).dropped.mean().item()
+        found["restored"] = restored_share(observed, held_out, 0.5, images=images // 4).mean().item()
     return {name: round(value, 6) for name, value in found.items()}

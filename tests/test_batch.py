@@ -196,12 +196,15 @@ save_figure(Figure(figsize=(1, 1)), "dot", out_dir, {"study": "study", "seed": s
 
 def test_a_figure_made_by_hand(tmp_path):
     import numpy as np
+    import pandas as pd
     from matplotlib.figure import Figure
 
     assert save_figure(Figure(), "none", "", {}) is None
-    path = save_figure(Figure(figsize=(1, 1)), "dot", tmp_path, {"ratio": np.float32(2)})
-    side = json.loads(path.with_suffix(".json").read_text())
+    table = pd.DataFrame({"arm": ["REG", "SiT"], "+/-": [np.inf, 1 / 3]})
+    path = save_figure(Figure(figsize=(1, 1)), "dot", tmp_path, {"ratio": np.float32(2), "table": table})
+    side = json.loads(path.with_suffix(".json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
     assert side["command"] == "by hand" and side["ratio"] == 2
+    assert side["table"] == [{"arm": "REG", "+/-": None}, {"arm": "SiT", "+/-": 0.333333}]
 
 
 # ---- committed outputs

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from maskalign_lab.alignment import cosine_alignment
-from maskalign_lab.gradient_norms import observe
+from maskalign_lab.gradient_norms import concentration, observe
+from maskalign_lab.influence import exact_influence, hidden_outputs, restored
 from maskalign_lab.layers import take
 from maskalign_lab.maskalign import draw_keep
 from maskalign_lab.masking import (
@@ -14,6 +15,7 @@ from maskalign_lab.masking import (
     masked_norms,
     null_preference,
     preference,
+    restored_share,
     stability_gap,
 )
 from maskalign_lab.recipes import load_run, make_recipe, train
@@ -109,12 +111,30 @@ def test_preference_is_conditional_on_being_kept(observed, images):
 
 
 def test_the_null_grows_with_the_ratio_and_shrinks_with_images():
-    few, many = (null_preference(n, 64, 0.25, repeats=5).mean() for n in (256, 4096))
-    harder = null_preference(4096, 64, 0.75, repeats=5).mean()
+
+    def extremes(images, ratio):
+        return torch.stack([concentration(p) for p in null_preference(images, 64, ratio, repeats=5)]).mean()
+
+    few, many, harder = extremes(256, 0.25), extremes(4096, 0.25), extremes(4096, 0.75)
     assert few > many > 1 and harder > many
+    torch.testing.assert_close(
+        null_preference(512, 64, 0.25, repeats=1).mean(), torch.tensor(5 / 48), rtol=0.02, atol=0
+    )
 
 
 def test_dropped_tokens_are_reached_through_a_mixer_only(observed, images):
     without, with_one = (dropped_share(observed[name], images, 0.5, images=8) for name in ("reg", "repa"))
     assert (without.dropped == 0).all() and (with_one.dropped > 0).all()
     torch.testing.assert_close(without.class_token + without.kept + without.dropped, torch.ones(8))
+
+
+def test_what_is_restored_is_the_ratio_of_exact_influences(observed, images):
+    """By random directions over sums of rows, against the two matrices themselves."""
+    one = observed["repa"]
+    found = restored_share(one, images, 0.5, images=2, probes=400)
+    seen, net = look(one, images, np.arange(2), 0.5), one.net
+    keep = draw_keep(2, 64, 48, generator(0, 0, "restored"))
+    tokens, c = net.embed(seen.x_t, seen.t, seen.y, seen.cls_t)
+    masked, full = (exact_influence(hidden_outputs(net, c, one.depth, k), tokens.detach()) for k in (keep, None))
+    torch.testing.assert_close(found, restored(masked, full).to(found), rtol=0.15, atol=0)
+    assert (found > 0).all() and (restored_share(observed["reg"], images, 0.5, images=2, probes=2) == 0).all()
