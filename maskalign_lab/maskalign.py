@@ -26,7 +26,8 @@ def count_kept(
 ) -> int:
     """How many patches stay: floor((1 - ratio) tokens), at least one."""
     if not 0 <= ratio < 1 or (kept := int(tokens * (1 - ratio) + 1e-9)) < 1:
-        raise ValueError(f"mask_ratio {ratio} of {tokens} tokens leaves none; expected 0 to {1 - 1 / tokens:.4g}")
+        why = "is no share" if ratio < 0 else f"of {tokens} tokens leaves none"
+        raise ValueError(f"mask_ratio {ratio} {why}; expected 0 to {1 - 1 / tokens:.4g}")
     return kept
 
 

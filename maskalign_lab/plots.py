@@ -265,6 +265,8 @@ def _static_bar(bar: Any, quantity: Quantity, ends: tuple[float, float]) -> None
     bar.yaxis.tick_right()
     ticks = quantity.ticks or [(value, f"{value:.3g}") for value in np.linspace(*ends, 3)]
     bar.set_yticks([value for value, _ in ticks], [text for _, text in ticks], fontsize=8)
+    for label, (value, _) in zip(bar.get_yticklabels(), ticks, strict=True):  # labels at the ends stay beside their bar
+        label.set_va({ends[0]: "bottom", ends[1]: "top"}.get(value, "center"))
     bar.tick_params(length=2, pad=2)
 
 # %% ../nbs/lib/plots.ipynb #a94e2f70

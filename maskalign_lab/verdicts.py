@@ -144,7 +144,7 @@ def arms_figure(
     rows: Sequence[dict[str, Any]],
     metric: str,
     baseline: str,  # name of an arm
-    claims: Mapping[str, int],  # see `comparison`
+    claims: Mapping[str, int],  # at equal steps, see `comparison`; papers say nothing of equal operations
     label: str,  # of the metric
 ) -> Figure:
     """Every arm's paired differences from the baseline, after equal steps and after equal operations."""
@@ -157,7 +157,7 @@ def arms_figure(
         axis.axvline(0, color=INK, lw=0.8)
         for place, arm in enumerate(arms):
             if found := beside(values.get(arm, {}), values.get(baseline, {})):
-                draw_difference(axis, place, found, claims.get(arm, 0))
+                draw_difference(axis, place, found, claims.get(arm, 0) if budget == "steps" else 0)
         axis.set(title=BUDGETS[budget], xlabel=f"{label}, less {baseline}'s", ylim=(len(arms) - 0.4, -0.6))
         axis.set_yticks(range(len(arms)), arms)
         axis.locator_params("x", nbins=5)

@@ -1,17 +1,22 @@
 """Study 05 as its users run it: papermill end to end, its table, and mistakes in seconds."""
 
+from functools import partial
+
+import numpy as np
 import pytest
 from studies import check_figure, check_first_cells, check_smoke, own_folders, smoke_fixture  # noqa: F401  (fixtures)
 
-from maskalign_lab import paths
 from maskalign_lab.batch import run_study
-from maskalign_lab.experiments import load_rows, run_arms
-from maskalign_lab.masking import ABLATIONS, CLAIMS, CONTROLS, HEADLINE, ON_REPA, TABLE
+from maskalign_lab.experiments import lengths, load_rows, results_file, run_arms, run_identity
+from maskalign_lab.masking import ABLATIONS, CLAIMS, CONTROLS, HEADLINE, ON_REPA, TABLE, measure_arm
 from maskalign_lab.methods import METHODS
-from maskalign_lab.recipes import make_recipe, train
-from maskalign_lab.verdicts import comparison
+from maskalign_lab.recipes import PRESETS, make_recipe, train
+from maskalign_lab.verdicts import against
 
 ARMS = (*HEADLINE, *ABLATIONS, *CONTROLS, *ON_REPA)
+FINDINGS = {  # (metric, budget, arm, other) -> verdict and difference, as the study's findings tell them
+    ("velocity", "steps", "mask, no mixer", "REG"): ("reproduced", 0.0027),
+}
 
 
 smoke = smoke_fixture("05")
@@ -22,9 +27,9 @@ def test_smoke_runs_end_to_end(smoke):
 
 
 def test_figures_are_small_and_traceable(smoke):
-    for name in ("05_filmstrip", "05_arms"):
+    for name in ("05_filmstrip", "05_arms", "05_preference", "05_influence"):
         side = check_figure(smoke, "05_maskalign", name)
-        assert side["by_steps"]
+        assert side["by_steps"] and side["gaps"] and side["preference"]
 
 
 def test_the_table_of_the_job_is_paired_and_kept(smoke):
@@ -35,34 +40,63 @@ def test_the_table_of_the_job_is_paired_and_kept(smoke):
     assert all(row["reaches dropped"] == 0 for row in rows if row["arm"] == "REG")
 
 
-def test_the_table_that_ships_is_paired():
-    """Every arm that ships has the baseline's seeds and both budgets: a gap would bias the paired differences."""
-    rows = load_rows(paths.data() / "results" / "05_maskalign_shapes.json")
-    seeds = {row["seed"] for row in rows if row["arm"] == "REG"}
-    assert seeds == set(range(len(seeds))) and {row["arm"] for row in rows} <= {arm.name for arm in ARMS}
-    found = [(row["arm"], row["seed"], row["budget"]) for row in rows]
-    assert sorted(found) == sorted(
-        (arm, seed, budget) for arm in {row["arm"] for row in rows} for seed in seeds for budget in ("steps", "flops")
-    )
-    assert (comparison(rows, "velocity", "REG", CLAIMS)["seeds"] == len(seeds)).all()
+@pytest.fixture(scope="module")
+def shipped():
+    return load_rows(results_file("05_maskalign", "shapes"))
+
+
+def test_the_table_that_ships_is_paired(shipped):
+    """Every arm has its first seeds, three or more, at both budgets, and so has its baseline: a gap would bias a difference."""
+    assert {row["arm"] for row in shipped} <= {arm.name for arm in ARMS}
+    seeds = {}
+    for row in shipped:
+        seeds.setdefault((row["arm"], row["budget"]), []).append(row["seed"])
+    assert all(sorted(of) == list(range(len(of))) and len(of) >= 3 for of in seeds.values())
+    assert all(seeds[arm, "steps"] == seeds[arm, "flops"] for arm, _ in seeds)
+    assert all(len(seeds[arm.name, "steps"]) == 5 for arm in HEADLINE)
 
 
 @pytest.mark.parametrize(("group", "baseline"), [((*HEADLINE, *ABLATIONS, *CONTROLS), "REG"), (ON_REPA, "REPA")])
-def test_the_table_that_ships_is_what_todays_recipes_would_train(group, baseline):
+def test_the_table_that_ships_is_what_todays_recipes_would_train(group, baseline, shipped):
     """`-p seeds 5` finds the rows by the identity of their runs: nothing is trained again."""
-    rows = load_rows(paths.data() / "results" / "05_maskalign_shapes.json")
-    rows = [row for row in rows if row["arm"] in {arm.name for arm in group}]
-    arms = [arm for arm in group if arm.name in {row["arm"] for row in rows}]
+    plan = lengths({arm.name: arm.recipe(overrides=TABLE["laptop"]) for arm in group}, baseline)
+    for arm in group:
+        rows = [row for row in shipped if row["arm"] == arm.name]
+        recipes = {row["seed"]: arm.recipe(seed=row["seed"], overrides=TABLE["laptop"]) for row in rows}
+        assert {row["identity"] for row in rows} == {
+            run_identity(recipe, plan[arm.name]) for recipe in recipes.values()
+        }
+
+
+def test_every_arm_trains_and_is_measured(tmp_path, monkeypatch):
+    """At the smallest size, through the same machinery: methods, controls, and networks whose projector needs the grid."""
+    monkeypatch.setenv("MASKALIGN_LAB_CACHE", str(tmp_path))
 
     def recipe_of(arm, seed):
-        return arm.recipe("laptop", "shapes", seed, TABLE["laptop"])
+        few = "data.n=32 training.batch_size=8 training.warmup=1 training.cooldown=0 training.steps=2"
+        return arm.recipe("smoke", "shapes", seed, few)
 
-    def untrained(_):
-        raise AssertionError("a row was not found")
+    for group, baseline in (((*HEADLINE, *ABLATIONS, *CONTROLS), "REG"), (ON_REPA, "REPA")):
+        rows = run_arms(group, (0,), recipe_of, baseline, partial(measure_arm, images=8), device="cpu")
+        assert {row["arm"] for row in rows} == {arm.name for arm in group}
+        assert all(np.isfinite(row["velocity"]) for row in rows)
+        assert all(("gap" in row) is (row["arm"] != "iREPA") for row in rows)
 
-    if not arms:
-        pytest.skip(f"no arm beside {baseline} ships")
-    assert run_arms(arms, sorted({row["seed"] for row in rows}), recipe_of, baseline, untrained, rows) == rows
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_arms_differ_by_the_same_at_every_preset(preset):
+    recipes = {arm.name: arm.recipe(preset, overrides=TABLE[preset]) for arm in ARMS}
+    base, haste = recipes["REG"], recipes["HASTE"]
+    assert recipes["two blocks behind"].network.depth == base.network.depth + 2
+    assert recipes["aligned two deeper"].method.depth == base.method.depth + 2 <= base.network.depth
+    assert haste.method.stop == haste.training.steps // 2
+    assert len({recipe.training for recipe in recipes.values()}) == 1
+
+
+def test_what_the_findings_say_is_what_the_table_says(shipped):
+    for (metric, budget, arm, other), (verdict, difference) in FINDINGS.items():
+        found = against(shipped, metric, arm, other, CLAIMS[arm] if budget == "steps" else 0, budget)
+        assert found["verdict"].startswith(verdict) and found["difference"] == pytest.approx(difference, abs=5e-5)
 
 
 def test_the_scrubber_comes_by_the_third_code_cell():
