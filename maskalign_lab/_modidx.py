@@ -988,6 +988,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'maskalign_lab.metrics.mean_interval': ( 'lib/metrics.html#mean_interval',
                                                                                 'maskalign_lab/metrics.py'),
                                        'maskalign_lab.metrics.read': ('lib/metrics.html#read', 'maskalign_lab/metrics.py'),
+                                       'maskalign_lab.metrics.share_half': ('lib/metrics.html#share_half', 'maskalign_lab/metrics.py'),
                                        'maskalign_lab.metrics.validation_loss': ( 'lib/metrics.html#validation_loss',
                                                                                   'maskalign_lab/metrics.py')},
             'maskalign_lab.network_commands': { 'maskalign_lab.network_commands.Export': ( 'lib/network_commands.html#export',

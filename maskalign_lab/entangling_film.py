@@ -220,9 +220,12 @@ def attention_figure(
     mesh = left.pcolormesh(
         rising, depth, shares.mean(2).T, cmap=QUANTITIES["attention"].scale, norm=norm, shading="nearest"
     )
-    figure.colorbar(mesh, ax=left, label=QUANTITIES["attention"].label)
+    figure.colorbar(mesh, ax=left)
     left.set(
-        xlabel="t (0: data, 1: noise)", ylabel="block", title="mean over heads", yticks=depth[:: -(-len(depth) // 14)]
+        xlabel="t (0: data, 1: noise)",
+        ylabel="block",
+        title="mean over heads, in uniform shares",
+        yticks=depth[:: -(-len(depth) // 14)],
     )
     at = int(np.abs(rising - t).argmin())
     right.set_yscale("log")
@@ -231,7 +234,12 @@ def attention_figure(
     right.axhline(1, color=QUIET, linestyle=":", linewidth=1.2)
     right.annotate("uniform", (0.99, 1), color=QUIET, fontsize=8, ha="right", va="bottom",
                    xycoords=("axes fraction", "data"))  # fmt: skip
-    right.set(xlabel="block", title=f"each head, t = {rising[at]:.2f} (dash: mean)", xticks=left.get_yticks())
+    right.set(
+        xlabel="block",
+        ylabel=QUANTITIES["attention"].label,
+        title=f"each head, t = {rising[at]:.2f} (dash: mean)",
+        xticks=left.get_yticks(),
+    )
     return figure
 
 # %% ../nbs/lib/entangling_film.ipynb #64a0f0b7

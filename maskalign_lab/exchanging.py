@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .entangling import Reader, Trace
 from .interpolants import interpolate
-from .metrics import mean_interval
+from .metrics import mean_interval, share_half
 from .objectives import draw_noise
 from .sampling import TABLEAUS, Field, one_step, pack, unpack
 from .seeding import generator
@@ -131,10 +131,11 @@ def outcomes(
     for each in exchanged:
         now, own, given = reader.shown(each.images), classes[each.rows], classes[each.donor]
         shares = changed_share(each.images, originals[each.rows]).cpu()
-        for share, keeps, takes in zip(shares.tolist(), (now == own).tolist(), (now == given).tolist(), strict=True):
+        columns = (each.rows.tolist(), shares.tolist(), (now == own).tolist(), (now == given).tolist())
+        for sample, share, keeps, takes in zip(*columns, strict=True):
             verdict = "own class" if keeps else "donor's class" if takes else "another"
-            rows.append({"token of": each.source, "t": each.t, "changed": share, "shows": verdict})
-    return pd.DataFrame(rows, columns=["token of", "t", "changed", "shows"])
+            rows.append({"token of": each.source, "t": each.t, "sample": sample, "changed": share, "shows": verdict})
+    return pd.DataFrame(rows, columns=["token of", "t", "sample", "changed", "shows"])
 
 # %% ../nbs/lib/exchanging.ipynb #a9ae336d
 def summarised(
@@ -143,12 +144,11 @@ def summarised(
     """Means over samples, each with the half-width of its 95 % interval."""
     found = []
     for (source, t), part in frame.groupby(["token of", "t"], sort=False):
-        row = {"token of": source, "t": t, "n": len(part)}
-        measures = {"changed": part["changed"]}
-        measures |= {name: part["shows"] == name for name in ("own class", "donor's class", "another")}
-        for name, values in measures.items():
-            mean, half = mean_interval(torch.tensor(values.to_numpy(float)))
-            row |= {name: mean.item(), f"+/- {name}": half.item()}
+        mean, half = mean_interval(torch.tensor(part["changed"].to_numpy(float)))
+        row = {"token of": source, "t": t, "n": len(part), "changed": mean.item(), "+/- changed": half.item()}
+        for name in ("own class", "donor's class", "another"):
+            hits = torch.tensor((part["shows"] == name).to_numpy())
+            row |= {name: hits.double().mean().item(), f"+/- {name}": share_half(hits).item()}
         found.append(row)
     return pd.DataFrame(found)
 

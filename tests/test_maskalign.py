@@ -158,20 +158,25 @@ def test_draws_are_the_inner_methods_draws():
     assert torch.equal(halves[0].keep, ours.keep[::2]) and torch.equal(halves[1].class_noise, ours.class_noise[1::2])
 
 
-def test_mask_the_loss_sees_everything():
-    """Its loss over a random subset is, in the mean over many subsets, the loss over all tokens."""
+def test_mask_the_loss_takes_regs_losses_of_the_kept_tokens():
+    """Token by token: REG's own outputs and hidden tokens, of which the kept ones count."""
     net = network()
-    control = make(net, 0.5, kind=MaskLoss)
-    whole = control.inner.loss(State(net, net, 0), batch(), replace(drawn(control), keep=None)).parts
-    several = [
-        control.loss(
-            State(net, net, 0), batch(), replace(drawn(control), keep=draw_keep(5, 16, 8, generator(k, 0, "m")))
-        )
-        for k in range(300)
-    ]
-    for name in ("velocity", "class_velocity"):
-        mean = torch.stack([losses.parts[name] for losses in several]).mean()
-        torch.testing.assert_close(mean, whole[name], rtol=5e-3, atol=0)
+    control, data = make(net, 0.5, kind=MaskLoss), batch()
+    draw = drawn(control)
+    parts = control.loss(State(net, net, 0), data, draw).parts
+    x_t, cls_t = (
+        interpolate(clean, noise, draw.t)
+        for clean, noise in ((data.x, draw.noise), (data.class_token, draw.class_noise))
+    )
+    out = net(x_t, draw.t, draw.y, cls=cls_t, collect=(2,))
+    error = patchify(out.prediction - (draw.noise - data.x), 4).square().mean(2)  # (b, n)
+    cosines = cosine_alignment(
+        control.inner.projectors[0](out.hidden[2]), torch.cat([data.class_token[:, None], data.features], 1)
+    )
+    kept = torch.cat([torch.zeros(5, 1, dtype=torch.long), draw.keep + 1], 1)
+    expected = {"velocity": error.gather(1, draw.keep).mean(), "alignment": cosines.gather(1, kept).mean()}
+    for name, value in expected.items():
+        torch.testing.assert_close(parts[name], value, rtol=0, atol=1e-12)
 
 
 def test_mask_the_input_hides_the_dropped_and_counts_all():

@@ -25,6 +25,9 @@ FIGURES = (
     "exchange_pixels",
     "likeness",
     "directions",
+    "following",
+    "description_over_t",
+    "transfer",
     "filmstrip",
 )
 
@@ -42,7 +45,11 @@ def test_smoke_runs_end_to_end(smoke):
 @pytest.mark.parametrize("name", FIGURES)
 def test_figures_are_small_and_traceable(smoke, name):
     side = check_figure(smoke, "04_reg", f"04_{name}")
-    assert all(row["method"] == "undecided (1 seed)" for row in side["findings"])
+    found = {(row["sampled with"], row["measure"]): row for row in side["findings"]}
+    assert len(found) == len(side["findings"]) and {way for way, _ in found} == {"label given", "no label"}
+    assert all(
+        row["value"] is None or (-1 <= row["value"] <= 1) for row in side["findings"] if "likeness" in row["measure"]
+    )
 
 
 def test_the_scrubber_comes_by_the_third_code_cell():
