@@ -902,6 +902,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'maskalign_lab.masking': { 'maskalign_lab.masking.Gap': ('lib/masking.html#gap', 'maskalign_lab/masking.py'),
                                        'maskalign_lab.masking.Preference': ('lib/masking.html#preference', 'maskalign_lab/masking.py'),
                                        'maskalign_lab.masking.Seen': ('lib/masking.html#seen', 'maskalign_lab/masking.py'),
+                                       'maskalign_lab.masking.arms_of': ('lib/masking.html#arms_of', 'maskalign_lab/masking.py'),
                                        'maskalign_lab.masking.dropped_share': ( 'lib/masking.html#dropped_share',
                                                                                 'maskalign_lab/masking.py'),
                                        'maskalign_lab.masking.load_records': ('lib/masking.html#load_records', 'maskalign_lab/masking.py'),

@@ -33,14 +33,15 @@ class Sizes:
     shown: int = 6  # pictures to choose from
     probes: int = 8  # random directions behind an influence map
     seeds: int = 0  # of the table of arms; 0: what ships
+    arms: str = "headline"  # groups of `masking.GROUPS` in that table
     measured: int = 256  # images that an arm's losses are taken over
 
 
 SIZES = {
-    "smoke": Sizes(64, 3, 2, 2, 2, 16),
+    "smoke": Sizes(64, 3, 2, 2, 2, "pair", 16),
     "laptop": Sizes(),
-    "gpu": Sizes(4096, 11, 10, 16, 5),
-    "paper": Sizes(8192, 11, 10, 16, 5),
+    "gpu": Sizes(4096, 11, 10, 16, 5, "headline ablations controls repa"),
+    "paper": Sizes(8192, 11, 10, 16, 5, "headline ablations controls repa"),
 }
 RATIOS = (0.0, 0.25, 0.5, 0.75)
 

@@ -108,6 +108,7 @@ def test_the_scrubber_comes_by_the_third_code_cell():
     [
         ({"preset": "smoke", "overrides": "method.mask_ratio=0.5"}, "Did you mean"),
         ({"preset": "smoke", "overrides": "data.teacher=oracle"}, "class token"),
+        ({"preset": "smoke", "arms": "headlin"}, "Did you mean 'headline'"),
         ({"run": "maskaling-shapes"}, "Did you mean 'maskalign-shapes'"),
     ],
 )
