@@ -95,6 +95,12 @@ class Levels(nn.Module):
         return {name: getattr(self, f"shares_{i}") for i, name in enumerate(self.names)}
 
     @property
+    def channels(self) -> tuple[int, ...]:
+        """Channels of each level before it came to the grid."""
+        shapes = self.autoencoder.level_shapes(self.side * self.autoencoder.factor)
+        return tuple(shapes[name][0] for name in self.names)
+
+    @property
     def digest(self) -> str:
         """What identifies the reduction."""
         parts = (getattr(self, f"{kind}_{i}") for i in range(len(self.names)) for kind in ("mean", "basis"))

@@ -4,20 +4,22 @@
 
 # %% auto #0
 __all__ = ['TIMES', 'LEVELS', 'BASELINES', 'ROUTED', 'SINGLE', 'CHOICES', 'ARMS', 'CLAIMS', 'WINDOWS', 'ORACLE', 'TRACED',
-           'SHORT', 'SCALES', 'run_levels', 'level_contents', 'check_ahpa', 'has_losses', 'Routing', 'level_losses_at',
-           'constant_losses', 'measure_routing', 'router_arm', 'oracle_arm', 'Scale', 'measure_ahpa', 'as_routing',
-           'oracle_table', 'trace_router', 'router_traces']
+           'SHORT', 'SCALES', 'ORACLE_SEEDS', 'run_levels', 'shown_levels', 'level_power', 'kept_detail', 'centroid',
+           'level_contents', 'asked', 'check_ahpa', 'has_losses', 'Routing', 'level_losses_at', 'constant_losses',
+           'measure_routing', 'weights_over', 'router_arm', 'oracle_arm', 'Scale', 'budget', 'measure_ahpa',
+           'as_routing', 'in_windows', 'oracle_table', 'agreement', 'trace_router', 'router_traces']
 
 # %% ../nbs/lib/routing.ipynb #6f7d7a01
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .ahpa import AHPA, REVISION, closed_form, schedule
+from .ahpa import AHPA, REVISION, AHPAConfig, closed_form, schedule
 from .checkpoints import steps_of
 from .datasets import Dataset
 from .experiments import Arm
@@ -39,30 +41,87 @@ def run_levels(
     check_ahpa(run)
     return levels_of(run.recipe, run.images("train"), run.autoencoder)
 
+
+def shown_levels(
+    run: Run,  # of method ahpa
+) -> Levels:
+    """The same, turned towards the first, so that their colours compare and a mean of them means something."""
+    check_ahpa(run)
+    rotated = replace(run.recipe, method=replace(run.recipe.method, way="rotated"))
+    return levels_of(run.recipe if run.recipe.method.way == "mean" else rotated, run.images("train"), run.autoencoder)
+
+# %% ../nbs/lib/routing.ipynb #f6753679
+@torch.no_grad()
+def level_power(
+    levels: Levels,
+    images: Tensor,  # (m, 3, h, w)
+    batch_size: int = 64,
+) -> dict[str, Tensor]:  # level -> (rings + 1,)
+    """What varies between images: its power by cycles per image, and at the end that of the means of the cells."""
+
+    def measured(maps: Tensor) -> Tensor:  # (b, c, h, h) -> (b, rings + 1)
+        cells = F.adaptive_avg_pool2d(maps, levels.side).double().square().mean((1, 2, 3))
+        return torch.cat([radial_spectrum(maps), cells[:, None]], 1)
+
+    sums, means = dict.fromkeys(levels.names, 0.0), dict.fromkeys(levels.names, 0.0)
+    for part in images.split(batch_size):
+        for name, maps in levels.autoencoder.levels(part, levels.names).items():
+            sums[name] = sums[name] + measured(maps).sum(0) / len(images)
+            means[name] = means[name] + maps.double().sum(0) / len(images)
+    return {name: sums[name] - measured(means[name][None])[0] for name in levels.names}
+
+# %% ../nbs/lib/routing.ipynb #3726364a
+def kept_detail(levels: Levels, k: int, tokens: Tensor) -> float:  # (m, n, d) of level k
+    """Variance inside the cells that the components of a level hold, per value of a token."""
+    if levels.way == "mean":
+        return 0.0
+    values = torch.linalg.pinv(getattr(levels, f"basis_{k}").double().cpu())  # (d, p p c), see `on_grid`
+    pixels = values.unflatten(1, (-1, levels.channels[k]))
+    inside = (pixels - pixels.mean(1, keepdim=True)).flatten(1)
+    rows = (tokens - tokens.mean(0)).flatten(0, 1).double()
+    return float((inside * ((rows.mT @ rows / len(rows)) @ inside)).sum(0).mean())
+
+
+def centroid(power: Tensor) -> float:  # (rings,)
+    """Mean cycles per image, without what is the same everywhere in an image."""
+    return float((torch.arange(1, len(power)) * power[1:].cpu()).sum() / power[1:].sum())
+
 # %% ../nbs/lib/routing.ipynb #49fca3b2
 @torch.no_grad()
 def level_contents(
     levels: Levels,
     dataset: Dataset,  # the first half teaches the probe, the second tests it
-    teacher: Tensor,  # (n, tokens, d) features of the same images on the same grid
+    teacher: Tensor,  # (m, n, d) features of the same images on the same grid
 ) -> "pd.DataFrame":  # noqa: F821
-    """What each level holds: variance that is kept, power in detail, class, agreement with a teacher."""
+    """What each level holds: variance that is kept, detail, class, agreement with a teacher."""
     import pandas as pd
 
-    tokens = torch.cat([levels(part) for part in dataset.images(device=levels.autoencoder.device).split(64)]).cpu()
-    labels, half, held = torch.as_tensor(dataset.labels), len(dataset) // 2, []
-    some = torch.randperm(half * levels.side**2, generator=generator(0, 0, "contents"))[:1000]
-    for level, name in zip(tokens.unbind(1), levels.names, strict=True):
-        power = radial_spectrum(unpatchify(level, 1)).mean(0)[1:]  # without the mean
-        mean, shares = level.mean(1), levels.shares()[name]
-        with torch.enable_grad():
-            named = linear_probe(mean[:half], labels[:half], mean[half:])
-        near = cknna(level[:half].flatten(0, 1)[some], teacher[:half].flatten(0, 1)[some].float())
-        numbers = shares.sum(), power[1:].sum() / power.sum(), (named == labels[half:]).float().mean(), near
-        held.append((name, *(float(number) for number in numbers)))
-    return pd.DataFrame(
-        held, columns=["level", "variance kept", "power in detail", "class probe", "CKNNA to the teacher"]
-    )
+    images = dataset.images(device=levels.autoencoder.device)
+    tokens = torch.cat([levels(part) for part in images.split(64)]).cpu()
+    half, power, rows = len(dataset) // 2, level_power(levels, images), []
+    for k, name in enumerate(levels.names):
+        *rings, cells = power[name]
+        inside = 1 - cells / (total := sum(rings))
+        row = {"level": name, "variance kept": levels.shares()[name].sum(), "inside cells": inside}
+        row["of that kept"] = kept_detail(levels, k, tokens[:, k]) / (inside * total).clamp(min=1e-12)
+        row["cycles per image"] = centroid(torch.stack(rings))
+        row["as aligned"] = centroid(radial_spectrum(unpatchify(tokens[:, k], 1)).mean(0))
+        rows.append(row | asked(tokens[:, k], teacher, dataset.labels, half))
+    rows.append({"level": "(the teacher)"} | asked(teacher.float(), teacher, dataset.labels, half))
+    most = np.bincount(dataset.labels[half:]).max() / len(dataset.labels[half:])
+    shuffled = asked(tokens[:, 0].roll(1, 0), teacher, dataset.labels, half)
+    rows.append({"level": "(chance)"} | shuffled | {"class probe": most})
+    return pd.DataFrame([{name: v if isinstance(v, str) else float(v) for name, v in row.items()} for row in rows])
+
+
+def asked(tokens: Tensor, teacher: Tensor, labels: np.ndarray, half: int) -> dict[str, float]:
+    """Class probe and agreement with the teacher of some tokens (m, n, d)."""
+    mean, labels = tokens.mean(1), torch.as_tensor(labels)
+    some = torch.randperm(half * tokens.shape[1], generator=generator(0, 0, "contents"))[:1000]
+    with torch.enable_grad():
+        named = linear_probe(mean[:half], labels[:half], mean[half:])
+    near = cknna(tokens[:half].flatten(0, 1)[some], teacher[:half].flatten(0, 1)[some].float())
+    return {"class probe": (named == labels[half:]).float().mean().item(), "CKNNA to the teacher": near}
 
 # %% ../nbs/lib/routing.ipynb #faa059c7
 def check_ahpa(run: Run) -> None:
@@ -91,7 +150,8 @@ class Routing:
     losses: np.ndarray  # (T, K) held out
     constant: np.ndarray  # (K,) of the best constant predictor
     weights: np.ndarray  # (T, K) of the router or the schedule
-    closed: np.ndarray  # (T, K) what the router would end at, given these losses
+    closed: np.ndarray  # (T, K) what a learned router would end at, given these losses
+    relative: np.ndarray  # (T, K) the same of losses over constants
 
     @property
     def skill(self) -> np.ndarray:  # (T, K)
@@ -104,10 +164,15 @@ class Routing:
         return 0.5 * np.abs(self.weights - self.closed).sum(1)
 
     @property
-    def coarseness(self) -> float:
-        """Slope of the mean place of the weights (0 finest, 1 coarsest) over t: positive if noise asks for coarse levels."""
-        place = self.weights @ np.linspace(0, 1, len(self.levels))
-        return float(np.polyfit(self.times, place, 1)[0])
+    def from_uniform(self) -> float:
+        """Total variation between the weights, averaged over time, and equal ones."""
+        return float(0.5 * np.abs(self.weights.mean(0) - 1 / len(self.levels)).sum())
+
+    def coarseness(self, without: Sequence[str] = ()) -> float:  # levels that are left out
+        """Slope of the mean place of the weights (0 first level, 1 last) over t: positive if noise asks for coarse levels."""
+        kept = [k for k, name in enumerate(self.levels) if name not in without]
+        shares = self.weights[:, kept] / self.weights[:, kept].sum(1, keepdims=True)
+        return float(np.polyfit(self.times, shares @ np.linspace(0, 1, len(kept)), 1)[0])
 
 # %% ../nbs/lib/routing.ipynb #921c7abf
 TIMES = tuple(round(0.05 + 0.1 * k, 2) for k in range(10))
@@ -133,8 +198,14 @@ def constant_losses(method: AHPA, levels: Tensor) -> Tensor:  # (b, K, n, d) -> 
     """The loss of the best constant prediction of each level."""
     rows = levels.transpose(0, 1).flatten(1, 2)  # (K, b n, d)
     if method.config.loss == "cosine":
-        return 1 - torch.nn.functional.normalize(rows, dim=-1).mean(1).norm(dim=-1)
-    return method.distance(rows.median(1, keepdim=True).values.expand_as(rows), rows).mean(1)
+        return 1 - F.normalize(rows, dim=-1).mean(1).norm(dim=-1)
+    low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
+    for _ in range(30):  # halve the interval in which the slope of the loss changes its sign
+        with torch.enable_grad():
+            middle = ((low + high) / 2).requires_grad_()
+            slope = torch.autograd.grad(method.distance(middle.expand_as(rows), rows).sum(), middle)[0]
+        low, high = torch.where(slope < 0, middle, low), torch.where(slope < 0, high, middle)
+    return method.distance(((low + high) / 2).expand_as(rows), rows).mean(1)
 
 # %% ../nbs/lib/routing.ipynb #c392bd89
 @torch.no_grad()
@@ -157,10 +228,17 @@ def measure_routing(
     targets, y = (levels or run_levels(run))(images), torch.as_tensor(dataset.labels, device=run.device)
     x, t = run.inputs(dataset), torch.tensor(times, device=run.device)
     losses = torch.stack([level_losses_at(run, x, y, targets, time).mean(0) for time in times])
-    seen = torch.full_like(t, run.net.num_classes if label is None else label, dtype=torch.long)
-    closed = closed_form(losses, schedule(config.prior, t, config.levels), config.tau)
-    found = (losses, constant_losses(run.method, targets), run.method.log_weights(t, seen).exp(), closed)
+    constant, prior = constant_losses(run.method, targets), schedule(config.prior, t, config.levels)
+    closed, relative = (closed_form(each, prior, config.tau) for each in (losses, losses / constant))
+    found = (losses, constant, weights_over(run, t, y), closed, relative)
     return Routing(config.levels, np.array(times), *(values.float().cpu().numpy() for values in found))
+
+
+def weights_over(run: Run, t: Tensor, y: Tensor) -> Tensor:  # (T,), (b,) labels of the images -> (T, K)
+    """Weights over time, a mean over the images' own classes if the router sees them."""
+    classes, counts = y.unique(return_counts=True) if run.recipe.method.by_class else (y[:1], torch.ones_like(y[:1]))
+    each = [run.method.log_weights(t, label.expand(len(t))).exp() for label in classes]
+    return torch.einsum("ctk,c->tk", torch.stack(each), counts / counts.sum())
 
 # %% ../nbs/lib/routing.ipynb #beea1382
 LEVELS = ("down.0", "down.1", "mid", "latent")
@@ -247,6 +325,26 @@ SCALES = {
     "paper": Scale(f"{LATENTS['paper']} training.lr=2e-4 training.clip=2.0", "training.steps=50000", images=2048),
 }
 
+# %% ../nbs/lib/routing.ipynb #6174b2e0
+ORACLE_SEEDS = 3  # at most
+
+
+def budget(
+    scale: Scale,
+    steps: int,  # of an arm
+    short: int,  # of a run of the oracle
+    seeds: int,
+    rows: Sequence[dict[str, Any]] = (),  # that tell how long a step takes
+) -> str:
+    """What training the tables costs, as a line."""
+    tried, traced = len(scale.tried) + 1, len(scale.traced)
+    few = min(ORACLE_SEEDS, seeds)
+    total = steps * (len(scale.arms) * seeds + traced) + short * tried * few
+    line = f"tables: {len(scale.arms)} arms x {seeds} seeds x {steps:,} steps; oracle: {tried} x {few} x {short:,}; "
+    line += f"traces: {traced} x {steps:,}; {total:,} steps if nothing is known yet"
+    took = [row["seconds"] / row["step"] for row in rows if row["budget"] == "steps"]
+    return line + (f", {total * float(np.median(took)) / 3600:.1f} h at {np.median(took):.2f} s each" if took else "")
+
 # %% ../nbs/lib/routing.ipynb #6f5b10be
 def measure_ahpa(
     run: Run,
@@ -265,36 +363,56 @@ def measure_ahpa(
     found |= {"weights": digits(seen.weights), "closed form": digits(seen.closed)}
     return found | {
         "from closed form": four_digits(float(seen.distance.mean())),
-        "coarseness": four_digits(seen.coarseness),
+        "coarseness": four_digits(seen.coarseness()),
+        "coarseness without latent": four_digits(seen.coarseness(("latent",))),
+        "from uniform": four_digits(seen.from_uniform),
     }
 
 # %% ../nbs/lib/routing.ipynb #ef2e03f9
 def as_routing(
     row: dict[str, Any],  # of a table, with what `measure_ahpa` found
-    levels: tuple[str, ...] = LEVELS,
+    config: AHPAConfig = AHPAConfig(),  # of its run: levels, pull and prior
 ) -> Routing:
     """A row's losses and weights over time."""
     tables = [np.array(row[name]) for name in ("level losses", "constant", "weights", "closed form")]
-    return Routing(levels, np.array(TIMES), *tables)
+    prior = schedule(config.prior, torch.tensor(TIMES), config.levels)
+    relative = closed_form(torch.as_tensor(tables[0] / tables[1]), prior, config.tau)
+    return Routing(config.levels, np.array(TIMES), *tables, relative.numpy())
 
 # %% ../nbs/lib/routing.ipynb #8c2bc2a1
+def in_windows(values: np.ndarray) -> list[np.ndarray]:  # (10, ...) by tenth of t
+    """The tenths of t that lie in each window."""
+    return np.split(values, [round(10 * high) for _, high in WINDOWS[:-1]])
+
+
 def oracle_table(
     rows: Sequence[dict[str, Any]],  # of ORACLE and of an arm without alignment
     baseline: str = "SiT",
     budget: str = "steps",
-) -> np.ndarray:  # (windows, K, thirds of t) relative change of the velocity loss, a mean over seeds
-    """What alignment with one level at some times does to the loss at all times."""
+) -> np.ndarray:  # (windows, K, windows) relative change of the velocity loss, a mean over seeds
+    """What alignment with one level at some times does to the loss at all times, window by window."""
     of = {(row["arm"], row["seed"]): np.array(row["velocity per t"]) for row in rows if row["budget"] == budget}
-    thirds = lambda values: np.array([part.mean() for part in np.split(values, [3, 7])])  # noqa: E731
+    parts = lambda values: np.array([part.mean() for part in in_windows(values)])  # noqa: E731
     table = np.full((len(WINDOWS), len(LEVELS), 3), np.nan)
     for i, window in enumerate(WINDOWS):
         for k, level in enumerate(LEVELS):
             name = oracle_arm(level, window).name
-            changes = [thirds(values) / thirds(of[baseline, seed]) - 1 for (arm, seed), values in of.items()
+            changes = [parts(values) / parts(of[baseline, seed]) - 1 for (arm, seed), values in of.items()
                        if arm == name and (baseline, seed) in of]  # fmt: skip
             if changes:
                 table[i, k] = np.mean(changes, 0)
     return table
+
+# %% ../nbs/lib/routing.ipynb #f9f03a01
+def agreement(
+    weights: np.ndarray,  # (10, K) at TIMES
+    table: np.ndarray,  # of `oracle_table`
+) -> np.ndarray:  # (windows,) between -1 and 1
+    """Rank correlation of the weights in a window with the gain from alignment there."""
+    from scipy.stats import spearmanr
+
+    gain = -(table * [high - low for low, high in WINDOWS]).sum(2)  # (windows, K), of the loss at all times
+    return np.array([spearmanr(part.mean(0), each).statistic for part, each in zip(in_windows(weights), gain)])
 
 # %% ../nbs/lib/routing.ipynb #94b938ca
 def trace_router(
