@@ -1347,6 +1347,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'maskalign_lab.routing.measure_ahpa': ('lib/routing.html#measure_ahpa', 'maskalign_lab/routing.py'),
                                        'maskalign_lab.routing.measure_routing': ( 'lib/routing.html#measure_routing',
                                                                                   'maskalign_lab/routing.py'),
+                                       'maskalign_lab.routing.numbers': ('lib/routing.html#numbers', 'maskalign_lab/routing.py'),
                                        'maskalign_lab.routing.oracle_arm': ('lib/routing.html#oracle_arm', 'maskalign_lab/routing.py'),
                                        'maskalign_lab.routing.oracle_table': ('lib/routing.html#oracle_table', 'maskalign_lab/routing.py'),
                                        'maskalign_lab.routing.router_arm': ('lib/routing.html#router_arm', 'maskalign_lab/routing.py'),

@@ -31,7 +31,7 @@ SCHEDULES = ("uniform", "coarse-to-fine", "fine-to-coarse")
 def schedule(
     name: str,  # one of SCHEDULES, or a level
     t: Tensor,  # (b,)
-    levels: tuple[str, ...],  # from fine to coarse
+    levels: tuple[str, ...],  # in the order of the encoder
 ) -> Tensor:  # (b, K), rows add up to 1
     """Weights of the levels that depend on time alone and are never learned."""
     one_of(name, (*SCHEDULES, *levels), "schedule")
@@ -48,7 +48,7 @@ class Router(nn.Module):
 
     def __init__(
         self,
-        levels: tuple[str, ...],  # from fine to coarse
+        levels: tuple[str, ...],  # in the order of the encoder
         prior: str = "uniform",  # a schedule
         width: int = 256,
         num_classes: int = 0,  # 0: the router does not look at the class
@@ -127,7 +127,7 @@ class AHPAConfig(MethodConfig):
     weight: float = 0.5  # lambda
     depth: int = 3  # whose output is aligned, counted from 1
     projector_width: int = 2048  # of the trunk
-    levels: tuple[str, ...] = ("down.0", "down.1", "mid", "latent")  # of the encoder, from fine to coarse
+    levels: tuple[str, ...] = ("down.0", "down.1", "mid", "latent")  # in the order of the encoder
     dim: int = 16  # channels of each
     way: str = "detail"  # detail | mean | rotated: how a level comes to the grid, see `levels.on_grid`
     loss: str = "cosine"  # cosine | smooth-l1

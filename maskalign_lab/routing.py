@@ -7,7 +7,7 @@ __all__ = ['TIMES', 'LEVELS', 'BASELINES', 'ROUTED', 'SINGLE', 'CHOICES', 'ARMS'
            'SHORT', 'SCALES', 'ORACLE_SEEDS', 'run_levels', 'shown_levels', 'level_power', 'kept_detail', 'centroid',
            'level_contents', 'asked', 'check_ahpa', 'has_losses', 'Routing', 'level_losses_at', 'constant_losses',
            'measure_routing', 'weights_over', 'router_arm', 'oracle_arm', 'Scale', 'budget', 'measure_ahpa',
-           'as_routing', 'in_windows', 'oracle_table', 'agreement', 'trace_router', 'router_traces']
+           'as_routing', 'numbers', 'in_windows', 'oracle_table', 'agreement', 'trace_router', 'router_traces']
 
 # %% ../nbs/lib/routing.ipynb #6f7d7a01
 from collections.abc import Callable, Sequence
@@ -241,7 +241,7 @@ def weights_over(run: Run, t: Tensor, y: Tensor) -> Tensor:  # (T,), (b,) labels
     return torch.einsum("ctk,c->tk", torch.stack(each), counts / counts.sum())
 
 # %% ../nbs/lib/routing.ipynb #beea1382
-LEVELS = ("down.0", "down.1", "mid", "latent")
+LEVELS = AHPAConfig().levels
 
 # %% ../nbs/lib/routing.ipynb #265e924f
 def router_arm(name: str, router: str, more: str = "", claim: int = 0) -> Arm:
@@ -364,8 +364,6 @@ def measure_ahpa(
     return found | {
         "from closed form": four_digits(float(seen.distance.mean())),
         "coarseness": four_digits(seen.coarseness()),
-        "coarseness without latent": four_digits(seen.coarseness(("latent",))),
-        "from uniform": four_digits(seen.from_uniform),
     }
 
 # %% ../nbs/lib/routing.ipynb #ef2e03f9
@@ -378,6 +376,18 @@ def as_routing(
     prior = schedule(config.prior, torch.tensor(TIMES), config.levels)
     relative = closed_form(torch.as_tensor(tables[0] / tables[1]), prior, config.tau)
     return Routing(config.levels, np.array(TIMES), *tables, relative.numpy())
+
+# %% ../nbs/lib/routing.ipynb #3e166755
+def numbers(routing: Routing) -> dict[str, float]:
+    """What is said of a router in a table: how far its weights are from others, and their slopes over t."""
+    relative = 0.5 * np.abs(routing.weights - routing.relative).sum(1)
+    return {
+        "from closed form": float(routing.distance.mean()),
+        "from that of loss / constant": float(relative.mean()),
+        "mean weights from uniform": routing.from_uniform,
+        "slope": routing.coarseness(),
+        "slope without latent": routing.coarseness(("latent",)),
+    }
 
 # %% ../nbs/lib/routing.ipynb #8c2bc2a1
 def in_windows(values: np.ndarray) -> list[np.ndarray]:  # (10, ...) by tenth of t
