@@ -417,12 +417,13 @@ def oracle_table(
 def agreement(
     weights: np.ndarray,  # (10, K) at TIMES
     table: np.ndarray,  # of `oracle_table`
-) -> np.ndarray:  # (windows,) between -1 and 1
+) -> np.ndarray:  # (windows,) between -1 and 1; nan where there is no order
     """Rank correlation of the weights in a window with the gain from alignment there."""
     from scipy.stats import spearmanr
 
     gain = -(table * [high - low for low, high in WINDOWS]).sum(2)  # (windows, K), of the loss at all times
-    return np.array([spearmanr(part.mean(0), each).statistic for part, each in zip(in_windows(weights), gain)])
+    pairs = [(part.mean(0), each) for part, each in zip(in_windows(weights), gain, strict=True)]
+    return np.array([spearmanr(*pair).statistic if all(map(np.ptp, pair)) else np.nan for pair in pairs])
 
 # %% ../nbs/lib/routing.ipynb #94b938ca
 def trace_router(

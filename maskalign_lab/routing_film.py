@@ -249,7 +249,7 @@ def difference_figure(
             for pair in zip(*(np.stack([of[n, s] for s in seeds]).T for n in (arm, baseline)), strict=True)
         ]
         mean, half = (np.array([getattr(each, name) for each in found]) for name in ("mean", "half"))
-        axis.plot(t, mean, "o-", color=colour, ms=4, label=f"{arm} ({len(seeds)} seeds)")
+        axis.plot(t, mean, "o-", color=colour, ms=4, label=f"{arm} (seeds: {len(seeds)})")
         if len(seeds) > 1:
             axis.fill_between(t, mean - half, mean + half, color=colour, alpha=0.15, lw=0)
     axis.set(xlabel="t (0: data, 1: noise)", ylabel=f"velocity loss, less {baseline}'s", xlim=(0, 1))

@@ -2,6 +2,8 @@
 
 import re
 import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,12 +24,17 @@ from maskalign_lab.routing import (
     ARMS,
     SCALES,
     WINDOWS,
+    Routing,
+    centroid,
+    constant_losses,
+    level_power,
     measure_ahpa,
     measure_routing,
     oracle_arm,
     oracle_table,
     run_levels,
     trace_router,
+    weights_over,
 )
 from maskalign_lab.routing_film import make_film
 from maskalign_lab.seeding import generator
@@ -380,6 +387,56 @@ def test_routing_of_a_run(vae, tmp_path):
     assert [row["step"] for row in rows if row["class"] == "all"] == [2, 4]
     assert {row["class"] for row in rows} - {"all"} == set(held_out.classes)
     assert len(measure_ahpa(run, 8)["velocity per t"]) == 10
+
+
+def test_a_router_by_class_is_shown_by_the_images_own_labels(vae, tmp_path):
+    run = load_run(train(recipe(vae(), more="method.by_class=true"), tmp_path / "run", "cpu", 0))
+    for p in run.method.router.parameters():
+        p.add_(0.06 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    t, y = torch.tensor([0.2, 0.7]), torch.tensor([3, 1, 3, 3])
+    each = [run.method.log_weights(t, label.expand(2)).exp() for label in y]
+    assert (each[0] - each[1]).abs().max() > 1e-3
+    torch.testing.assert_close(weights_over(run, t, y), sum(each) / 4)
+
+
+def test_numbers_of_a_routing_are_those_of_arithmetic():
+    weights = np.array([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]])
+    losses = np.array([[0.2, 0.4, 0.8], [0.5, 0.5, 0.5], [1.0, 0.5, 0.0]])
+    closed = np.array([[1.0, 0, 0], [0.5, 0.5, 0], [0.25, 0.5, 0.25]])
+    seen = Routing(
+        ("a", "b", "c"), np.array([0.0, 0.5, 1.0]), losses, np.array([1.0, 0.5, 0.8]), weights, closed, closed
+    )
+    np.testing.assert_allclose(seen.skill, [[0.8, 0.2, 0], [0.5, 0, 0.375], [0, 0, 1]])
+    np.testing.assert_allclose(seen.distance, [0, 0.5, 0.75])
+    assert seen.coarseness() == pytest.approx(1) and seen.from_uniform == pytest.approx(0)  # place 0, 1/2, 1
+    leaning = replace(seen, weights=np.array([[0.6, 0.2, 0.2], [0.6, 0.2, 0.2], [0.6, 0.2, 0.2]]))
+    assert leaning.coarseness() == pytest.approx(0) and leaning.from_uniform == pytest.approx(0.6 - 1 / 3)
+    last = replace(seen, weights=np.array([[0.3, 0.3, 0.4], [0.2, 0.2, 0.6], [0.1, 0.1, 0.8]]))
+    assert last.coarseness() > 0.2 and last.coarseness(("c",)) == pytest.approx(0)  # all of it lay in the last level
+
+
+def test_constants_are_the_best_ones():
+    """Two axes in equal parts: the mean direction has length 1 / sqrt 2. Three zeros and a one: a third of beta up."""
+    method = fixture({"levels": ("mid",), "router": "uniform"}, double=False)[1]
+    rows = torch.eye(6)[[0, 1, 0, 1]].view(1, 1, 4, 6)
+    assert constant_losses(method, rows).item() == pytest.approx(1 - 0.5**0.5)
+    method = fixture({"levels": ("mid",), "router": "uniform", "loss": "smooth-l1"}, double=False)[1]
+    rows, c = torch.tensor([0.0, 0, 0, 1]).view(1, 1, 4, 1).expand(1, 1, 4, 6), 0.05 / 3
+    best = (3 * c**2 / 0.1 + (1 - c - 0.025)) / 4
+    assert constant_losses(method, rows).item() == pytest.approx(best, rel=1e-4)
+
+
+def test_detail_is_measured_on_the_level_itself():
+    """A wave within the cells is lost by averaging, one that is constant in each cell is not; what all images share is none."""
+    x, sign = torch.arange(8.0), torch.tensor([1.0, -1, 1, -1]).view(4, 1, 1, 1)
+    waves = {"fine": torch.cos(torch.pi * x), "coarse": torch.tensor([1.0, 1, -1, -1, 1, 1, -1, -1])}
+    maps = {name: 5 + sign * wave.expand(4, 3, 8, 8) for name, wave in waves.items()}
+    maps["both"] = maps["fine"] + 2 * maps["coarse"]
+    levels = SimpleNamespace(names=tuple(maps), side=4, autoencoder=SimpleNamespace(levels=lambda images, _: maps))
+    power = level_power(levels, torch.zeros(4, 3, 8, 8))
+    inside = {name: float(1 - part[-1] / part[:-1].sum()) for name, part in power.items()}
+    assert inside == pytest.approx({"fine": 1, "coarse": 0, "both": 1 / 5}, abs=1e-9)
+    assert centroid(power["fine"][:-1]) == pytest.approx(4) and centroid(power["coarse"][:-1]) == pytest.approx(2)
 
 
 def test_routing_refuses_what_has_no_levels(vae, tmp_path):
