@@ -63,7 +63,7 @@ def vary(
     images: Tensor,  # (b, 3, h, h) in [-1, 1]
     random: torch.Generator,  # on the same device
 ) -> Tensor:  # (b, 3, h, h) in [-1, 1]
-    """One of eight positions for each picture, and other colours for half of them."""
+    """One of four positions for each picture, and other colours for half of them."""
     across, over, coloured = torch.rand(3, len(images), 1, 1, 1, generator=random, device=random.device) < 0.5
     images = torch.where(across, images.flip(3), images)
     images = torch.where(over, images.mT, images)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import paths
+from .ahpa import REVISION
 from .autoencoders import Autoencoder
 from .checkpoints import load_tensors, step_folder, steps_of, write_atomic
 from .datasets import STREAMS, Dataset
@@ -62,7 +63,7 @@ LATENTS = {  # what is learned are the latents of an autoencoder: 8 x 8 tokens, 
 NAMED: dict[str, dict[str, str]] = {  # what else a name stands for, by preset; "" holds for all
     "sra2": {"": "method.depth=2", "paper": f"{LATENTS['paper']} method.depth=8"},
     "ahpa": {
-        "": f"{LATENTS['']} method.depth=3",
+        "": f"{LATENTS['']} method.depth=3 method.revision={REVISION}",
         "paper": f"{LATENTS['paper']} method.depth=7 training.lr=2e-4 training.clip=2.0",
     },
     "jit": {
@@ -158,8 +159,15 @@ class Run:
     @cached_property
     def autoencoder(self) -> Autoencoder | None:
         """What turns images into what the network sees, if it does not see pixels."""
-        name = self.recipe.data.autoencoder
-        return kept_autoencoder(name, self.device) if name else None
+        if not (name := self.recipe.data.autoencoder):
+            return None
+        found, facts = kept_autoencoder(name, self.device), json.loads((self.path / "facts.json").read_text())
+        if found.digest != (before := facts.get("autoencoder_digest", found.digest)):
+            raise ValueError(
+                f"run {self.name!r} learned the latents of an autoencoder {name!r} with digest {before}, and what goes by that "
+                f"name now has {found.digest}; bring back the first, or train the run again"
+            )
+        return found
 
     def inputs(self, dataset: Dataset, index: Any = slice(None)) -> Tensor:
         """What the network sees of images without noise, on its device: pixels, or the means of their latents."""

@@ -1,6 +1,9 @@
 """AHPA: weights that add up, a closed form that is the optimum, one level equal to itself, and nothing left at inference."""
 
+import re
 import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,14 +16,31 @@ from maskalign_lab.ahpa import AHPA, SCHEDULES, AHPAConfig, Router, closed_form,
 from maskalign_lab.autoencoders import load_autoencoder
 from maskalign_lab.caching import open_cache, place
 from maskalign_lab.datasets import load_dataset
-from maskalign_lab.levels import cached_level_tokens, description, fit_levels, on_grid, principal_components
+from maskalign_lab.levels import cached_level_tokens, description, fit_levels, on_grid, principal_components, rotation
 from maskalign_lab.methods import Batch, State, denoise, shard
 from maskalign_lab.objectives import Objective
 from maskalign_lab.recipes import LATENTS, build, load_run, make_recipe, train
-from maskalign_lab.routing import measure_ahpa, measure_routing, oracle_arm, oracle_table, run_levels, trace_router
+from maskalign_lab.routing import (
+    ARMS,
+    SCALES,
+    WINDOWS,
+    Routing,
+    centroid,
+    constant_losses,
+    level_power,
+    measure_ahpa,
+    measure_routing,
+    oracle_arm,
+    oracle_table,
+    run_levels,
+    trace_router,
+    weights_over,
+)
+from maskalign_lab.routing_film import make_film
 from maskalign_lab.seeding import generator
+from maskalign_lab.settings import from_json, identity
 from maskalign_lab.sit import SiT
-from maskalign_lab.sources import load_sources, make_batches
+from maskalign_lab.sources import kept_autoencoder, load_sources, make_batches
 
 NAMES = ("down.0", "down.1", "mid", "latent")
 times = st.lists(st.floats(0, 1), min_size=1, max_size=8).map(lambda values: torch.tensor(values))
@@ -122,24 +142,17 @@ def test_a_level_that_is_easier_weighs_more():
 # ---- the method
 
 
-def test_one_hot_weights_equal_the_single_level_to_the_bit(vae):
+def test_one_hot_weights_equal_the_single_level_to_the_bit(vae, tmp_path):
     """Two trainings, one with four levels of which one counts and one with that level alone: the same network."""
     folder, found = vae(), []
     for levels in (NAMES, ("mid",)):
-        net, method = build(
-            recipe(folder, more=f"method.router=mid method.levels={','.join(levels)}"), 10, channels=4, factor=4
-        )
-        g = torch.Generator().manual_seed(0)
-        x, tokens = torch.randn(4, 4, 16, 16, generator=g), torch.randn(4, 4, 64, 16, generator=g)
-        tokens = tokens if len(levels) == 4 else tokens[:, [2]]
-        batch = Batch(x, torch.arange(4), levels=tokens)
-        draw = method.draw(batch, 0, lambda step, name: generator(0, step, name))
-        total = method.loss(State(net, net, 0), batch, draw).total
-        total.backward()
-        trunk = torch.cat([p.grad.flatten() for p in method.trunk.parameters()])
-        found.append((total, trunk, torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])))
-    for one, other in zip(*found, strict=True):
-        assert torch.equal(one, other)
+        more = f"training.steps=3 method.router=mid method.levels={','.join(levels)}"
+        found.append(load_run(train(recipe(folder, more=more), tmp_path / str(len(levels)), "cpu", 0)))
+    (four, one), start = found, build(found[0].recipe, 10, channels=4, factor=4)[0].state_dict()
+    moved = [not torch.equal(value, start[name]) for name, value in four.net.state_dict().items()]
+    assert any(moved) and all(torch.equal(v, one.net.state_dict()[name]) for name, v in four.net.state_dict().items())
+    for name, value in one.method.trunk.state_dict().items():
+        assert torch.equal(value, four.method.trunk.state_dict()[name])
 
 
 def test_permuting_levels_with_their_heads_changes_nothing():
@@ -153,7 +166,7 @@ def test_permuting_levels_with_their_heads_changes_nothing():
 
 def test_targets_give_the_router_no_gradient_and_losses_do():
     for mix, some in (("targets", False), ("losses", True)):
-        net, method, batch, draw = fixture({"mix": mix})
+        net, method, batch, draw = fixture({"mix": mix, "way": "rotated"})
         method.loss(State(net, net, 0), batch, draw).total.backward()
         slopes = [p.grad.abs().max().item() for p in method.router.parameters() if p.grad is not None]
         assert (max(slopes) > 1e-8) is some
@@ -167,9 +180,9 @@ def test_outside_of_its_window_there_is_no_alignment():
 
 
 def test_gains_are_inner_products_of_gradients():
-    """Against the products themselves, image by image and level by level."""
+    """Against the products themselves, image by image and level by level; as training calls it, in float32 too."""
     net, method, batch, draw = fixture()
-    found = gains(method, net, batch, draw, size=1e-6)
+    found = gains(method, net, batch, draw)
     weights = [p for p in net.parameters() if p.requires_grad]
 
     def slopes(loss):
@@ -183,6 +196,23 @@ def test_gains_are_inner_products_of_gradients():
     losses = method.level_losses(denoise(method, net, *first).hidden[2], first[0].levels)
     exact = torch.stack([slopes(loss) @ held_out for loss in losses.flatten()]).view_as(losses)
     torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-7)
+    net, method, batch, draw = fixture(double=False)
+    contrasts, single = (
+        each - each.mean(1, keepdim=True) for each in (exact, gains(method, net, batch, draw).double())
+    )
+    assert (single - contrasts).norm() < 0.02 * contrasts.norm()
+
+
+def test_what_all_levels_gain_moves_no_router(monkeypatch):
+    """Neither the direction nor the length of its step: an offset that levels share must not set the unit either."""
+    net, method, batch, draw = fixture({"router": "bilevel", "tau": 1e-6})
+    useful, slopes = gains(method, net, batch, draw), []
+    for offset in (torch.zeros(2, 1), torch.tensor([[50.0], [-80.0]])):
+        monkeypatch.setattr("maskalign_lab.ahpa.gains", lambda *_, offset=offset: useful + offset)
+        loss = method.router_loss(State(net, net, 0), batch, draw, method.log_weights(draw.t, draw.y))
+        slopes.append(torch.autograd.grad(loss, method.router.mlp[-1].bias)[0])
+    assert slopes[0].abs().max() > 1e-3
+    torch.testing.assert_close(*slopes, rtol=1e-6, atol=1e-9)
 
 
 def test_a_bilevel_router_moves_towards_what_helps():
@@ -216,6 +246,13 @@ def test_a_bilevel_router_needs_something_held_out():
     [
         ({"router": "learnt"}, "Did you mean 'learned'"),
         ({"mix": "target"}, "Did you mean 'targets'"),
+        ({"way": "details"}, "Did you mean 'detail'"),
+        ({"dim": 0}, "dim=0 must be at least 1"),
+        ({"probe_every": 0}, "probe_every=0 must be at least 1"),
+        ({"mix": "targets"}, "method.way=rotated method.mix=targets"),
+        ({"mix": "targets", "way": "rotated", "router": "bilevel"}, "take mix=losses"),
+        ({"window": (0.0, 0.5)}, r"method.router=uniform method.window=\(0,0.5\)"),
+        ({"window": (0.0, 0.5), "router": "bilevel"}, "trained at all times"),
         ({"tau": 0.0}, "must be positive"),
         ({"window": (0.5, 0.2)}, "rising"),
         ({"prior": "uniforn"}, "Did you mean 'uniform'"),
@@ -234,6 +271,48 @@ def test_settings_that_cannot_be_are_refused(given, message):
 def test_space_to_depth_keeps_every_value(side, channels):
     level = torch.randn(2, channels, 8, 8)
     torch.testing.assert_close(on_grid(level, side).flatten().sort().values, level.flatten().sort().values)
+
+
+def test_levels_of_unseen_images_are_white():
+    """As a run of the study has them: places and directions count alike. Tokens of some columns alone would not do."""
+    images = load_dataset("shapes", 64, n=512)
+    levels = fit_levels(load_autoencoder("tiny"), images, NAMES, side=8)
+    tokens = levels(images.images(slice(256, 512)))
+    for level in tokens.unbind(1):
+        spread = torch.linalg.eigvalsh(level.flatten(0, 1).T.cov())
+        assert 0.7 < spread[0] and spread[-1] < 1.4
+
+
+def test_rotated_levels_are_nearer_to_the_first_and_the_same_in_themselves(vae):
+    images, folder = load_dataset("shapes", 64, n=32), vae()
+    plain, turned = (
+        fit_levels(load_autoencoder(folder), images, NAMES, side=8, way=way) for way in ("detail", "rotated")
+    )
+    before, after = (levels(images.images()) for levels in (plain, turned))
+    assert torch.equal(before[:, 0], after[:, 0])
+    torch.testing.assert_close(after[:4] @ after[:4].mT, before[:4] @ before[:4].mT, atol=5e-2, rtol=1e-3)
+    near = [torch.cosine_similarity(each[:, :1], each[:, 1:], dim=-1).mean((0, 2)) for each in (before, after)]
+    assert (near[1] > near[0]).all() and (near[1] > 0.05).all()
+
+
+def test_the_rotation_is_the_best_one():
+    g = torch.Generator().manual_seed(0)
+    rows, towards = torch.randn(2, 200, 5, generator=g)
+    best = rotation(rows, towards)
+    torch.testing.assert_close(best @ best.T, torch.eye(5), atol=1e-5, rtol=0)
+    for _ in range(20):
+        other = torch.linalg.qr(torch.randn(5, 5, generator=g)).Q
+        assert (rows @ best - towards).square().sum() <= (rows @ other - towards).square().sum()
+
+
+def test_a_level_of_too_low_a_rank_is_refused(vae, monkeypatch):
+    """A level whose channels are copies of one another has directions that hold rounding errors only."""
+    autoencoder, images = load_autoencoder(vae()), load_dataset("shapes", 64, n=8)
+    of = autoencoder.levels
+    copies = lambda *given: {name: level[:, :1].expand_as(level) for name, level in of(*given).items()}  # noqa: E731
+    monkeypatch.setattr(autoencoder, "levels", copies)
+    with pytest.raises(ValueError, match="level 'latent': tokens that vary in 4 directions.*take dim 4"):
+        fit_levels(autoencoder, images, ("latent",), side=8)
 
 
 def test_components_do_not_depend_on_the_order_of_rows():
@@ -310,19 +389,124 @@ def test_routing_of_a_run(vae, tmp_path):
     assert len(measure_ahpa(run, 8)["velocity per t"]) == 10
 
 
+def test_a_router_by_class_is_shown_by_the_images_own_labels(vae, tmp_path):
+    run = load_run(train(recipe(vae(), more="method.by_class=true"), tmp_path / "run", "cpu", 0))
+    for p in run.method.router.parameters():
+        p.add_(0.06 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    t, y = torch.tensor([0.2, 0.7]), torch.tensor([3, 1, 3, 3])
+    each = [run.method.log_weights(t, label.expand(2)).exp() for label in y]
+    assert (each[0] - each[1]).abs().max() > 1e-3
+    torch.testing.assert_close(weights_over(run, t, y), sum(each) / 4)
+
+
+def test_numbers_of_a_routing_are_those_of_arithmetic():
+    weights = np.array([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]])
+    losses = np.array([[0.2, 0.4, 0.8], [0.5, 0.5, 0.5], [1.0, 0.5, 0.0]])
+    closed = np.array([[1.0, 0, 0], [0.5, 0.5, 0], [0.25, 0.5, 0.25]])
+    seen = Routing(
+        ("a", "b", "c"), np.array([0.0, 0.5, 1.0]), losses, np.array([1.0, 0.5, 0.8]), weights, closed, closed
+    )
+    np.testing.assert_allclose(seen.skill, [[0.8, 0.2, 0], [0.5, 0, 0.375], [0, 0, 1]])
+    np.testing.assert_allclose(seen.distance, [0, 0.5, 0.75])
+    assert seen.coarseness() == pytest.approx(1) and seen.from_uniform == pytest.approx(0)  # place 0, 1/2, 1
+    leaning = replace(seen, weights=np.array([[0.6, 0.2, 0.2], [0.6, 0.2, 0.2], [0.6, 0.2, 0.2]]))
+    assert leaning.coarseness() == pytest.approx(0) and leaning.from_uniform == pytest.approx(0.6 - 1 / 3)
+    last = replace(seen, weights=np.array([[0.3, 0.3, 0.4], [0.2, 0.2, 0.6], [0.1, 0.1, 0.8]]))
+    assert last.coarseness() > 0.2 and last.coarseness(("c",)) == pytest.approx(0)  # all of it lay in the last level
+
+
+def test_constants_are_the_best_ones():
+    """Two axes in equal parts: the mean direction has length 1 / sqrt 2. Three zeros and a one: a third of beta up."""
+    method = fixture({"levels": ("mid",), "router": "uniform"}, double=False)[1]
+    rows = torch.eye(6)[[0, 1, 0, 1]].view(1, 1, 4, 6)
+    assert constant_losses(method, rows).item() == pytest.approx(1 - 0.5**0.5)
+    method = fixture({"levels": ("mid",), "router": "uniform", "loss": "smooth-l1"}, double=False)[1]
+    rows, c = torch.tensor([0.0, 0, 0, 1]).view(1, 1, 4, 1).expand(1, 1, 4, 6), 0.05 / 3
+    best = (3 * c**2 / 0.1 + (1 - c - 0.025)) / 4
+    assert constant_losses(method, rows).item() == pytest.approx(best, rel=1e-4)
+
+
+def test_detail_is_measured_on_the_level_itself():
+    """A wave within the cells is lost by averaging, one that is constant in each cell is not; what all images share is none."""
+    x, sign = torch.arange(8.0), torch.tensor([1.0, -1, 1, -1]).view(4, 1, 1, 1)
+    waves = {"fine": torch.cos(torch.pi * x), "coarse": torch.tensor([1.0, 1, -1, -1, 1, 1, -1, -1])}
+    maps = {name: 5 + sign * wave.expand(4, 3, 8, 8) for name, wave in waves.items()}
+    maps["both"] = maps["fine"] + 2 * maps["coarse"]
+    levels = SimpleNamespace(names=tuple(maps), side=4, autoencoder=SimpleNamespace(levels=lambda images, _: maps))
+    power = level_power(levels, torch.zeros(4, 3, 8, 8))
+    inside = {name: float(1 - part[-1] / part[:-1].sum()) for name, part in power.items()}
+    assert inside == pytest.approx({"fine": 1, "coarse": 0, "both": 1 / 5}, abs=1e-9)
+    assert centroid(power["fine"][:-1]) == pytest.approx(4) and centroid(power["coarse"][:-1]) == pytest.approx(2)
+
+
 def test_routing_refuses_what_has_no_levels(vae, tmp_path):
-    for method, more, message in (("sit", "", "expected ahpa"), ("ahpa", "method.mix=targets", "mixes its targets")):
+    mixed = "method.way=rotated method.mix=targets"
+    for method, more, message in (("sit", "", "expected ahpa"), ("ahpa", mixed, "mixes its targets")):
         run = load_run(train(recipe(vae(), method, more), tmp_path / method, "cpu", 0))
         with pytest.raises(ValueError, match=message):
             measure_routing(run, run.images("validation", 4))
+    assert measure_ahpa(run, 8).keys() == {"velocity", "velocity per t"}
+    film = make_film([run], run_levels(run), shown=2, times=3)
+    np.testing.assert_allclose(film.weights, 1 / 4, rtol=1e-5)  # it stays at its prior
+
+
+def test_a_run_of_an_earlier_revision_is_another_run(vae, tmp_path):
+    """Its recipe lacks the number or has another one, so it is not found, and its levels are not guessed."""
+    mine = recipe(vae())
+    train(mine, tmp_path / "run", "cpu", 0)
+    path = tmp_path / "run" / "recipe.json"
+    path.write_text(re.sub(r'\n *"revision": \d+,', "", path.read_text()))
+    assert identity(from_json(path.read_text())) != identity(mine)
+    with pytest.raises(ValueError, match="is of revision 0 of ahpa"):
+        run_levels(load_run(tmp_path / "run"))
+
+
+def test_another_autoencoder_does_not_show_a_run(vae, tmp_path):
+    first, other = vae(0), vae(1)
+    train(recipe(first), tmp_path / "run", "cpu", 0)
+    before, now = (load_autoencoder(folder).digest for folder in (first, other))
+    shutil.rmtree(first)
+    shutil.copytree(other, first)
+    kept_autoencoder.cache_clear()
+    with pytest.raises(ValueError, match=f"digest {before}.*{now}"):
+        load_run(tmp_path / "run").autoencoder  # noqa: B018
+
+
+# ---- arms
+
+
+@pytest.mark.parametrize("preset", SCALES)
+def test_arms_of_a_scale_differ_in_their_method_alone(preset):
+    """Learning rate, clipping, batches, images and network are those of all."""
+    scale = SCALES[preset]
+    for overrides in ("", scale.oracle):
+        recipes = [scale.recipe_of(preset, "shapes", overrides)(arm, 0) for arm in (*ARMS, *scale.tried, *scale.traced)]
+        for part in ("training", "data", "network", "objective"):
+            assert len({repr(getattr(each, part)) for each in recipes}) == 1, part
+        depths = {each.method.depth for each in recipes if each.method.name in ("ahpa", "repa")}
+        assert preset == "smoke" or depths == {recipes[0].network.depth // 4}
+    if preset == "paper":
+        assert (recipes[0].training.lr, recipes[0].training.clip, depths) == (2e-4, 2.0, {7})
 
 
 def test_the_oracle_compares_within_a_seed():
     rows = [
         {"arm": name, "seed": seed, "budget": "steps", "velocity per t": [loss * (1 + seed)] * 10}
         for seed in range(2)
-        for name, loss in (("SiT", 1.0), (oracle_arm("mid", (0.67, 1.0)).name, 0.8))
+        for name, loss in (("SiT", 1.0), (oracle_arm("mid", WINDOWS[2]).name, 0.8))
     ]
     table = oracle_table(rows)
     np.testing.assert_allclose(table[2, 2], -0.2)
     assert np.isnan(np.delete(table.reshape(12, 3), 2 * 4 + 2, 0)).all()
+
+
+def test_the_oracle_averages_the_bins_of_its_windows():
+    """Every bin has a change of its own: bins 0 to 2, 3 to 6 and 7 to 9 go together."""
+    change = 0.01 * np.arange(10)
+    rows = [
+        {"arm": name, "seed": 0, "budget": "steps", "velocity per t": loss.tolist()}
+        for name, loss in (("SiT", np.ones(10)), (oracle_arm("latent", WINDOWS[0]).name, 1 - change))
+    ]
+    np.testing.assert_allclose(oracle_table(rows)[0, 3], [-0.01, -0.045, -0.08])
+    edges = [round(10 * edge) for window in WINDOWS for edge in window]
+    assert edges == [0, 3, 3, 7, 7, 10]

@@ -351,6 +351,9 @@ def test_variations_keep_what_they_should(photos):
     assert varied.shape == images.shape and varied.abs().max() <= 1 and not torch.equal(varied, images)
     plain = compressing.vary(grey := images.mean(1, keepdim=True).expand(-1, 3, -1, -1), generator(0, 0, "vary"))
     torch.testing.assert_close(plain.flatten(1).sort().values, grey.flatten(1).sort().values, rtol=0, atol=1e-5)
+    positions = torch.stack([grey, grey.flip(3), grey.mT, grey.flip(3).mT])  # colours leave grey as it is
+    far = (positions - plain).abs().amax((2, 3, 4))  # (4, pictures)
+    assert (far.min(0).values < 1e-5).all() and far.argmin(0).unique().tolist() == [0, 1, 2, 3]
 
 
 def test_signal_to_noise_of_known_errors():

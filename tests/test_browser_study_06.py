@@ -7,4 +7,4 @@ pytestmark = pytest.mark.browser
 
 
 def test_scrub_in_jupyterlab(page, lab):  # noqa: F811
-    scrub(page, lab, "06_ahpa", "t = 0.50", "t = 0.60", "bilevel")
+    scrub(page, lab, "06_ahpa", "t = 0.50", "t = 0.60", "coarse to fine")

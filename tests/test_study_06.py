@@ -6,8 +6,8 @@ from studies import check_figure, check_first_cells, check_smoke, own_folders, s
 
 from maskalign_lab import paths
 from maskalign_lab.batch import run_study
-from maskalign_lab.experiments import load_rows, run_arms
-from maskalign_lab.routing import ARMS, SCALES
+from maskalign_lab.experiments import Length, load_rows, run_identity, shipped_rows
+from maskalign_lab.routing import SCALES
 from maskalign_lab.routing_film import load_film
 
 smoke = smoke_fixture("06")
@@ -18,7 +18,7 @@ def test_smoke_runs_end_to_end(smoke):
 
 
 def test_figures_are_small_and_traceable(smoke):
-    for name in ("06_filmstrip", "06_weights", "06_oracle"):
+    for name in ("06_filmstrip", "06_weights", "06_oracle", "06_arms", "06_per_t"):
         check_figure(smoke, "06_ahpa", name)
 
 
@@ -45,15 +45,16 @@ def test_the_tables_that_ship_are_paired():
 
 def test_the_tables_that_ship_are_what_todays_recipes_would_train():
     """`-p seeds 5` finds the rows by the identity of their runs: none is trained again."""
-    rows = load_rows(paths.data() / "results" / "06_ahpa_shapes.json")
-    arms = [arm for arm in ARMS if arm.name in {row["arm"] for row in rows}]
-
-    def untrained(_):
-        raise AssertionError("a row was not found")
-
-    seeds, scale = sorted({row["seed"] for row in rows}), SCALES["laptop"]
-    found = run_arms(arms, seeds, scale.recipe_of("laptop", "shapes"), "SiT", untrained, rows)
-    assert {(row["arm"], row["seed"]) for row in found} == {(row["arm"], row["seed"]) for row in rows}
+    rows, scale = shipped_rows("06_ahpa", "laptop", "shapes"), SCALES["laptop"]
+    recipe_of, arms = scale.recipe_of("laptop", "shapes"), {arm.name: arm for arm in scale.arms}
+    trainings: dict[tuple[str, int], dict[str, dict]] = {}
+    for row in rows:
+        trainings.setdefault((row["arm"], row["seed"]), {})[row["budget"]] = row
+    for (arm, seed), budgets in trainings.items():
+        recipe = recipe_of(arms[arm], seed)
+        length = Length(budgets["steps"]["step"], budgets["flops"]["step"])
+        assert length.steps == recipe.training.steps
+        assert {row["identity"] for row in budgets.values()} == {run_identity(recipe, length)}, (arm, seed)
 
 
 def test_the_scrubber_comes_by_the_third_code_cell():
