@@ -69,7 +69,9 @@ def samples_figure(
         row[0].set_ylabel(f"{NAMES[prediction]}-prediction")
     for axis, dim in zip(axes[0], dims):
         axis.set_title(f"D = {dim}")
+    figure.suptitle(data, fontsize=11)
     figure.supxlabel("first coordinate on the plane, in deviations of the data", fontsize=10)
+    figure.supylabel("second coordinate", fontsize=10)
     return figure
 
 # %% ../nbs/lib/manifold_film.ipynb #99b99dcd
@@ -121,7 +123,11 @@ def excess_figure(
             found = pick(rows, data=data, dim=dim, prediction=prediction)
             _lines(axis, np.linspace(1, 0, len(found[0]["excess"])), found, "excess", prediction)
             if leaving := float(np.median([row["leaving"] for row in found])):
-                axis.plot(leaving, LEFT, "o", color=COLOURS[prediction], markeredgecolor="white", zorder=5)
+                ring = prediction == "eps"  # larger and hollow, so that no mark hides another
+                face, edge = ("none", COLOURS[prediction]) if ring else (COLOURS[prediction], "white")
+                axis.plot(
+                    leaving, LEFT, "o", mfc=face, mec=edge, ms=10 if ring else 6, mew=1.8 if ring else 1, zorder=5
+                )
         axis.axhline(LEFT, color=QUIET, linestyle=":", linewidth=1.2)
         axis.set(xlabel="t (0: data, 1: noise)", yscale="log", xlim=(-0.02, 1.02), title=f"D = {dim}")
         axis.minorticks_off()

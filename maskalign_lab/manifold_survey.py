@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PREDICTIONS', 'DIMS', 'SEEDS', 'DIAGRAM_DIMS', 'WIDTHS', 'SHOWN', 'sample_cases', 'diagram_cases', 'control_cases',
-           'toy_identity', 'rounded', 'case_row', 'flow_name', 'load_flows', 'keep_flow', 'survey', 'pick',
-           'paired_ratio']
+           'survey_cases', 'toy_identity', 'rounded', 'case_row', 'flow_name', 'load_flows', 'keep_flow', 'survey',
+           'pick', 'paired_ratio', 'energies']
 
 # %% ../nbs/lib/manifold_survey.ipynb #81feaae4
 import hashlib
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from .experiments import load_rows, save_rows
-from .manifold import DATA, Flow, ToyConfig, measure, trained
+from .manifold import DATA, Flow, ToyConfig, least_energy, measure, trained
 from .verdicts import paired
 
 # %% ../nbs/lib/manifold_survey.ipynb #ebb9fb60
@@ -60,6 +60,14 @@ def control_cases(
     changes = ({"steps": steps}, {"width": 1024}, {"lr": lr / 3}, {"lr": 3 * lr})
     both = ToyConfig(prediction="v", width=1024, steps=steps)
     return [ToyConfig(prediction="v", seed=seed, **change) for seed in range(seeds) for change in changes] + [both]
+
+# %% ../nbs/lib/manifold_survey.ipynb #efda767e
+def survey_cases(
+    seeds: int = 5,  # at most so many of each case
+) -> list[ToyConfig]:
+    """All of them, each once."""
+    every = dict.fromkeys([*sample_cases(), *diagram_cases(), *control_cases()])
+    return [case for case in every if case.seed < seeds]
 
 # %% ../nbs/lib/manifold_survey.ipynb #ad15ba28
 def toy_identity(config: ToyConfig) -> str:
@@ -148,9 +156,21 @@ def paired_ratio(
     over: Sequence[dict[str, Any]],  # rows of a case
     under: Sequence[dict[str, Any]],  # rows of another
     metric: str,  # a positive number of each row
-) -> tuple[float, float, float]:  # ratio, and its 95 % interval
+) -> tuple[float, float, float]:  # ratio, and its 95 % interval, NaN for one seed
     """Geometric mean over common seeds of one case's metric divided by the other's."""
     first, second = ({row["seed"]: row[metric] for row in rows} for rows in (over, under))
     seeds = sorted(first.keys() & second.keys())
     logs = paired([np.log(first[seed]) for seed in seeds], [np.log(second[seed]) for seed in seeds])
-    return tuple(float(np.exp(log)) for log in (logs.mean, logs.mean - logs.half, logs.mean + logs.half))
+    half = logs.half if logs.seeds > 1 else float("nan")
+    return tuple(float(np.exp(log)) for log in (logs.mean, logs.mean - half, logs.mean + half))
+
+# %% ../nbs/lib/manifold_survey.ipynb #02a547cb
+def energies(
+    rows: Sequence[dict[str, Any]],  # of one case
+) -> dict[str, float]:  # geometric means over seeds, but for `left`, a plain one
+    """Off-manifold energy per coordinate, what v keeps at least of it for its width, stray distance and share that leaves."""
+    dim, width = rows[0]["dim"], rows[0]["width"]
+    off, stray = (float(np.exp(np.mean(np.log([row[name] for row in rows])))) for name in ("off", "stray"))
+    bound = least_energy(dim, width) / max(1, dim - 2) if rows[0]["prediction"] == "v" else 0.0
+    return {"seeds": len(rows), "energy per coordinate": off / max(1, dim - 2), "least for the width": bound,
+            "stray distance": stray, "share that leaves": float(np.mean([row["left"] for row in rows]))}  # fmt: skip
