@@ -79,7 +79,8 @@ def _over_size(axis: Any, rows: Sequence[Mapping[str, Any]], metric: str, kind: 
     scales = {3 * (size // SIDE) ** 2: size / 16 if detail == "matched" else 1.0 for size in SIZES}
     bounds = {d: width_bound(kind, metric, width, d, scale) for d, scale in scales.items() if d > width}
     if kind != "x" and values:
-        axis.plot(list(bounds), list(bounds.values()), "--", color=COLOURS[kind], lw=1)
+        name = "least for the width" if kind == "v" else None
+        axis.plot(list(bounds), list(bounds.values()), "--", color=INK, lw=1, label=name)
 
 # %% ../nbs/lib/targets_figures.ipynb #1772c930
 def nine_figure(
