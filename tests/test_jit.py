@@ -20,6 +20,7 @@ from maskalign_lab.jit import NAMES, SIZES, JiT, published_size
 from maskalign_lab.layers import Attention, SwiGLU, attend, rope_2d, rotate
 from maskalign_lab.methods import Batch, Draw, MethodConfig, PlainSiT, State
 from maskalign_lab.objectives import Objective, denoising_loss, draw_time, predicted_velocity
+from maskalign_lab.recipes import PRESETS, make_recipe
 from maskalign_lab.sampling import SamplerConfig, last_sample
 from maskalign_lab.seeding import generator
 from maskalign_lab.sit import Output, SiT
@@ -501,3 +502,14 @@ def test_a_depth_beyond_the_net_is_refused(depth):
 def test_haste_refuses_attention_that_it_would_misread():
     with pytest.raises(ValueError, match="network sit, or method repa"):
         HASTE(small(), Objective(), HASTEConfig(depth=2, student_blocks=(1, 2), teacher_blocks=(4, 5)), teacher_dim=6)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("size", [32, 64, 256, 512])
+def test_the_recipes_noise_grows_with_the_image(preset, size):
+    """JiT's deviation is pixels / 256, unless one says otherwise; other recipes keep theirs."""
+    sized = f"data.size={size}"
+    assert make_recipe("jit", preset, overrides=sized).objective.noise_scale == size / 256
+    assert make_recipe("jit", preset, overrides=f"objective.noise_scale=3 {sized}").objective.noise_scale == 3
+    assert make_recipe("sit", preset, overrides=sized).objective.noise_scale == 1
+    assert make_recipe("repa", preset, overrides=f"network.name=jit {sized}").objective.noise_scale == 1

@@ -39,11 +39,13 @@ from maskalign_lab.manifold_survey import (
     PREDICTIONS,
     control_cases,
     diagram_cases,
+    energies,
     load_flows,
     paired_ratio,
     pick,
     sample_cases,
     survey,
+    survey_cases,
     toy_identity,
 )
 from maskalign_lab.seeding import generator
@@ -401,3 +403,43 @@ def test_a_diagram_has_holes_where_nothing_is_known():
     rows = [{**asdict(ToyConfig(dim=8, width=32, seed=seed)), "off": value} for seed, value in ((0, 6.0), (1, 24.0))]
     grid = manifold_film.diagram(rows, "x", "off", (8, 32), (32, 64))
     assert grid[0, 0] == pytest.approx(12 / 6) and np.isnan(grid).sum() == 3
+
+
+def made_up_row(seed=0, **change):
+    row = {"seed": seed, "off": 3.0, "stray": 0.2, "left": 0.5, "leaving": 0.9, "on": 0.1, "excess": [0.0, 1.0, 2.0]}
+    return row | asdict(ToyConfig(**change, seed=seed))
+
+
+def test_all_cases_are_there_once_and_a_seed_is_a_part_of_them():
+    every = survey_cases()
+    assert len(set(every)) == len(every) and {*sample_cases(), *diagram_cases(), *control_cases()} == set(every)
+    assert set(survey_cases(1)) == {case for case in every if case.seed == 0} and len(survey_cases(1)) < len(every)
+
+
+def test_energies_are_per_coordinate_beside_their_bound():
+    rows = [made_up_row(seed, dim=12, width=4, prediction="v") | {"off": off} for seed, off in enumerate((1.0, 4.0))]
+    told = energies(rows)
+    assert told["energy per coordinate"] == pytest.approx(2 / 10) and told["least for the width"] == 6 / 10
+    assert (told["seeds"], told["share that leaves"]) == (2, 0.5)
+    assert energies([row | {"prediction": "x"} for row in rows])["least for the width"] == 0
+
+
+def test_one_seed_has_a_ratio_and_no_interval():
+    ratio, low, high = paired_ratio([{"seed": 0, "off": 6.0}], [{"seed": 0, "off": 2.0}], "off")
+    assert ratio == pytest.approx(3) and math.isnan(low) and math.isnan(high)
+
+
+def test_marks_of_leaving_do_not_hide_one_another():
+    """Both leave at once: a ring around a dot."""
+    rows = [made_up_row(dim=8, prediction=prediction) for prediction in PREDICTIONS]
+    axis = manifold_film.excess_figure(rows, dims=(8,)).axes[0]
+    marks = [line for line in axis.lines if line.get_marker() == "o"]
+    sizes = [(line.get_markersize(), line.get_markerfacecolor()) for line in marks]
+    assert len(marks) == 3 and sizes[1][0] > sizes[2][0] and sizes[1][1] == "none"
+
+
+def test_samples_are_drawn_of_any_data_with_both_coordinates_named():
+    flows = {manifold_survey.flow_name("moons", 8, p): np.zeros((1, 5, 2)) for p in PREDICTIONS}
+    figure = manifold_film.samples_figure(flows, "moons", (8,))
+    assert figure.get_suptitle() == "moons" and figure.get_supylabel() == "second coordinate"
+    assert "first coordinate" in figure.get_supxlabel()

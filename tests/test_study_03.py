@@ -1,13 +1,19 @@
 """Study 03 as its users run it: papermill end to end, what ships, and mistakes in seconds."""
 
+import nbformat
+import numpy as np
 import pytest
 from studies import check_figure, check_first_cells, check_smoke, own_folders, smoke_fixture  # noqa: F401  (fixtures)
 
 from maskalign_lab import paths
 from maskalign_lab.batch import run_study
 from maskalign_lab.experiments import load_rows
+from maskalign_lab.manifold import ToyConfig
+from maskalign_lab.manifold_survey import energies, pick
+from maskalign_lab.prediction_targets import KINDS, main_effects
 from maskalign_lab.recipes import make_recipe, train
-from maskalign_lab.targets import ARMS, SCALES
+from maskalign_lab.targets import ARMS, AXES, BY_SIZE, ONE_IMAGE, SCALES, versus_x
+from maskalign_lab.targets_figures import nine_table
 from maskalign_lab.targets_film import load_film
 
 smoke = smoke_fixture("03")
@@ -28,18 +34,103 @@ def test_the_tables_of_the_job_are_kept(smoke):
     assert load_film(smoke.path(".html").parent / "03_film.safetensors").predictions() == ["x", "eps", "v"]
 
 
-def test_the_tables_that_ship_are_paired():
+def test_the_toy_is_traced_with_its_criterion(smoke):
+    side = check_figure(smoke, "03_prediction_targets", "03_toy")
+    told = {(row["data"], row["asked"]): row for row in side["criterion"]}
+    assert len(told) == 6 and told["spiral", "at least 10"]["whole interval meets it"] is True
+    assert {row["size"] for row in side["by_size"]} == {"16 px", "32 px"} and side["effects"] == []
+
+
+def test_jit_is_trained_beside_itself_without_a_part(smoke):
+    rows = load_rows(smoke.path(".html").parent / "03_jit.json")
+    assert [row["arm"] for row in rows] == ["JiT", "without bottleneck"]
+
+
+@pytest.mark.parametrize(
+    "path", sorted((paths.data() / "results").glob("03_targets_*.json")), ids=lambda path: path.stem
+)
+def test_the_tables_that_ship_are_paired(path):
     """x, eps and v stand beside each other with the same seeds, or a factor would compare different trainings."""
-    rows = load_rows(paths.data() / "results" / "03_targets_shapes.json")
-    names = {arm.name for arm in ARMS}
     seeds: dict[str, set[int]] = {}
-    for row in rows:
-        assert row["arm"] in names
-        seeds.setdefault(row["arm"].split(", ", 1)[1], set())
-    for setting in seeds:
-        of = [{row["seed"] for row in rows if row["arm"] == f"{kind}, {setting}"} for kind in ("x", "eps", "v")]
-        assert of[0] == of[1] == of[2] and of[0]
-    assert {row["arm"] for row in rows} == names
+    for row in load_rows(path):
+        seeds.setdefault(row["arm"], set()).add(row["seed"])
+    assert seeds.keys() <= {arm.name for arm in ARMS} and {arm.name for arm in BY_SIZE} <= seeds.keys()
+    for setting in {arm.split(", ", 1)[1] for arm in seeds}:
+        kinds = ("x", "v") if "width" in setting else ("x", "eps", "v")
+        first, *others = (seeds.get(f"{kind}, {setting}") for kind in kinds)
+        assert first and all(other == first for other in others), setting
+
+
+def test_the_fits_of_one_image_are_paired():
+    rows = load_rows(paths.data() / "results" / "03_one_image.json")
+    cases = {kind: {(r["width"], r["size"], r["seed"]) for r in rows if r["prediction"] == kind} for kind in ("x", "v")}
+    assert cases["x"] == cases["v"] and cases["x"] <= {(c.width, c.size, c.seed) for c in ONE_IMAGE}
+
+
+def study_text() -> str:
+    book = nbformat.read(paths.notebooks() / "03_prediction_targets.ipynb", as_version=4)
+    return " ".join(" ".join(cell.source for cell in book.cells if cell.cell_type == "markdown").split())
+
+
+def series(values, digits: int = 1) -> str:
+    """ "3.9, 6.6 and 8.8" """
+    *first, last = (f"{value:,.{digits}f}" for value in values)
+    return f"{', '.join(first)} and {last}"
+
+
+def test_the_findings_say_what_the_tables_say():
+    """The numbers of the prose, made again from the rows that ship."""
+    text = study_text()
+    table = versus_x(load_rows(paths.data() / "results" / "03_targets_shapes.json"))
+    table = table.set_index(["detail", "prediction", "size"]).sort_index()
+    error, loss = (f"{name} / x's" for name in AXES.values())
+    larger = ["32 px", "64 px", "128 px"]
+    factors = {(d, kind): table.loc[d, kind].loc[larger] for d in ("true", "repeated") for kind in ("eps", "v")}
+    v, eps, repeated = factors["true", "v"], factors["true", "eps"], factors["repeated", "v"]
+    small = table.loc["true", "v"].loc["16 px"]
+    for told in (
+        f"its error of $\\hat x$ is {small[error]:.2f} of x's and its v-loss {small[loss]:.2f}",
+        f"v's error of $\\hat x$ is {series(v[error])} times x's, its v-loss {series(v[loss])} times",
+        f"{series(eps[error], 0)} times x's error of $\\hat x$, and {series(eps[loss], 0)} times its v-loss",
+        f"{series(repeated[error])} on the error of $\\hat x$, {series(repeated[loss])} on the v-loss",
+    ):
+        assert told in text, told
+    verdicts = [f"{name}: x is better" for name in AXES.values()]
+    assert (small[verdicts] == "contradicted").all()
+    assert all((of[verdicts] == "reproduced").all().all() for of in factors.values())
+
+
+def test_the_text_on_shares_ranks_and_the_judge_says_what_the_tables_say():
+    text, rows = study_text(), load_rows(paths.data() / "results" / "03_targets_shapes.json")
+    shares = [main_effects(nine_table(rows, "velocity", size)[:, [0, 2]])["prediction"] for size in (64, 128)]
+    assert f"shares of {series(shares, 2)} of the v-loss even between x and v alone" in text
+    judge = [nine_table(rows, "frechet", 16)[2, column] for column in (0, 2)]
+    assert f"it cannot tell x from v ({series(judge)})" in text
+    rank = np.mean([row["rank per t"] for row in rows if row["arm"] == "x, v-loss, 128 px"], 0)
+    assert f"its rank rises from {rank[0]:.1f} to {rank[-1]:.1f}" in text
+    near = {
+        kind: np.mean([r["x error per t"][0] for r in rows if r["arm"] == f"{kind}, v-loss, 128 px"]) for kind in KINDS
+    }
+    assert f"the error of $\\hat x$ is {near['x']:.3f} for x-prediction and {near['v']:.3f} for the other two" in text
+    assert f"{near['eps']:.3f}" == f"{near['v']:.3f}"
+
+
+def test_the_text_on_the_toy_says_what_the_table_says():
+    text, toy = study_text(), load_rows(paths.data() / "results" / "03_manifold.json")
+    found = {kind: energies(pick(toy, dim=16, prediction=kind)) for kind in KINDS}
+    stray = [found[kind]["stray distance"] for kind in ("eps", "v")]
+    assert f"stray {series(stray, 2)} deviations from the spiral, those of x {found['x']['stray distance']:.3f}" in text
+    assert f"{found['eps']['share that leaves']:.0%}".replace("%", " %") + " of the trajectories" in text
+    steps = 4 * ToyConfig().steps
+    left = [
+        energies(pick(toy, prediction="v", **change))["energy per coordinate"]
+        for change in ({}, {"steps": steps}, {"width": 1024}, {"width": 1024, "steps": steps})
+    ]
+    more, wider, both = (f"{value:.2f}" for value in left[1:])
+    assert (
+        f"the energy falls from {left[0]:.2f} to {more} with four times the steps, to {wider} with four times" in text
+    )
+    assert f"and to {both} with both" in text
 
 
 def test_the_scrubber_comes_by_the_third_code_cell():
