@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'DETAILS', 'BY_SIZE', 'NINE', 'MATCHED', 'WIDER', 'ARMS', 'JIT_PARTS', 'JIT_ARMS', 'ONE_IMAGE', 'SHORT',
-           'SCALES', 'TIMES', 'SPECTRUM_TIME', 'RANKED', 'AXES', 'target_arm', 'Scale', 'expected_minutes', 'film_arms',
-           'implied', 'split_error', 'width_bound', 'measure_target', 'at_side', 'judge_samples', 'sheet_arms', 'sheet',
-           'versus_x', 'log_ratio', 'one_image_rows']
+           'SCALES', 'TIMES', 'SPECTRUM_TIME', 'RANKED', 'AXES', 'target_arm', 'Scale', 'sizes_of', 'expected_minutes',
+           'film_arms', 'implied', 'split_error', 'width_bound', 'measure_target', 'at_side', 'judge_samples',
+           'sheet_arms', 'sheet', 'versus_x', 'log_ratio', 'one_image_rows']
 
 # %% ../nbs/lib/targets.ipynb #a6df08af
 from collections.abc import Callable, Mapping, Sequence
@@ -107,7 +107,7 @@ class Scale:
     jit: str = "data.size=64 network.patch_size=16"  # overrides of JiT and of JiT without one of its parts
     jit_arms: tuple[Arm, ...] = JIT_ARMS
     one_image: tuple[OneImage, ...] = ONE_IMAGE
-    toy: bool = True  # whether the manifold toy is trained again with the tables
+    toy: bool = True  # whether the manifold toy is trained again; its table depends on no recipe
 
     def recipe_of(self, preset: str, dataset: str, overrides: str = "") -> Callable[[Arm, int], Recipe]:
         """What `run_arms` asks for: arm and seed -> recipe."""
@@ -128,6 +128,7 @@ SCALES = {
     "laptop": Scale(
         f"objective.clamp=0.05 network.depth=6 {SHORT}",
         seeds=0,
+        toy=False,
         jit="data.size=64 network.patch_size=16 network.depth=6 network.context_start=2 " + SHORT,
     ),
     "gpu": Scale(
@@ -140,6 +141,11 @@ SCALES = {
         jit="",
     ),
 }  # fmt: skip
+
+# %% ../nbs/lib/targets.ipynb #a90ca52e
+def sizes_of(rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Sizes of the images that rows of arms are about, ascending."""
+    return sorted({int(row["arm"].split(", ")[2].split()[0]) for row in rows})
 
 # %% ../nbs/lib/targets.ipynb #9be1a18a
 def expected_minutes(
@@ -266,7 +272,7 @@ def sheet_arms(
     scale: Scale,
 ) -> dict[str, Arm]:  # "x-16" -> its arm
     """The networks whose samples are shown: all predictions with v-loss at the smallest and the largest size."""
-    sizes = sorted({int(arm.name.split(", ")[2].split()[0]) for arm in scale.arms})
+    sizes = sizes_of([{"arm": arm.name} for arm in scale.arms])
     return {f"{kind}-{size}": target_arm(kind, "v", size) for size in (sizes[0], sizes[-1]) for kind in KINDS}
 
 # %% ../nbs/lib/targets.ipynb #baaa6d4e

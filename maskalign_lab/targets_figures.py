@@ -60,7 +60,7 @@ def size_figure(
         axis.set_title(f"{detail} detail")
     for axis in axes[1]:
         axis.set_xlabel("values in a token")
-    _legend(axes[0, 0], fontsize=8)
+    axes[0, 0].legend(fontsize=8)
     return figure
 
 # %% ../nbs/lib/targets_figures.ipynb #48c850d4
@@ -121,12 +121,6 @@ def _ranges(axis: Any, rows: Sequence[Mapping[str, Any]], metric: str, size: int
             axis.plot(x, of.mean(0), color=COLOURS[kind], label=f"{NAMES[kind]}-prediction")
             axis.fill_between(x, of.min(0), of.max(0), color=COLOURS[kind], alpha=0.2, linewidth=0)
 
-# %% ../nbs/lib/targets_figures.ipynb #bea97478
-def _legend(axis: Any, **options: Any) -> None:
-    """A legend, if there is anything to tell."""
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend(**options)
-
 # %% ../nbs/lib/targets_figures.ipynb #166411bf
 def per_time_figure(
     rows: Sequence[Mapping[str, Any]],
@@ -145,7 +139,7 @@ def per_time_figure(
             xlabel="t (0 data, 1 noise)", yscale="log", title=f"{size} px, {3 * (size // SIDE) ** 2} values a token"
         )
     axes[0].set_ylabel(label)
-    _legend(axes[0])
+    axes[0].legend()
     return figure
 
 # %% ../nbs/lib/targets_figures.ipynb #b2d3ba2b
@@ -181,7 +175,7 @@ def spectrum_figure(
         axis.axhline(1, color=INK, lw=1, ls="--")
         axis.set(xlabel="cycles per image", yscale="log", title=f"{size} px, {3 * (size // SIDE) ** 2} values a token")
     axes[0].set_ylabel("power of the error over the images'")
-    _legend(axes[0])
+    axes[0].legend()
     return figure
 
 # %% ../nbs/lib/targets_figures.ipynb #9f6a2b51

@@ -34,10 +34,8 @@ from maskalign_lab.targets import (
 from maskalign_lab.targets_figures import (
     nine_figure,
     nine_table,
-    per_time_figure,
     sheet_figure,
     size_figure,
-    spectrum_figure,
     width_figure,
 )
 from maskalign_lab.targets_film import (
@@ -533,10 +531,6 @@ def test_the_figure_of_sizes_shows_both_axes_and_matched_noise_if_it_was_trained
     assert dict(zip(*dashed.get_data(), strict=True))[192] == pytest.approx(0.5)
     more = [row | {"arm": target_arm(kind, "v", 32, "matched").name} for row, kind in zip(rows, KINDS)]
     assert len(size_figure(rows + more, 96).axes) == 6
-
-
-def test_figures_of_nothing_are_empty_and_no_error():
-    assert size_figure([], 96) and per_time_figure([], targets.TIMES) and spectrum_figure([])
 
 
 def test_sheets_name_their_classes():
