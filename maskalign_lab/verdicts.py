@@ -163,6 +163,9 @@ def arms_figure(
         axis.locator_params("x", nbins=5)
     marks = [axis.scatter([], [], color=colour, marker="D", s=25) for colour in dict.fromkeys(WORDS.values())]
     figure.legend(
-        marks, ("reproduced", "contradicted", "lower or higher", "undecided"), loc="outside lower center", ncols=4
+        marks,
+        ("reproduced", "contradicted", "lower or higher", "undecided"),
+        loc="outside lower center",
+        ncols=2 * len(shown),
     )
     return figure
