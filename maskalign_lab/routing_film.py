@@ -27,7 +27,8 @@ from .interpolants import interpolate
 from .levels import Levels
 from .plots import INK, PALETTE, Bars, Curve, Panels, Picture, filmstrip, theme
 from .recipes import Run
-from .routing import LEVELS, WINDOWS, Routing, check_ahpa
+from .routing import Routing, check_ahpa
+from .routing_arms import LEVELS, WINDOWS
 from .seeding import generator
 from .verdicts import paired
 from .widgets import Control, Scrubber

@@ -16,26 +16,13 @@ from maskalign_lab.ahpa import AHPA, SCHEDULES, AHPAConfig, Router, closed_form,
 from maskalign_lab.autoencoders import load_autoencoder
 from maskalign_lab.caching import open_cache, place
 from maskalign_lab.datasets import load_dataset
+from maskalign_lab.level_contents import centroid, level_power
 from maskalign_lab.levels import cached_level_tokens, description, fit_levels, on_grid, principal_components, rotation
 from maskalign_lab.methods import Batch, State, denoise, shard
 from maskalign_lab.objectives import Objective
 from maskalign_lab.recipes import LATENTS, build, load_run, make_recipe, train
-from maskalign_lab.routing import (
-    ARMS,
-    SCALES,
-    WINDOWS,
-    Routing,
-    centroid,
-    constant_losses,
-    level_power,
-    measure_ahpa,
-    measure_routing,
-    oracle_arm,
-    oracle_table,
-    run_levels,
-    trace_router,
-    weights_over,
-)
+from maskalign_lab.routing import Routing, constant_losses, measure_routing, run_levels, trace_router, weights_over
+from maskalign_lab.routing_arms import ARMS, SCALES, WINDOWS, measure_ahpa, oracle_arm, oracle_table
 from maskalign_lab.routing_film import make_film
 from maskalign_lab.seeding import generator
 from maskalign_lab.settings import from_json, identity

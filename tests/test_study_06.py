@@ -7,7 +7,7 @@ from studies import check_figure, check_first_cells, check_smoke, own_folders, s
 from maskalign_lab import paths
 from maskalign_lab.batch import run_study
 from maskalign_lab.experiments import Length, load_rows, run_identity, shipped_rows
-from maskalign_lab.routing import SCALES
+from maskalign_lab.routing_arms import SCALES
 from maskalign_lab.routing_film import load_film
 
 smoke = smoke_fixture("06")
