@@ -26,6 +26,8 @@ FINDINGS = {  # (metric, budget, arm, other) -> verdict and difference, as the s
     ("velocity", "steps", "MaskAlign", "mask, no mixer"): ("undecided", 0.0001),
     ("velocity", "steps", "MaskAlign", "mixer, no mask"): ("contradicted", 0.0022),
     ("velocity", "steps", "REPA + MaskAlign", "REPA"): ("contradicted", 0.0027),
+    ("velocity", "steps", "HASTE", "REPA"): ("undecided", 0.0001),
+    ("velocity", "steps", "iREPA", "REPA"): ("undecided", 0.0011),
     ("velocity", "steps", "two blocks behind", "REG"): ("lower", -0.0017),
     ("velocity", "steps", "two blocks behind", "mixer, no mask"): ("lower", -0.0024),
     ("velocity", "steps", "mask the loss", "MaskAlign"): ("lower", -0.0021),
