@@ -31,7 +31,7 @@ class Sizes:
     images: int = 512  # behind a preference map
     times: int = 6  # of the slider
     shown: int = 6  # pictures to choose from
-    probes: int = 8  # random directions behind an influence map
+    probes: int = 4  # random directions behind an influence map
     seeds: int = 0  # of the table of arms; 0: what ships
     arms: str = "headline"  # groups of `masking.GROUPS` in that table
     measured: int = 256  # images that an arm's losses are taken over
