@@ -7,14 +7,15 @@ from studies import check_figure, check_first_cells, check_smoke, own_folders, s
 
 from maskalign_lab import paths
 from maskalign_lab.batch import run_study
-from maskalign_lab.experiments import load_rows
+from maskalign_lab.experiments import load_rows, results_file
 from maskalign_lab.manifold import ToyConfig
 from maskalign_lab.manifold_survey import energies, pick
 from maskalign_lab.prediction_targets import KINDS, main_effects
 from maskalign_lab.recipes import make_recipe, train
-from maskalign_lab.targets import ARMS, AXES, BY_SIZE, ONE_IMAGE, SCALES, versus_x
+from maskalign_lab.targets import ARMS, AXES, BY_SIZE, JIT_ARMS, ONE_IMAGE, SCALES, versus_x
 from maskalign_lab.targets_figures import nine_table
 from maskalign_lab.targets_film import load_film
+from maskalign_lab.verdicts import comparison
 
 smoke = smoke_fixture("03")
 
@@ -98,6 +99,31 @@ def test_the_findings_say_what_the_tables_say():
     verdicts = [f"{name}: x is better" for name in AXES.values()]
     assert (small[verdicts] == "contradicted").all()
     assert all((of[verdicts] == "reproduced").all().all() for of in factors.values())
+
+
+def test_the_findings_on_photographs_say_what_their_table_says():
+    table = (
+        versus_x(load_rows(results_file("03_targets", "photos")))
+        .query("prediction == 'v'")
+        .set_index(["detail", "size"])
+    )
+    for detail, axis, told in (
+        ("true", "error of x̂ / x's", (1.03, 3.7, 5.6, 6.1)),
+        ("true", "v-loss / x's", (0.82, 1.6, 1.5, 1.03)),
+        ("repeated", "error of x̂ / x's", (4.6, 8.0, 11.4)),
+        ("repeated", "v-loss / x's", (3.0, 5.3, 6.2)),
+    ):
+        np.testing.assert_allclose(table.loc[detail, axis], told, atol=0.051)
+    assert table.loc[("true", "128 px"), "v-loss: x is better"] == "undecided (3 seeds)"
+
+
+def test_the_findings_on_jits_parts_say_what_their_table_says():
+    rows = load_rows(results_file("03_jit", "shapes"))
+    table = comparison(rows, "velocity", "JiT", {arm.name: arm.claim for arm in JIT_ARMS}).set_index("arm")
+    assert table.loc["JiT", "velocity"] == pytest.approx(0.71, abs=5e-3)
+    left_out = table.loc["without bottleneck"]
+    assert left_out["verdict"] == "contradicted" and left_out["difference"] == pytest.approx(-0.16, abs=5e-3)
+    assert table.drop(["JiT", "without bottleneck"])["verdict"].str.startswith("undecided").all()
 
 
 def test_the_text_on_shares_ranks_and_the_judge_says_what_the_tables_say():
