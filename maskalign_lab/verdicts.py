@@ -58,11 +58,11 @@ def by_seed(
     metric: str,  # key of the rows
     budget: str = "steps",  # steps | flops
 ) -> dict[str, dict[int, float]]:  # arm -> seed -> value
-    """The values of a table at one budget."""
+    """The values of a table at one budget; arms of which this was not measured are left out."""
     one_of(budget, ("steps", "flops"), "budget")
     values: dict[str, dict[int, float]] = {}
     for row in rows:
-        if row["budget"] == budget:
+        if row["budget"] == budget and metric in row:
             values.setdefault(row["arm"], {})[row["seed"]] = row[metric]
     return values
 

@@ -1,11 +1,12 @@
 """Arms, budgets and verdicts: what is trained, what is not trained twice, and when a difference counts."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
 
-from maskalign_lab import experiments
+from maskalign_lab import experiments, paths
 from maskalign_lab.checkpoints import steps_of
 from maskalign_lab.experiments import (
     Arm,
@@ -120,3 +121,10 @@ def test_arms_share_everything_that_they_do_not_name():
     recipes = [recipe_of(arm, 3) for arm in ARMS]
     assert recipes[0].training == recipes[1].training and recipes[0].data == recipes[1].data
     assert replace(recipes[1].network, depth=4) == recipes[0].network
+
+
+def test_every_table_that_ships_is_on_the_card():
+    folder = paths.data() / "results"
+    card = (folder / "card.md").read_text()
+    files = {path.name for path in folder.iterdir() if path.name != "card.md"}
+    assert files == set(re.findall(r"`(0\d_[\w.-]+)`", card))

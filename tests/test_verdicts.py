@@ -62,6 +62,8 @@ def test_two_arms_are_compared_over_the_seeds_that_both_have():
     rows = [row for row in ROWS if (row["arm"], row["seed"]) != ("better", 1)]
     found = against(rows, "loss", "better", "base")
     assert found["seeds"] == 2 and found["difference"] == pytest.approx(-0.49)
+    some = [row | {"gap": 1.0} if row["arm"] == "base" else row for row in ROWS]
+    assert against(some, "gap", "better", "base")["verdict"] == "not trained"
     assert against(rows, "loss", "better", "none") == {
         "arm": "better", "beside": "none", "seeds": 0, "verdict": "not trained"
     }  # fmt: skip
