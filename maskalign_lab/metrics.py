@@ -61,10 +61,10 @@ def _velocity_error(
 # %% ../nbs/lib/metrics.ipynb #642a094c
 def mean_interval(
     values: Tensor,  # (..., n) independent values
-) -> tuple[Tensor, Tensor]:  # (...,) mean and half-width of the 95 % interval
+) -> tuple[Tensor, Tensor]:  # (...,) mean and half-width of the 95 % interval; nan for a single value
     """Mean and half-width of its 95 % interval over the last axis."""
-    n = values.shape[-1]
-    return values.mean(-1), 1.96 * values.std(-1) / n**0.5
+    n, mean = values.shape[-1], values.mean(-1)
+    return mean, 1.96 * values.std(-1) / n**0.5 if n > 1 else torch.full_like(mean, torch.nan)
 
 
 def share_half(
