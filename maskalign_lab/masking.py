@@ -326,11 +326,9 @@ def arms_of(
 ) -> dict[str, tuple[Arm, ...]]:  # baseline -> its arms, itself the first
     """The arms of some groups, by the baseline that they are compared with."""
     chosen = [arm for name in groups.split() for arm in GROUPS[one_of(name, GROUPS, "group of arms")]]
-    tables = {
-        group[0].name: [arm for arm in chosen if arm in group] for group in (HEADLINE + ABLATIONS + CONTROLS, ON_REPA)
-    }
-    first = {"REG": HEADLINE[0], "REPA": ON_REPA[0]}
-    return {name: tuple(dict.fromkeys((first[name], *group))) for name, group in tables.items() if group}
+    tables = [[arm for arm in chosen if (arm in ON_REPA) is on_repa] for on_repa in (False, True)]
+    baselines = (HEADLINE[0], ON_REPA[0])
+    return {base.name: tuple(dict.fromkeys((base, *table))) for base, table in zip(baselines, tables) if table}
 
 # %% ../nbs/lib/masking.ipynb #e29848a4
 def measure_arm(
