@@ -1368,6 +1368,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'maskalign_lab/routing_arms.py'),
                                             'maskalign_lab.routing_arms.budget': ( 'lib/routing_arms.html#budget',
                                                                                    'maskalign_lab/routing_arms.py'),
+                                            'maskalign_lab.routing_arms.coarse_in_noise': ( 'lib/routing_arms.html#coarse_in_noise',
+                                                                                            'maskalign_lab/routing_arms.py'),
                                             'maskalign_lab.routing_arms.in_windows': ( 'lib/routing_arms.html#in_windows',
                                                                                        'maskalign_lab/routing_arms.py'),
                                             'maskalign_lab.routing_arms.measure_ahpa': ( 'lib/routing_arms.html#measure_ahpa',

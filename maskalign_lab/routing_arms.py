@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LEVELS', 'BASELINES', 'ROUTED', 'SINGLE', 'CHOICES', 'ARMS', 'CLAIMS', 'WINDOWS', 'ORACLE', 'TRACED', 'SHORT',
            'SCALES', 'ORACLE_SEEDS', 'router_arm', 'oracle_arm', 'Scale', 'budget', 'measure_ahpa', 'as_routing',
-           'numbers', 'in_windows', 'oracle_table', 'agreement', 'router_traces']
+           'numbers', 'in_windows', 'oracle_table', 'coarse_in_noise', 'agreement', 'router_traces']
 
 # %% ../nbs/lib/routing_arms.ipynb #6a3bd65e
 from collections.abc import Callable, Sequence
@@ -20,6 +20,7 @@ from .experiments import Arm
 from .metrics import four_digits, validation_loss
 from .recipes import LATENTS, Recipe, Run, ensure_run
 from .routing import TIMES, Routing, has_losses, measure_routing, trace_router
+from .verdicts import Paired, beside, by_seed, paired
 
 # %% ../nbs/lib/routing_arms.ipynb #beea1382
 LEVELS = AHPAConfig().levels
@@ -180,24 +181,39 @@ def oracle_table(
     rows: Sequence[dict[str, Any]],  # of ORACLE and of an arm without alignment
     baseline: str = "SiT",
     budget: str = "steps",
-) -> np.ndarray:  # (windows, K, windows) relative change of the velocity loss, a mean over seeds
-    """What alignment with one level at some times does to the loss at all times, window by window."""
-    of = {(row["arm"], row["seed"]): np.array(row["velocity per t"]) for row in rows if row["budget"] == budget}
-    parts = lambda values: np.array([part.mean() for part in in_windows(values)])  # noqa: E731
-    table = np.full((len(WINDOWS), len(LEVELS), 3), np.nan)
-    for i, window in enumerate(WINDOWS):
-        for k, level in enumerate(LEVELS):
-            name = oracle_arm(level, window).name
-            changes = [parts(values) / parts(of[baseline, seed]) - 1 for (arm, seed), values in of.items()
-                       if arm == name and (baseline, seed) in of]  # fmt: skip
-            if changes:
-                table[i, k] = np.mean(changes, 0)
-    return table
+) -> tuple[np.ndarray, np.ndarray]:  # (windows, K, windows) each: mean, half of the 95 % interval
+    """What alignment with one level at some times does to the velocity loss at all times, relative, paired over seeds."""
+    shape = len(WINDOWS), len(LEVELS), len(WINDOWS)
+    mean, half = np.full(shape, np.nan), np.full(shape, np.nan)
+    of: dict[str, dict[int, list[float]]] = {}
+    for row in rows:
+        if row["budget"] == budget:
+            parts = [part.mean() for part in in_windows(np.array(row["velocity per t"]))]
+            of.setdefault(row["arm"], {})[row["seed"]] = parts
+    for i, k in np.ndindex(shape[:2]):
+        arm = of.get(oracle_arm(LEVELS[k], WINDOWS[i]).name, {})
+        if seeds := sorted(arm.keys() & of.get(baseline, {}).keys()):
+            ratios = np.array([arm[seed] for seed in seeds]) / np.array([of[baseline][seed] for seed in seeds])
+            found = [paired(each, np.ones(len(seeds))) for each in ratios.T]
+            mean[i, k], half[i, k] = [each.mean for each in found], [each.half for each in found]
+    return mean, half
+
+# %% ../nbs/lib/routing_arms.ipynb #0e8c79aa
+def coarse_in_noise(
+    rows: Sequence[dict[str, Any]],  # of ORACLE
+    coarse: str,  # a level
+    fine: str,  # another
+) -> Paired | None:  # below 0 where the claim holds; None: no seed has all four runs
+    """Velocity loss with the coarse level in the noise and the fine one near the data, less that of the reverse."""
+    values, (near, *_, far) = by_seed(rows, "velocity"), WINDOWS
+    of = lambda level, window: values.get(oracle_arm(level, window).name, {})  # noqa: E731
+    mean = lambda first, second: {s: (first[s] + second[s]) / 2 for s in first.keys() & second.keys()}  # noqa: E731
+    return beside(mean(of(coarse, far), of(fine, near)), mean(of(coarse, near), of(fine, far)))
 
 # %% ../nbs/lib/routing_arms.ipynb #f9f03a01
 def agreement(
     weights: np.ndarray,  # (10, K) at TIMES
-    table: np.ndarray,  # of `oracle_table`
+    table: np.ndarray,  # means of `oracle_table`
 ) -> np.ndarray:  # (windows,) between -1 and 1; nan where there is no order
     """Rank correlation of the weights in a window with the gain from alignment there."""
     from scipy.stats import spearmanr

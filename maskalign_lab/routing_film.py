@@ -260,19 +260,23 @@ def difference_figure(
 
 # %% ../nbs/lib/routing_film.ipynb #c2b86acc
 def oracle_figure(
-    table: np.ndarray,  # (windows, K, thirds) of `routing.oracle_table`
+    mean: np.ndarray,  # (windows, K, windows) of `oracle_table`
+    half: np.ndarray,  # of its intervals; in bold are means that exceed theirs
 ) -> Figure:
     """Change of the velocity loss by alignment with one level at some times, in per cent."""
     theme()
-    titles = [f"loss at t {low:g} to {high:g}" for low, high in WINDOWS]
-    figure = Figure(figsize=(3.1 * len(titles) + 1, 2.9), layout="constrained")
-    reach = max(0.1, 100 * np.nanmax(np.abs(table), initial=0))
-    for axis, title, third in zip(figure.subplots(1, len(titles), sharey=True), titles, table.transpose(2, 0, 1)):
-        style = {"cmap": "vlag", "vmin": -reach, "vmax": reach, "annot": 100 * third, "fmt": ".1f", "cbar": False}
-        sns.heatmap(100 * third, ax=axis, square=False, linewidths=1, **style)
-        axis.set(title=title, xlabel="aligned level")
+    spans = [f"{low:g} to {high:g}" for low, high in WINDOWS]
+    figure = Figure(figsize=(3.1 * len(spans) + 1, 2.9), layout="constrained")
+    reach = max(0.1, 100 * np.nanmax(np.abs(mean), initial=0))
+    for third, (axis, span) in enumerate(zip(figure.subplots(1, len(spans), sharey=True), spans, strict=True)):
+        shown, settled = 100 * mean[..., third], np.abs(mean[..., third]) > half[..., third]
+        style = {"cmap": "vlag", "vmin": -reach, "vmax": reach, "fmt": "+.1f", "cbar": False}
+        sns.heatmap(shown, ax=axis, square=False, linewidths=1, annot=True, **style)
+        for text, bold in zip(axis.texts, settled[np.isfinite(shown)], strict=True):
+            text.set_fontweight("bold" if bold else "normal")
+        axis.set(title=f"loss at t {span}", xlabel="aligned level")
         axis.set_xticklabels(LEVELS, rotation=0, fontsize=8)
-        axis.set_yticklabels([f"{low:g} to {high:g}" for low, high in WINDOWS], rotation=0)
+        axis.set_yticklabels(spans, rotation=0)
         axis.tick_params(length=0)
     figure.axes[0].set_ylabel("aligned at t", color=INK)
     return figure

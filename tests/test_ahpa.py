@@ -482,8 +482,9 @@ def test_the_oracle_compares_within_a_seed():
         for seed in range(2)
         for name, loss in (("SiT", 1.0), (oracle_arm("mid", WINDOWS[2]).name, 0.8))
     ]
-    table = oracle_table(rows)
+    table, half = oracle_table(rows)
     np.testing.assert_allclose(table[2, 2], -0.2)
+    np.testing.assert_allclose(half[2, 2], 0, atol=1e-12)  # seeds differ in their loss and not in the change
     assert np.isnan(np.delete(table.reshape(12, 3), 2 * 4 + 2, 0)).all()
 
 
@@ -494,6 +495,7 @@ def test_the_oracle_averages_the_bins_of_its_windows():
         {"arm": name, "seed": 0, "budget": "steps", "velocity per t": loss.tolist()}
         for name, loss in (("SiT", np.ones(10)), (oracle_arm("latent", WINDOWS[0]).name, 1 - change))
     ]
-    np.testing.assert_allclose(oracle_table(rows)[0, 3], [-0.01, -0.045, -0.08])
+    np.testing.assert_allclose(oracle_table(rows)[0][0, 3], [-0.01, -0.045, -0.08])
+    assert np.isinf(oracle_table(rows)[1][0, 3]).all()  # of one seed
     edges = [round(10 * edge) for window in WINDOWS for edge in window]
     assert edges == [0, 3, 3, 7, 7, 10]
