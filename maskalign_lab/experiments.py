@@ -154,7 +154,7 @@ def run_arms(
     known: Sequence[dict[str, Any]] = (),  # rows that need not be trained again
     keep: Path | None = None,  # a JSON file that every new row is added to
     device: str = "auto",
-) -> list[dict[str, Any]]:  # rows of exactly these arms and seeds
+) -> list[dict[str, Any]]:  # rows of exactly these arms and seeds, in their order
     """Train and measure what is not known yet, seed by seed."""
     seeds = list(seeds)
     recipes = {arm.name: recipe_of(arm, seeds[0]) for arm in arms}
@@ -174,8 +174,9 @@ def run_arms(
         mine += arm_rows(arm, recipe, plan[arm.name], measure, device)
         if keep:
             save_rows(keep, mine)
-    chosen = {(name, arm.name) for arm, _, _, name in wanted}
-    return [row for row in (*known, *mine) if (row["identity"], row["arm"]) in chosen]
+    place = {(name, arm.name): k for k, (arm, _, _, name) in enumerate(wanted)}
+    found = [row for row in (*known, *mine) if (row["identity"], row["arm"]) in place]
+    return sorted(found, key=lambda row: place[row["identity"], row["arm"]])
 
 
 def counts_of(recipes: Iterable[Recipe]) -> dict[str, int]:

@@ -65,7 +65,8 @@ NAMED: dict[str, dict[str, str]] = {  # what else a name stands for, by preset; 
     "sra2": {"": "method.depth=2", "paper": f"{LATENTS['paper']} method.depth=8"},
     "ahpa": {
         "": f"{LATENTS['']} method.depth=3 method.revision={REVISION}",
-        "paper": f"{LATENTS['paper']} method.depth=7 training.lr=2e-4 training.clip=2.0",
+        "paper": f"{LATENTS['paper']} method.depth=7 training.lr=2e-4 training.clip=2.0 "
+        "method.levels=down.1,down.2,mid,latent",
     },
     "jit": {
         "": "network.name=jit objective.prediction=x objective.clamp=0.05 objective.time_law=logit-normal "

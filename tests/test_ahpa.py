@@ -22,7 +22,7 @@ from maskalign_lab.methods import Batch, State, denoise, shard
 from maskalign_lab.objectives import Objective
 from maskalign_lab.recipes import LATENTS, build, load_run, make_recipe, train
 from maskalign_lab.routing import Routing, constant_losses, measure_routing, run_levels, trace_router, weights_over
-from maskalign_lab.routing_arms import ARMS, SCALES, WINDOWS, measure_ahpa, oracle_arm, oracle_table
+from maskalign_lab.routing_arms import SCALES, WINDOWS, measure_ahpa, oracle_arm, oracle_table
 from maskalign_lab.routing_film import make_film
 from maskalign_lab.seeding import generator
 from maskalign_lab.settings import from_json, identity
@@ -433,7 +433,7 @@ def test_routing_refuses_what_has_no_levels(vae, tmp_path):
         with pytest.raises(ValueError, match=message):
             measure_routing(run, run.images("validation", 4))
     assert measure_ahpa(run, 8).keys() == {"velocity", "velocity per t"}
-    film = make_film([run], run_levels(run), shown=2, times=3)
+    film = make_film({run.name: run}, run_levels(run), shown=2, times=3)
     np.testing.assert_allclose(film.weights, 1 / 4, rtol=1e-5)  # it stays at its prior
 
 
@@ -467,7 +467,9 @@ def test_arms_of_a_scale_differ_in_their_method_alone(preset):
     """Learning rate, clipping, batches, images and network are those of all."""
     scale = SCALES[preset]
     for overrides in ("", scale.oracle):
-        recipes = [scale.recipe_of(preset, "shapes", overrides)(arm, 0) for arm in (*ARMS, *scale.tried, *scale.traced)]
+        recipes = [
+            scale.recipe_of(preset, "shapes", overrides)(arm, 0) for arm in (*scale.arms, *scale.tried, *scale.traced)
+        ]
         for part in ("training", "data", "network", "objective"):
             assert len({repr(getattr(each, part)) for each in recipes}) == 1, part
         depths = {each.method.depth for each in recipes if each.method.name in ("ahpa", "repa")}
