@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from studies import check_figure, check_first_cells, check_smoke, own_folders, smoke_fixture  # noqa: F401  (fixtures)
 
-from maskalign_lab import paths
 from maskalign_lab.batch import run_study
 from maskalign_lab.experiments import Length, load_rows, results_file, run_identity, shipped_rows
 from maskalign_lab.routing_arms import SCALES
