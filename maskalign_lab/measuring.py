@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BATCH', 'sample_batches', 'as_bytes', 'check_classes', 'loss_of', 'measure', 'with_progress', 'measured_text',
-           'save_measure']
+           'save_measure', 'at_side', 'judge_samples']
 
 # %% ../nbs/lib/measuring.ipynb #f82a4935
 import json
@@ -152,3 +152,29 @@ def save_measure(
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(found, indent=1) + "\n")
     return path
+
+# %% ../nbs/lib/measuring.ipynb #a5bef9fe
+def at_side(
+    images: Tensor,  # (b, c, h, h)
+    side: int,
+) -> Tensor:  # (b, c, side, side)
+    """Images at another size: pixels repeated, or picked at equal distances."""
+    h = images.shape[-1]
+    if h > side:
+        return images[..., :: h // side, :: h // side]
+    return images.repeat_interleave(side // h, 2).repeat_interleave(side // h, 3)
+
+
+def judge_samples(
+    run: Run,
+    n: int,
+    sampler: SamplerConfig = SamplerConfig(steps=12),
+) -> dict[str, Any]:
+    """Distances and accuracy of samples, and of as many real images, by the judge of the data set."""
+    judge = load_judge(run.recipe.data.name, device=run.device)
+    real, labels = run.images("validation", 2 * n).images(), balanced_labels(n, run.net.num_classes)
+    fake = torch.cat(list(sample_batches(run, labels, sampler))).cpu()
+    reference, other = at_side(as_bytes(real), 32).split(n)
+    verdict = judged(judge, reference, at_side(fake.nan_to_num(0), 32), labels)
+    floor = judged(judge, reference, other, labels)
+    return {"frechet": verdict["frechet"], "frechet floor": floor["frechet"], "accuracy": verdict["accuracy"]}

@@ -18,6 +18,7 @@ import torch
 
 from .ahpa import ROUTERS, AHPAConfig, closed_form, schedule
 from .experiments import Arm
+from .measuring import judge_samples
 from .metrics import four_digits, validation_loss
 from .recipes import LATENTS, Recipe, Run, ensure_run, make_recipe
 from .routing import TIMES, Routing, has_losses, measure_routing, trace_router
@@ -91,6 +92,7 @@ class Scale:
     traced: tuple[Arm, ...] = TRACED
     seeds: int = 5  # of the tables; 0: what ships
     images: int = 256  # held-out ones
+    samples: int = 256  # that the judge sees, of shapes
 
     @property
     def arms(self) -> tuple[Arm, ...]:
@@ -117,14 +119,16 @@ SCALES = {
         traced=TRACED[4:5],
         seeds=1,
         images=16,
+        samples=0,
     ),
     "laptop": Scale(f"{SHORT} training.steps=800", "training.steps=400", seeds=0),
-    "gpu": Scale("training.steps=2000 training.warmup=200", "training.steps=1000"),
+    "gpu": Scale("training.steps=2000 training.warmup=200", "training.steps=1000", samples=2000),
     "paper": Scale(
         f"{LATENTS['paper']} training.lr=2e-4 training.clip=2.0",
         "training.steps=50000",
         levels=PAPER_LEVELS,
         images=2048,
+        samples=5000,
     ),
 }
 
@@ -152,12 +156,14 @@ def budget(
 def measure_ahpa(
     run: Run,
     images: int = 256,  # held out
+    samples: int = 0,  # that the judge sees; 0: none
 ) -> dict[str, Any]:
-    """Validation velocity loss, as a mean and per tenth of t; of a run with levels, their losses and weights over time."""
+    """Velocity loss, mean and per tenth of t; what a judge says of samples; losses and weights of levels, if there are any."""
     held_out = run.images("validation", images)
     x, labels = run.inputs(held_out), torch.as_tensor(held_out.labels, device=run.device)
     per_bin = validation_loss(run.net, run.recipe.objective, x, labels).mean(1).tolist()
     found = {"velocity": four_digits(sum(per_bin) / len(per_bin)), "velocity per t": list(map(four_digits, per_bin))}
+    found |= judge_samples(run, samples) if samples else {}
     if not has_losses(run):
         return found
     seen = measure_routing(run, held_out)
