@@ -21,8 +21,17 @@ from maskalign_lab.levels import cached_level_tokens, description, fit_levels, o
 from maskalign_lab.methods import Batch, State, denoise, shard
 from maskalign_lab.objectives import Objective
 from maskalign_lab.recipes import LATENTS, build, load_run, make_recipe, train
-from maskalign_lab.routing import Routing, constant_losses, measure_routing, run_levels, trace_router, weights_over
-from maskalign_lab.routing_arms import SCALES, WINDOWS, measure_ahpa, oracle_arm, oracle_table
+from maskalign_lab.routing import TIMES, Routing, constant_losses, measure_routing, run_levels, trace_router, weights_over
+from maskalign_lab.routing_arms import (
+    SCALES,
+    WINDOWS,
+    mean_routing,
+    measure_ahpa,
+    numbers_table,
+    oracle_arm,
+    oracle_table,
+    routings,
+)
 from maskalign_lab.routing_film import make_film
 from maskalign_lab.seeding import generator
 from maskalign_lab.settings import from_json, identity
@@ -501,3 +510,32 @@ def test_the_oracle_averages_the_bins_of_its_windows():
     assert np.isinf(oracle_table(rows)[1][0, 3]).all()  # of one seed
     edges = [round(10 * edge) for window in WINDOWS for edge in window]
     assert edges == [0, 3, 3, 7, 7, 10]
+
+
+def test_other_levels_are_tried_alone_and_by_the_oracle():
+    levels = ("down.1", "down.2", "latent")
+    scale = replace(SCALES["laptop"], levels=levels)
+    given = scale.recipe_of("laptop", "shapes", f"method.levels={','.join(levels)}")
+    assert {arm.name for arm in scale.arms} >= {"down.2 alone"} and len(scale.tried) == len(levels) * len(WINDOWS)
+    for arm in (*scale.arms, *scale.tried, *scale.traced):
+        method = given(arm, 0).method
+        assert method.name != "ahpa" or method.levels == levels
+
+
+def test_a_table_of_routers_is_over_seeds_after_equal_steps():
+    def row(seed: int, budget: str, rising: float) -> dict:
+        """A router of two levels whose second weight rises with t, and whose losses would have it so."""
+        second = 0.5 + rising * (np.array(TIMES) - 0.5)
+        weights = np.stack([1 - second, second], 1).tolist()
+        told = {"arm": "AHPA", "seed": seed, "budget": budget, "constant": [1.0, 1.0], "closed form": weights}
+        return told | {"level losses": np.ones((10, 2)).tolist(), "weights": weights}
+
+    config = AHPAConfig(levels=("down.0", "latent"))
+    rows = [row(0, "steps", 0.2), row(1, "steps", 0.4), row(1, "flops", 0.9)]
+    learned = routings(rows, {"AHPA": config, "uniform": replace(config, router="uniform")})
+    assert {name: len(each) for name, each in learned.items()} == {"AHPA": 2}
+    np.testing.assert_allclose(mean_routing(learned["AHPA"]).weights[:, 1], 0.5 + 0.3 * (np.array(TIMES) - 0.5))
+    table = numbers_table(learned)["AHPA"]
+    assert table.loc["seeds", "mean"] == 2 and table.loc["from closed form", "mean"] == pytest.approx(0)
+    assert table.loc["slope", "mean"] == table.loc["slope of the closed form", "mean"] == pytest.approx(0.3)
+    assert table.loc["slope", "+/-"] == pytest.approx(12.706 * 0.1, rel=1e-3)  # Student's t of one degree of freedom
