@@ -21,7 +21,15 @@ from maskalign_lab.levels import cached_level_tokens, description, fit_levels, o
 from maskalign_lab.methods import Batch, State, denoise, shard
 from maskalign_lab.objectives import Objective
 from maskalign_lab.recipes import LATENTS, build, load_run, make_recipe, train
-from maskalign_lab.routing import TIMES, Routing, constant_losses, measure_routing, run_levels, trace_router, weights_over
+from maskalign_lab.routing import (
+    TIMES,
+    Routing,
+    constant_losses,
+    measure_routing,
+    run_levels,
+    trace_router,
+    weights_over,
+)
 from maskalign_lab.routing_arms import (
     SCALES,
     WINDOWS,

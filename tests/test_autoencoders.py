@@ -81,6 +81,21 @@ def test_the_published_geometry():
     }  # fmt: skip
 
 
+def test_the_published_network_computes_with_random_weights(photos):
+    """All 84 million of them: levels, latents and pictures are diffusers' own."""
+    torch.manual_seed(0)
+    published = Autoencoder(AutoencoderKL.from_config(SD_VAE), "sd", "")
+    images = photos.images(slice(0, 1))
+    levels, latents = published.levels(images), published.encode(images)
+    assert {name: tuple(x.shape[1:]) for name, x in levels.items()} == published.level_shapes(images.shape[-1])
+    with torch.no_grad():
+        mean = published.vae.encode(images).latent_dist.mean
+        picture = published.vae.decode(mean).sample
+    torch.testing.assert_close(latents, mean * 0.18215)
+    torch.testing.assert_close(published.decode(latents), picture)
+    assert torch.equal(levels["latent"], latents) and all(x.isfinite().all() for x in levels.values())
+
+
 @settings(deadline=None, max_examples=8)
 @given(depth=st.integers(1, 4), multiple=st.integers(2, 5), layers=st.integers(1, 2), channels=st.integers(1, 5))
 def test_shapes_are_those_of_a_forward_pass(depth, multiple, layers, channels):

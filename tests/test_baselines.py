@@ -12,16 +12,18 @@ from timm.models.vision_transformer import VisionTransformer
 from maskalign_lab.baselines import (
     HASTE,
     IREPA,
+    SRA2,
     ConvProjector,
     HASTEConfig,
     IREPAConfig,
+    SRA2Config,
     attention_alignment,
     spatial_norm,
     student_logits,
 )
 from maskalign_lab.encoders import Teacher, load_teacher, qkv_names
-from maskalign_lab.layers import modulate
-from maskalign_lab.methods import Batch, MethodConfig, PlainSiT, State, needs_of
+from maskalign_lab.layers import modulate, patchify
+from maskalign_lab.methods import Batch, MethodConfig, PlainSiT, State, denoise, needs_of
 from maskalign_lab.objectives import Objective
 from maskalign_lab.recipes import build, load_run, make_recipe, train
 from maskalign_lab.seeding import generator
@@ -402,3 +404,26 @@ def test_maskalign_trains_over_haste(tmp_path):
     assert run.method.config.inner.name == "haste" and run.step == 3
     log = json.loads((run.path / "log.jsonl").read_text().splitlines()[-1])
     assert log["attention"] > 0
+
+
+# ---- SRA 2
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_sra2_is_the_smooth_distance_of_a_block_to_the_clean_input(depth):
+    """Value by value, with the corner at 0.05; no teacher is asked, and the target gets no gradient of its own."""
+    torch.manual_seed(0)
+    net = SiT(**SMALL).double()
+    for parameter in net.parameters():
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    method = SRA2(net, Objective(), SRA2Config(depth=depth, weight=0.5), 0).double()
+    batch = Batch(torch.randn(2, 3, 16, 16).double(), torch.tensor([1, 2]))
+    draw = method.draw(batch, 0, partial(generator, 0))
+    draw.t, draw.noise = draw.t.double(), draw.noise.double()
+    found = method.loss(State(net, net, 0), batch, draw)
+    hidden = denoise(method, net, batch, draw).hidden[depth]
+    wrong = (method.projector(hidden) - patchify(batch.x, 4)).abs().flatten()
+    by_hand = sum(0.5 * d * d / 0.05 if d < 0.05 else d - 0.025 for d in wrong.tolist()) / len(wrong)
+    assert found.parts["alignment"].item() == pytest.approx(by_hand, rel=1e-6)
+    assert found.total.item() == pytest.approx(found.parts["velocity"].item() + 0.5 * by_hand, rel=1e-6)
+    assert sum(isinstance(part, torch.nn.Linear) for part in method.projector) == 5 and method.needs == ()
