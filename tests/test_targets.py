@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from maskalign_lab import targets
 from maskalign_lab.datasets import load_dataset
 from maskalign_lab.interpolants import INTERPOLANTS, convert, interpolate
-from maskalign_lab.methods import Batch, State
+from maskalign_lab.methods import INSTALLED, Batch, State
 from maskalign_lab.metrics import validation_loss
 from maskalign_lab.objectives import (
     Objective,
@@ -23,7 +23,7 @@ from maskalign_lab.objectives import (
     predicted_velocity,
 )
 from maskalign_lab.prediction_targets import KINDS, OneImage, fit_one, main_effects, space_weight
-from maskalign_lab.recipes import build, load_run, make_recipe, train
+from maskalign_lab.recipes import NAMED, build, load_run, make_recipe, train
 from maskalign_lab.sampling import SOLVERS, SamplerConfig, last_sample
 from maskalign_lab.seeding import generator
 from maskalign_lab.spectra import effective_rank, radial_spectrum
@@ -77,22 +77,29 @@ def runs(tmp_path_factory):
 # ---- the axis: nine combinations, any network and method, any solver
 
 
+NAMES = {  # every method and network -> what it needs to be small
+    "sit": "", "repa": "", "reg": "", "maskalign": "", "mask-loss": "", "mask-input": "", "irepa": "", "sra2": "", "haste": "method.student_blocks=(1,2)",
+    "ahpa": "data.autoencoder= data.size=32 network.patch_size=4", "jit": "network.context_start=1",
+}  # fmt: skip
+
+
+def test_no_method_is_forgotten():
+    installed = {name for name, method in INSTALLED.items() if method.__module__.startswith("maskalign_lab")}
+    assert installed | NAMED.keys() == NAMES.keys()
+
+
 @pytest.mark.parametrize("space", KINDS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_combination_trains_every_method_and_network(kind, space):
     """One step each: a finite loss whose gradient reaches the network."""
-    for name, more in (("sit", ""), ("repa", ""), ("reg", ""), ("maskalign", ""), ("jit", "")):
-        sized = "network.width=16 network.depth=3 network.heads=2 " + (
-            "network.context_start=1" if name == "jit" else ""
-        )
+    g = torch.Generator().manual_seed(0)
+    shapes = (4, 3, 32, 32), (4, 64, 12), (4, 12), (4, 2, 2, 64, 64), (4, 4, 64, 16)
+    x, *given = (torch.randn(shape, generator=g) for shape in shapes)  # features, class token, attention, levels
+    batch = Batch(x, torch.arange(4), *given)
+    for name, more in NAMES.items():
+        sized = "network.width=16 network.depth=3 network.heads=2"
         objective = f"objective.prediction={kind} objective.loss_space={space} objective.clamp=0.05"
-        recipe = make_recipe(name, "smoke", overrides=f"{sized} {objective} {more}")
-        net, method = build(recipe, 10, 12)
-        g = torch.Generator().manual_seed(0)
-        batch = Batch(
-            torch.randn(4, 3, 32, 32, generator=g), torch.arange(4), torch.randn(4, 64, 12, generator=g),
-            torch.randn(4, 12, generator=g),
-        )  # fmt: skip
+        net, method = build(make_recipe(name, "smoke", overrides=f"{sized} {objective} {more}"), 10, 12)
         draw = method.draw(batch, 0, lambda step, what: generator(0, step, what))
         loss = method.loss(State(net, net, 0), batch, draw).total
         loss.backward()
