@@ -1,8 +1,9 @@
-"""A training step of REPA: what `fit` does against a plain one, and each ingredient on its own.
+"""A training step of REPA and of JiT: what `fit` does against a plain one, and each ingredient on its own.
 
 The plain step is how one writes it first, and how the published trainers do it: float32, eager, attention by
 `scaled_dot_product_attention`, AdamW with foreach kernels, the averaged weights moved by a loop over tensors.
-Both have the same network, batch, random draws and gradient clipping.
+Both have the same network, batch, random draws and gradient clipping. JiT's step also tells images and operations
+a second: on a GPU of B/16 at 256 pixels, in batches of 128, on a CPU of the laptop's size.
 
     python benchmarks/training_step.py [--short] [--device cuda]
     COMPILED=1 python benchmarks/training_step.py      # with a compiled arm; half a minute more on a CPU
@@ -16,12 +17,14 @@ from dataclasses import replace
 from functools import partial
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from maskalign_lab import layers
 from maskalign_lab.benchmarking import Comparison, in_turn, run_script
+from maskalign_lab.experiments import step_flops
 from maskalign_lab.layers import attend
 from maskalign_lab.methods import Batch, Method, State
 from maskalign_lab.recipes import build, make_recipe
@@ -33,10 +36,11 @@ PLAIN, OURS, COMPILED = "plain: float32, foreach AdamW, looped EMA", "ours: what
 CLASSES, TEACHER = 10, 192  # of the data; channels of the teacher's features
 
 
-def recipe_for(short: bool, device: torch.device) -> Recipe:
-    """The small network of the shipped runs; on a GPU one that keeps it busy."""
-    preset = "smoke" if short else "gpu" if device.type == "cuda" else "laptop"
-    return make_recipe("repa", preset, overrides="training.steps=1000000000")
+def recipe_for(short: bool, device: torch.device, name: str = "repa") -> Recipe:
+    """The small network of the shipped runs; on a GPU one that keeps it busy, of JiT its B/16."""
+    large, more = ("paper", " training.batch_size=128 training.second_ema=None") if name == "jit" else ("gpu", "")
+    preset = "smoke" if short else large if device.type == "cuda" else "laptop"
+    return make_recipe(name, preset, overrides="training.steps=1000000000" + (more if preset == "paper" else ""))
 
 
 def batch_for(recipe: Recipe, device: torch.device) -> Batch:
@@ -85,7 +89,9 @@ def plain_step(
     ema, config, count = copy.deepcopy(model).requires_grad_(False), recipe.training, [0]
     learned = [p for m in (model, method) for p in m.parameters() if p.requires_grad]
     kernels = {"fused": True} if fused else {"foreach": True}
-    optimizer = torch.optim.AdamW(learned, lr=config.lr, weight_decay=config.weight_decay, **kernels)
+    optimizer = torch.optim.AdamW(
+        learned, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, **kernels
+    )
     averaged, current = list(ema.parameters()), list(model.parameters())
 
     def step() -> None:
@@ -120,6 +126,22 @@ def fit_step(recipe: Recipe, batch: Batch, compiled: bool = False) -> Callable[[
 
 
 # ---- comparisons
+
+
+def speed(recipe: Recipe, n: int, seconds: list[float]) -> str:
+    """Images and operations a second of steps with n images; the card's peak beside the latter is their share of it."""
+    images = n / np.median(seconds)
+    return f"ours: {images:.4g} images/s, {1e-12 * images * step_flops(recipe, CLASSES, TEACHER):.3g} TFLOP/s"
+
+
+def jit_step(short: bool, device: torch.device, rounds: int, compiled: bool) -> Comparison:
+    """The same of JiT."""
+    recipe = recipe_for(short, device, "jit")
+    batch = batch_for(recipe, device)
+    found = whole_step(recipe, batch, rounds, compiled)
+    sizes = found.facts | {"pixels": recipe.data.size, "patch": recipe.network.patch_size}
+    notes = [speed(recipe, len(batch.x), found.seconds[OURS])]
+    return replace(found, title="training step of JiT", facts=sizes, notes=notes)
 
 
 def whole_step(recipe: Recipe, batch: Batch, rounds: int, compiled: bool) -> Comparison:
@@ -183,11 +205,13 @@ def attention_alone(recipe: Recipe, batch: Batch, rounds: int) -> Comparison:
 
 
 def measure(short: bool, device: torch.device) -> list[Comparison]:
-    """The whole step, then its parts."""
+    """The whole steps, then the parts of REPA's."""
     recipe = recipe_for(short, device)
     batch, rounds, parts = batch_for(recipe, device), 3 if short else 9, 3 if short else 40
+    compiled = bool(os.environ.get("COMPILED"))
     return [
-        whole_step(recipe, batch, rounds, compiled=bool(os.environ.get("COMPILED"))),
+        whole_step(recipe, batch, rounds, compiled),
+        jit_step(short, device, rounds, compiled),
         optimizer_alone(recipe, device, parts),
         ema_alone(recipe, device, parts),
         attention_alone(recipe, batch, parts),

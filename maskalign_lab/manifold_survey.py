@@ -171,6 +171,7 @@ def energies(
     """Off-manifold energy per coordinate, what v keeps at least of it for its width, stray distance and share that leaves."""
     dim, width = rows[0]["dim"], rows[0]["width"]
     off, stray = (float(np.exp(np.mean(np.log([row[name] for row in rows])))) for name in ("off", "stray"))
-    bound = least_energy(dim, width) / max(1, dim - 2) if rows[0]["prediction"] == "v" else 0.0
+    known = {"x": 0.0, "v": least_energy(dim, width) / max(1, dim - 2)}
+    bound = known.get(rows[0]["prediction"], float("nan"))  # the width binds eps too, by an amount that nobody derived
     return {"seeds": len(rows), "energy per coordinate": off / max(1, dim - 2), "least for the width": bound,
             "stray distance": stray, "share that leaves": float(np.mean([row["left"] for row in rows]))}  # fmt: skip

@@ -207,6 +207,7 @@ def theme() -> None:
     }
     lines = {"axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.8, "legend.frameon": False}
     sizes = {"font.size": 10, "axes.titlesize": 11, "axes.labelsize": 10, "xtick.major.size": 4, "ytick.major.size": 4}
+    sizes |= {"xtick.minor.size": 0, "ytick.minor.size": 0}  # on logarithmic axes and bars they are a black comb
     sns.set_theme(style="ticks", palette=PALETTE, font="DejaVu Sans", rc=small | colour | lines | sizes)
     if shell := get_ipython():
         shell.display_formatter.formatters["image/png"].for_type(Figure, png)

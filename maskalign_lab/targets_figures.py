@@ -116,7 +116,7 @@ def nine_table(rows: Sequence[Mapping[str, Any]], metric: str, size: int) -> np.
 def _ranges(axis: Any, rows: Sequence[Mapping[str, Any]], metric: str, size: int, x: Sequence[float]) -> None:
     """A list-valued metric of the three predictions with v-loss: mean, and range over seeds."""
     for kind in KINDS:
-        of = np.array([row[metric] for row in rows if row["arm"] == target_arm(kind, "v", size).name])
+        of = np.array([row[metric][: len(x)] for row in rows if row["arm"] == target_arm(kind, "v", size).name])
         if len(of):
             axis.plot(x, of.mean(0), color=COLOURS[kind], label=f"{NAMES[kind]}-prediction")
             axis.fill_between(x, of.min(0), of.max(0), color=COLOURS[kind], alpha=0.2, linewidth=0)
@@ -171,7 +171,7 @@ def spectrum_figure(
     figure = Figure(figsize=(4 * len(sizes), 3.2), layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, len(sizes), sharey=True))
     for axis, size in zip(axes, sizes, strict=True):
-        _ranges(axis, rows, "spectrum", size, np.arange(size // 2 + 1))
+        _ranges(axis, rows, "spectrum", size, np.arange(size // 2))
         axis.axhline(1, color=INK, lw=1, ls="--")
         axis.set(xlabel="cycles per image", yscale="log", title=f"{size} px, {3 * (size // SIDE) ** 2} values a token")
     axes[0].set_ylabel("power of the error over the images'")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TIMES', 'LARGEST', 'NAMES', 'limit', 'Film', 'to_levels', 'from_levels', 'noise_of', 'make_film', 'one_objective',
-           'looked_at', 'said_at', 'film_of_run', 'save_film', 'load_film', 'to_pixels', 'seen', 'view', 'scrubber',
-           'strip']
+           'looked_at', 'said_at', 'film_of_run', 'trained_film', 'save_film', 'load_film', 'to_pixels', 'seen', 'view',
+           'scrubber', 'strip']
 
 # %% ../nbs/lib/targets_film.ipynb #cdc6c71c
 import json
@@ -25,8 +25,9 @@ from .interpolants import convert, interpolate, velocity
 from .objectives import Objective
 from .plots import Curve, Panels, Picture, TokenMap, filmstrip
 from .prediction_targets import KINDS
-from .recipes import Run
+from .recipes import Run, ensure_run
 from .seeding import generator
+from .settings import Recipe
 from .targets import at_side
 from .widgets import Control, Scrubber
 
@@ -158,6 +159,18 @@ def film_of_run(run: Run, shown: int = 3) -> Film:
     objective = run.recipe.objective
     return make_film({(objective.prediction, objective.loss_space, run.recipe.data.size): run}, shown)
 
+# %% ../nbs/lib/targets_film.ipynb #fde6b89d
+def trained_film(
+    recipes: Mapping[tuple[str, str, int], Recipe],  # (prediction, loss space, size) -> of its network
+    device: str = "auto",
+    keep: Path | None = None,  # a file that the film is written to
+) -> Film:
+    """The film of networks that are trained where they are missing."""
+    film = make_film({key: ensure_run(recipe, device) for key, recipe in recipes.items()})
+    if keep:
+        save_film(film, keep)
+    return film
+
 # %% ../nbs/lib/targets_film.ipynb #d53e5d17
 def save_film(film: Film, path: str | Path) -> Path:
     """Write a film as safetensors."""
@@ -248,10 +261,10 @@ def scrubber(film: Film) -> Scrubber:
 
 # %% ../nbs/lib/targets_film.ipynb #a75c57d6
 def strip(film: Film) -> Figure:
-    """The filmstrip: the x-hat of all three predictions for the last network's loss and size, at five times."""
-    columns = np.unique(np.linspace(0, len(film.times) - 1, 5).round().astype(int))
+    """The filmstrip: the x-hat of all three predictions for the last network's loss and size, at every second time."""
+    columns = range(0, len(film.times), 2)
     trained, kinds = film.trained()[-1], film.predictions()
-    states = {kind: [view(film, 0, int(time), kind, trained).panels for time in columns] for kind in kinds}
+    states = {kind: [view(film, 0, time, kind, trained).panels for time in columns] for kind in kinds}
     rows = {"noised": [state[0] for state in states[kinds[0]]]}
     rows |= {f"{NAMES[kind]}-prediction: x̂": [state[1] for state in states[kind]] for kind in kinds}
     title = f"{trained[0]}-loss, {trained[1]} px in patches of {film.patches[trained[1]]}"

@@ -160,7 +160,11 @@ def arms_figure(
         for place, arm in enumerate(arms):
             if found := beside(values.get(arm, {}), values.get(baseline, {})):
                 draw_difference(axis, place, found, claims.get(arm, 0) if budget == "steps" else 0)
-        axis.set(title=BUDGETS[budget], xlabel=f"{label}, less {baseline}'s", ylim=(len(arms) - 0.4, -0.6))
+        axis.set(
+            title=BUDGETS[budget] if len(shown) > 1 else "",
+            xlabel=f"{label}, less {baseline}'s",
+            ylim=(len(arms) - 0.4, -0.6),
+        )
         axis.set_yticks(range(len(arms)), arms)
         axis.locator_params("x", nbins=5)
     marks = [axis.scatter([], [], color=colour, marker="D", s=25) for colour in dict.fromkeys(WORDS.values())]

@@ -108,6 +108,15 @@ def test_plain_step_and_ours_train_alike():
     torch.testing.assert_close(*trained, rtol=1e-4, atol=1e-5)
 
 
+def test_jit_is_measured_at_its_published_size_on_a_gpu():
+    found = script("training_step")
+    large, small = (found["recipe_for"](False, torch.device(name), "jit") for name in ("cuda", "cpu"))
+    assert (large.data.size, large.network.patch_size, large.network.width, large.network.depth) == (256, 16, 768, 12)
+    assert large.training.second_ema is None and large.training.batch_size == 128 and small.data.size < 256
+    told = found["speed"](found["recipe_for"](True, CPU, "jit"), 8, [0.5, 2.0, 4.0])
+    assert told.startswith("ours: 4 images/s, ") and told.endswith(" TFLOP/s")
+
+
 def test_guidance_in_two_calls_is_guidance_in_one():
     found = script("sampler")
     net, y = found["trained_looking"](True, CPU), torch.tensor([0, 1])

@@ -420,6 +420,7 @@ def test_energies_are_per_coordinate_beside_their_bound():
     assert told["energy per coordinate"] == pytest.approx(2 / 10) and told["least for the width"] == 6 / 10
     assert (told["seeds"], told["share that leaves"]) == (2, 0.5)
     assert energies([row | {"prediction": "x"} for row in rows])["least for the width"] == 0
+    assert np.isnan(energies([row | {"prediction": "eps"} for row in rows])["least for the width"])
 
 
 def test_one_seed_has_a_ratio_and_no_interval():

@@ -12,11 +12,18 @@ from hypothesis import strategies as st
 from maskalign_lab import targets
 from maskalign_lab.datasets import load_dataset
 from maskalign_lab.interpolants import INTERPOLANTS, convert, interpolate
-from maskalign_lab.methods import Batch, State
+from maskalign_lab.methods import INSTALLED, Batch, State
 from maskalign_lab.metrics import validation_loss
-from maskalign_lab.objectives import Objective, check_trainable, check_velocity, denoising_loss, predicted_velocity
+from maskalign_lab.objectives import (
+    Objective,
+    check_trainable,
+    check_velocity,
+    denoising_loss,
+    draw_time,
+    predicted_velocity,
+)
 from maskalign_lab.prediction_targets import KINDS, OneImage, fit_one, main_effects, space_weight
-from maskalign_lab.recipes import build, load_run, make_recipe, train
+from maskalign_lab.recipes import NAMED, build, load_run, make_recipe, train
 from maskalign_lab.sampling import SOLVERS, SamplerConfig, last_sample
 from maskalign_lab.seeding import generator
 from maskalign_lab.spectra import effective_rank, radial_spectrum
@@ -70,22 +77,30 @@ def runs(tmp_path_factory):
 # ---- the axis: nine combinations, any network and method, any solver
 
 
+NAMES = {  # every method and network -> what it needs to be small
+    "sit": "", "repa": "", "reg": "", "maskalign": "", "mask-loss": "", "mask-input": "", "irepa": "", "sra2": "",
+    "haste": "method.student_blocks=(1,2)", "ahpa": "data.autoencoder= data.size=32 network.patch_size=4",
+    "jit": "network.context_start=1",
+}  # fmt: skip
+
+
+def test_no_method_is_forgotten():
+    installed = {name for name, method in INSTALLED.items() if method.__module__.startswith("maskalign_lab")}
+    assert installed | NAMED.keys() == NAMES.keys()
+
+
 @pytest.mark.parametrize("space", KINDS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_combination_trains_every_method_and_network(kind, space):
     """One step each: a finite loss whose gradient reaches the network."""
-    for name, more in (("sit", ""), ("repa", ""), ("reg", ""), ("maskalign", ""), ("jit", "")):
-        sized = "network.width=16 network.depth=3 network.heads=2 " + (
-            "network.context_start=1" if name == "jit" else ""
-        )
+    g = torch.Generator().manual_seed(0)
+    shapes = (4, 3, 32, 32), (4, 64, 12), (4, 12), (4, 2, 2, 64, 64), (4, 4, 64, 16)
+    x, *given = (torch.randn(shape, generator=g) for shape in shapes)  # features, class token, attention, levels
+    batch = Batch(x, torch.arange(4), *given)
+    for name, more in NAMES.items():
+        sized = "network.width=16 network.depth=3 network.heads=2"
         objective = f"objective.prediction={kind} objective.loss_space={space} objective.clamp=0.05"
-        recipe = make_recipe(name, "smoke", overrides=f"{sized} {objective} {more}")
-        net, method = build(recipe, 10, 12)
-        g = torch.Generator().manual_seed(0)
-        batch = Batch(
-            torch.randn(4, 3, 32, 32, generator=g), torch.arange(4), torch.randn(4, 64, 12, generator=g),
-            torch.randn(4, 12, generator=g),
-        )  # fmt: skip
+        net, method = build(make_recipe(name, "smoke", overrides=f"{sized} {objective} {more}"), 10, 12)
         draw = method.draw(batch, 0, lambda step, what: generator(0, step, what))
         loss = method.loss(State(net, net, 0), batch, draw).total
         loss.backward()
@@ -286,10 +301,33 @@ def test_the_verdict_is_a_factor_and_follows_the_rule():
     ]  # fmt: skip
     table = versus_x(rows).set_index("size")
     large, small = table.loc["128 px"], table.loc["16 px"]
-    assert large["error of x̂: x is better"] == "reproduced" and 9 < large["error of x̂ / x's"] < 9.5
-    assert large["v-loss: x is better"] == "contradicted" and large["v-loss / x's"] == pytest.approx(1 / 9)
-    assert "undecided" in small["error of x̂: x is better"]
+    assert large["error of x̂: verdict"] == "reproduced" and 9 < large["error of x̂ / x's"] < 9.5
+    assert large["v-loss: verdict"] == "contradicted" and large["v-loss / x's"] == pytest.approx(1 / 9)
+    assert "undecided" in small["error of x̂: verdict"]
     assert (table["error of x̂, low"] < table["error of x̂ / x's"]).all()
+    assert (
+        versus_x(rows, width=3072).set_index("size").loc["128 px", "v-loss: verdict"] == "lower"
+    )  # nothing is claimed
+
+
+@pytest.mark.parametrize(("size", "width", "claim"), [(16, 0, 0), (32, 0, 1), (32, 192, 0), (64, 192, 1)])
+def test_x_is_claimed_to_be_better_where_noise_does_not_fit(size, width, claim):
+    assert targets.claimed(target_arm("v", "v", size, width=width).name) == claim
+
+
+def test_weights_of_times_are_how_often_they_are_drawn():
+    for objective in (make_recipe("jit").objective, Objective()):
+        drawn = draw_time(objective, 400_000, torch.Generator().manual_seed(0))
+        near = np.array([(drawn - t).abs().lt(0.01).sum().item() for t in targets.TIMES])
+        np.testing.assert_allclose(targets.law_weights(objective), near / near.sum(), atol=0.005)
+
+
+def test_the_loss_over_jits_times_hardly_sees_the_clean_end():
+    flat = np.square(targets.TIMES)
+    errors = [flat, np.r_[100 * flat[:1], flat[1:]]]  # a hundred times the error at t = 0.05
+    rows = targets.with_jits_times([{"seed": i, "x error per t": each} for i, each in enumerate(errors)])
+    first, second = (row["velocity, JiT's times"] for row in rows)
+    assert first == pytest.approx(1) and second == pytest.approx(1, abs=0.005) and rows[1]["seed"] == 1
 
 
 def test_arms_of_matched_noise_and_of_other_widths_stand_beside_their_own_x():
@@ -468,6 +506,7 @@ def test_every_arm_and_every_jit_can_be_built(preset):
 
 def test_what_a_table_costs_is_told_by_what_was_trained():
     rows = [{"arm": targets.ARMS[0].name, "seconds": 60.0}, {"arm": targets.ARMS[1].name, "seconds": 120.0}]
+    rows.append({"arm": targets.ARMS[2].name, "seconds": 0.0})  # its run was there already
     assert targets.expected_minutes(targets.ARMS[:3], rows) == pytest.approx(1 + 2 + 1.5)
 
 
