@@ -6,8 +6,8 @@
 __all__ = ['SIZES', 'DETAILS', 'BY_SIZE', 'NINE', 'MATCHED', 'WIDER', 'ARMS', 'JIT_PARTS', 'JIT_ARMS', 'JIT_WORDS', 'ONE_IMAGE',
            'SHORT', 'SCALES', 'TIMES', 'SPECTRUM_TIME', 'RANKED', 'JITS_TIMES', 'AXES', 'target_arm', 'Scale',
            'sizes_of', 'expected_minutes', 'film_arms', 'implied', 'split_error', 'width_bound', 'measure_target',
-           'law_weights', 'with_jits_times', 'at_side', 'judge_samples', 'sheet_arms', 'sheet', 'claimed', 'versus_x',
-           'log_ratio', 'one_image_rows']
+           'law_weights', 'with_jits_times', 'sheet_arms', 'sheet', 'claimed', 'versus_x', 'log_ratio',
+           'one_image_rows']
 
 # %% ../nbs/lib/targets.ipynb #a6df08af
 from collections.abc import Callable, Mapping, Sequence
@@ -23,10 +23,9 @@ from torch import Tensor
 from .errors import one_of
 from .experiments import Arm, load_rows, save_rows
 from .interpolants import convert, interpolate
-from .judges import load_judge
 from .layers import patchify
-from .measuring import as_bytes, sample_batches
-from .metrics import balanced_labels, four_digits, judged
+from .measuring import at_side, judge_samples, sample_batches
+from .metrics import four_digits
 from .objectives import Objective
 from .prediction_targets import KINDS, SIDE, OneImage, fit_one, space_weight
 from .recipes import Run, make_recipe
@@ -272,33 +271,6 @@ def with_jits_times(
     (name,) = JITS_TIMES
     weights = law_weights(make_recipe("jit").objective) * space_weight("v", torch.tensor(TIMES)).numpy()
     return [{**row, name: float(weights @ np.array(row["x error per t"]))} for row in rows]
-
-# %% ../nbs/lib/targets.ipynb #81bc44a0
-def at_side(
-    images: Tensor,  # (b, c, h, h)
-    side: int,
-) -> Tensor:  # (b, c, side, side)
-    """Images at another size: pixels repeated, or picked at equal distances."""
-    h = images.shape[-1]
-    if h > side:
-        return images[..., :: h // side, :: h // side]
-    return images.repeat_interleave(side // h, 2).repeat_interleave(side // h, 3)
-
-# %% ../nbs/lib/targets.ipynb #3b5b3e3f
-def judge_samples(
-    run: Run,
-    n: int,
-    sampler: SamplerConfig = SamplerConfig(steps=12),
-) -> dict[str, Any]:
-    """Distances and accuracy of samples, and of as many real images, by the judge of the data set."""
-    data = run.recipe.data
-    judge = load_judge(data.name, device=run.device)
-    real, labels = run.images("validation", 2 * n).images(), balanced_labels(n, run.net.num_classes)
-    fake = torch.cat(list(sample_batches(run, labels, sampler))).cpu()
-    reference, other = at_side(as_bytes(real), 32).split(n)
-    verdict = judged(judge, reference, at_side(fake.nan_to_num(0), 32), labels)
-    floor = judged(judge, reference, other, labels)
-    return {"frechet": verdict["frechet"], "frechet floor": floor["frechet"], "accuracy": verdict["accuracy"]}
 
 # %% ../nbs/lib/targets.ipynb #a4b36310
 def sheet_arms(

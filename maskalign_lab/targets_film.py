@@ -22,13 +22,13 @@ from torch import Tensor
 
 from .datasets import Dataset
 from .interpolants import convert, interpolate, velocity
+from .measuring import at_side
 from .objectives import Objective
 from .plots import Curve, Panels, Picture, TokenMap, filmstrip
 from .prediction_targets import KINDS
 from .recipes import Run, ensure_run
 from .seeding import generator
 from .settings import Recipe
-from .targets import at_side
 from .widgets import Control, Scrubber
 
 # %% ../nbs/lib/targets_film.ipynb #a048b430

@@ -14,7 +14,7 @@ from maskalign_lab.experiments import load_rows, results_file
 from maskalign_lab.manifold import DATA, LEFT, ToyConfig
 from maskalign_lab.manifold_survey import energies, paired_ratio, pick
 from maskalign_lab.objectives import Objective
-from maskalign_lab.prediction_targets import KINDS, main_effects
+from maskalign_lab.prediction_targets import KINDS, SIDE, main_effects
 from maskalign_lab.recipes import make_recipe, train
 from maskalign_lab.sampling import SamplerConfig, sample
 from maskalign_lab.sit import Output
@@ -29,7 +29,9 @@ from maskalign_lab.targets import (
     SCALES,
     film_arms,
     sheet_arms,
+    target_arm,
     versus_x,
+    width_bound,
     with_jits_times,
 )
 from maskalign_lab.targets_figures import nine_table
@@ -137,6 +139,29 @@ def test_the_findings_say_what_the_tables_say():
         assert told in text, told
     assert (small[VERDICTS] == "lower").all()
     assert all((of[VERDICTS] == "reproduced").all().all() for of in factors.values())
+
+
+def test_the_findings_on_wider_networks_and_louder_noise_say_what_their_rows_say():
+    text, rows = study_text(), load_rows(results_file("03_targets", "shapes"))
+    mean = lambda arm, metric: np.mean([row[metric] for row in rows if row["arm"] == arm.name])  # noqa: E731
+    wide = {kind: [mean(target_arm(kind, "v", 64, width=w), "velocity") for w in (0, 192, 384)] for kind in "xv"}
+    matched = {kind: [target_arm(kind, "v", size, "matched") for size in (32, 64, 128)] for kind in "xv"}
+    above = [
+        100 * (mean(arm, "velocity") / width_bound("v", "velocity", 96, 3 * (size // SIDE) ** 2, size / 16) - 1)
+        for arm, size in zip(matched["v"], (32, 64, 128), strict=True)
+    ]
+    errors = [mean(arm, "x error") for arm in matched["x"]]
+    small = mean(target_arm("x", "v"), "x error")
+    times = [mean(arm, "x error") / error for arm, error in zip(matched["v"], errors, strict=True)]
+    for told in (
+        f"its bound, {series(wide['v'], 2)} beside 0.875, 0.75 and 0.5",
+        f"x gains from the width as well ({series(wide['x'], 2)}), "
+        f"so v's stays {series(np.divide(wide['v'], wide['x']))} times x's",
+        f"its error of $\\hat x$ is {series(errors, 3)}, as at 16 pixels ({small:.3f})",
+        f"is {above[0]:.0f}, {above[1]:.1f} and {above[2]:.1f} % above its bound",
+        f"its error of $\\hat x$ {series(times, 0)} times x's",
+    ):
+        assert told in text, told
 
 
 def test_the_findings_on_photographs_say_what_their_table_says():

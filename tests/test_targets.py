@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from maskalign_lab import targets
 from maskalign_lab.datasets import load_dataset
 from maskalign_lab.interpolants import INTERPOLANTS, convert, interpolate
+from maskalign_lab.measuring import at_side
 from maskalign_lab.methods import INSTALLED, Batch, State
 from maskalign_lab.metrics import validation_loss
 from maskalign_lab.objectives import (
@@ -29,7 +30,6 @@ from maskalign_lab.seeding import generator
 from maskalign_lab.spectra import effective_rank, radial_spectrum
 from maskalign_lab.targets import (
     SCALES,
-    at_side,
     film_arms,
     measure_target,
     sheet,
