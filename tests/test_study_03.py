@@ -153,7 +153,11 @@ def test_the_findings_on_wider_networks_and_louder_noise_say_what_their_rows_say
     errors = [mean(arm, "x error") for arm in matched["x"]]
     small = mean(target_arm("x", "v"), "x error")
     times = [mean(arm, "x error") / error for arm, error in zip(matched["v"], errors, strict=True)]
+    over = [value - bound for value, bound in zip(wide["v"], (0.875, 0.75, 0.5), strict=True)]
+    across = [mean(arm, "across") / mean(arm, "x error") for arm in matched["v"]]
     for told in (
+        f"stays {min(over):.2f} to {max(over):.2f} above it",
+        f"With louder noise (`matched`) v's is {series(across, 2)}.",
         f"its bound, {series(wide['v'], 2)} beside 0.875, 0.75 and 0.5",
         f"x gains from the width as well ({series(wide['x'], 2)}), "
         f"so v's stays {series(np.divide(wide['v'], wide['x']))} times x's",
