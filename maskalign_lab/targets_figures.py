@@ -60,7 +60,7 @@ def size_figure(
         axis.set_title(f"{detail} detail")
     for axis in axes[1]:
         axis.set_xlabel("values in a token")
-    axes[0, 0].legend(fontsize=8, loc="center right")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
 # %% ../nbs/lib/targets_figures.ipynb #48c850d4
