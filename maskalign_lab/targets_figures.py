@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import seaborn as sns
 import torch
+from .targets_measures import AXES, width_bound
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from .plots import INK, PALETTE, theme
 from .prediction_targets import KINDS, SIDE, space_weight
-from .targets import AXES, DETAILS, SIZES, target_arm, width_bound
+from .targets import DETAILS, SIZES, target_arm
 from .targets_film import NAMES
 
 # %% ../nbs/lib/targets_figures.ipynb #472c1260

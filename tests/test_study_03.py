@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from maskalign_lab.targets_measures import AXES, JITS_TIMES, versus_x, width_bound, with_jits_times
 from studies import check_figure, check_first_cells, check_smoke, own_folders, smoke_fixture  # noqa: F401  (fixtures)
 
 from maskalign_lab import paths
@@ -20,19 +21,14 @@ from maskalign_lab.sampling import SamplerConfig, sample
 from maskalign_lab.sit import Output
 from maskalign_lab.targets import (
     ARMS,
-    AXES,
     BY_SIZE,
     JIT_ARMS,
     JIT_WORDS,
-    JITS_TIMES,
     ONE_IMAGE,
     SCALES,
     film_arms,
     sheet_arms,
     target_arm,
-    versus_x,
-    width_bound,
-    with_jits_times,
 )
 from maskalign_lab.targets_figures import nine_table
 from maskalign_lab.targets_film import load_film

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskalign_lab import targets
+from maskalign_lab import targets, targets_measures
 from maskalign_lab.datasets import load_dataset
 from maskalign_lab.interpolants import INTERPOLANTS, convert, interpolate
 from maskalign_lab.measuring import at_side
@@ -28,16 +28,7 @@ from maskalign_lab.recipes import NAMED, build, load_run, make_recipe, train
 from maskalign_lab.sampling import SOLVERS, SamplerConfig, last_sample
 from maskalign_lab.seeding import generator
 from maskalign_lab.spectra import effective_rank, radial_spectrum
-from maskalign_lab.targets import (
-    SCALES,
-    film_arms,
-    measure_target,
-    sheet,
-    sheet_arms,
-    split_error,
-    target_arm,
-    versus_x,
-)
+from maskalign_lab.targets import SCALES, film_arms, sheet, sheet_arms, target_arm
 from maskalign_lab.targets_figures import (
     nine_figure,
     nine_table,
@@ -58,6 +49,7 @@ from maskalign_lab.targets_film import (
     to_levels,
     view,
 )
+from maskalign_lab.targets_measures import measure_target, split_error, versus_x
 
 kinds = st.sampled_from(KINDS)
 
@@ -198,7 +190,7 @@ def test_the_common_axis_is_the_velocity_loss_at_the_same_times(runs):
     """velocity = x error / t^2, whatever is predicted; a perfect network has none of either."""
     for run in runs.values():
         found = measure_target(run, 16)
-        by_hand = np.mean(np.array(found["x error per t"]) / np.array(targets.TIMES) ** 2)
+        by_hand = np.mean(np.array(found["x error per t"]) / np.array(targets_measures.TIMES) ** 2)
         assert found["velocity"] == pytest.approx(by_hand, rel=1e-2)
         assert len(found["rank per t"]) == 10 and all(0 < rank <= 256 for rank in found["rank per t"])
         json.dumps(found)
@@ -210,8 +202,8 @@ def test_implied_errors_are_the_validation_loss(runs):
     held_out = run.images("validation", 64)
     x, y = held_out.images(), torch.as_tensor(held_out.labels)
     mean = validation_loss(run.net, run.recipe.objective, x, y, bins=10).mean(1)
-    guesses = [targets.implied(run, x, y, t)[1] for t in targets.TIMES]
-    at_times = [(guess - x).square().mean() / t**2 for guess, t in zip(guesses, targets.TIMES, strict=True)]
+    guesses = [targets_measures.implied(run, x, y, t)[1] for t in targets_measures.TIMES]
+    at_times = [(guess - x).square().mean() / t**2 for guess, t in zip(guesses, targets_measures.TIMES, strict=True)]
     torch.testing.assert_close(torch.stack(at_times), mean, rtol=0.03, atol=0)
 
 
@@ -312,20 +304,20 @@ def test_the_verdict_is_a_factor_and_follows_the_rule():
 
 @pytest.mark.parametrize(("size", "width", "claim"), [(16, 0, 0), (32, 0, 1), (32, 192, 0), (64, 192, 1)])
 def test_x_is_claimed_to_be_better_where_noise_does_not_fit(size, width, claim):
-    assert targets.claimed(target_arm("v", "v", size, width=width).name) == claim
+    assert targets_measures.claimed(target_arm("v", "v", size, width=width).name) == claim
 
 
 def test_weights_of_times_are_how_often_they_are_drawn():
     for objective in (make_recipe("jit").objective, Objective()):
         drawn = draw_time(objective, 400_000, torch.Generator().manual_seed(0))
-        near = np.array([(drawn - t).abs().lt(0.01).sum().item() for t in targets.TIMES])
-        np.testing.assert_allclose(targets.law_weights(objective), near / near.sum(), atol=0.005)
+        near = np.array([(drawn - t).abs().lt(0.01).sum().item() for t in targets_measures.TIMES])
+        np.testing.assert_allclose(targets_measures.law_weights(objective), near / near.sum(), atol=0.005)
 
 
 def test_the_loss_over_jits_times_hardly_sees_the_clean_end():
-    flat = np.square(targets.TIMES)
+    flat = np.square(targets_measures.TIMES)
     errors = [flat, np.r_[100 * flat[:1], flat[1:]]]  # a hundred times the error at t = 0.05
-    rows = targets.with_jits_times([{"seed": i, "x error per t": each} for i, each in enumerate(errors)])
+    rows = targets_measures.with_jits_times([{"seed": i, "x error per t": each} for i, each in enumerate(errors)])
     first, second = (row["velocity, JiT's times"] for row in rows)
     assert first == pytest.approx(1) and second == pytest.approx(1, abs=0.005) and rows[1]["seed"] == 1
 
@@ -361,13 +353,13 @@ def test_the_bound_of_the_width_is_what_the_best_network_reaches(metric, noise_s
     passed = noise @ basis @ basis.mT
     for kind, said in (("v", passed - x), ("eps", passed)):
         found = []
-        for time in targets.TIMES:
+        for time in targets_measures.TIMES:
             t = torch.full((len(x),), time, dtype=torch.float64)
             error = (convert(said, kind, "x", interpolate(x, noise, t), t) - x).square().mean()
             found.append(error if metric == "x error" else error / time**2)
-        bound = targets.width_bound(kind, metric, d, n, noise_scale)
+        bound = targets_measures.width_bound(kind, metric, d, n, noise_scale)
         assert torch.stack(found).mean().item() == pytest.approx(bound, rel=0.02)
-    assert targets.width_bound("x", metric, d, n) == targets.width_bound("v", metric, n, n) == 0
+    assert targets_measures.width_bound("x", metric, d, n) == targets_measures.width_bound("v", metric, n, n) == 0
 
 
 def test_a_film_is_exact_up_to_its_levels(runs, tmp_path):
