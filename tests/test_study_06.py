@@ -1,13 +1,17 @@
 """Study 06 as its users run it: papermill end to end, what ships, and mistakes in seconds."""
 
+import nbformat
 import numpy as np
 import pytest
 from studies import check_figure, check_first_cells, check_smoke, own_folders, smoke_fixture  # noqa: F401  (fixtures)
 
+from maskalign_lab import paths
+from maskalign_lab.ahpa import AHPAConfig
 from maskalign_lab.batch import run_study
 from maskalign_lab.experiments import Length, load_rows, results_file, run_identity, shipped_rows
-from maskalign_lab.routing_arms import SCALES
+from maskalign_lab.routing_arms import CHOICES, LEVELS, SCALES, mean_routing, numbers_table, routings
 from maskalign_lab.routing_film import load_film
+from maskalign_lab.verdicts import Paired, beside, by_seed, paired
 
 smoke = smoke_fixture("06")
 
@@ -75,3 +79,59 @@ def test_the_scrubber_comes_by_the_third_code_cell():
 def test_mistakes_fail_with_a_clear_error(given, message, tmp_path):
     job = run_study("06", given, tmp_path / "job")
     assert job.status == "failed" and message in job.error
+
+
+def study_text() -> str:
+    book = nbformat.read(paths.notebooks() / "06_ahpa.ipynb", as_version=4)
+    return " ".join(" ".join(cell.source for cell in book.cells if cell.cell_type == "markdown").split())
+
+
+def short(value: float, digits: int = 4) -> str:
+    """ "-.0113", as the text has it."""
+    return f"{value:+.{digits}f}".replace("0.", ".", 1)
+
+
+def interval(found: Paired, digits: int = 4) -> str:
+    return f"{short(found.mean, digits)} +/- {short(found.half, digits)[1:]}"
+
+
+def test_the_findings_say_what_the_tables_say():
+    text, rows = study_text(), load_rows(results_file("06_ahpa", "shapes"))
+    steps, flops = by_seed(rows, "velocity"), by_seed(rows, "velocity", "flops")
+    ahpa, equal = beside(steps["AHPA"], steps["SiT"]), beside(steps["AHPA"], steps["uniform"])
+    mean = {arm: short(np.mean(list(steps[arm].values())))[1:] for arm in ("AHPA", "SiT")}
+    alone = {arm: short(beside(steps[arm], steps["SiT"]).mean) for arm in ("SRA 2", "REPA", *(a.name for a in CHOICES))}
+    for told in (
+        f"AHPA's velocity loss is {mean['AHPA']} and SiT's {mean['SiT']}, a difference of {interval(ahpa)}: *reproduced*",
+        f"after equal operations it is {interval(beside(flops['AHPA'], flops['SiT']))}, undecided",
+        f"SRA 2 and REPA are at {alone['SRA 2']} and {alone['REPA']}.",
+        f"Beside equal weights AHPA is at {interval(equal)}",
+        f"its reverse at {interval(beside(steps['coarse to fine'], steps['fine to coarse']))}",
+        f"beside equal weights at {interval(beside(steps['coarse to fine'], steps['uniform']))}",
+        f"is at {alone['target mixing']} beside SiT, *smooth L1* at {alone['smooth L1']}, *averaged levels* at {alone['averaged levels']}.",
+    ):
+        assert told in text, told
+    assert ahpa.verdict(-1) == "reproduced" and equal.verdict(-1).startswith("undecided")
+    better = {level: steps[f"{level} alone"][0] < steps["AHPA"][0] for level in LEVELS}
+    assert better == {"down.0": True, "down.1": False, "mid": True, "latent": False}
+
+
+def test_the_findings_on_routers_say_what_the_tables_say():
+    text, rows = study_text(), load_rows(results_file("06_ahpa", "shapes"))
+    learned = routings(rows, {"AHPA": AHPAConfig()})
+    table = numbers_table(learned)["AHPA"]
+    percent = lambda name: " +/- ".join(f"{100 * table.loc[name, of]:.1f}" for of in ("mean", "+/-")) + " %"  # noqa: E731
+    slopes = [
+        paired([each.coarseness(without) for each in learned["AHPA"]], [0.0] * 3) for without in ((), ("latent",))
+    ]
+    latent = mean_routing(learned["AHPA"]).weights[:, -1]
+    for told in (
+        f"Of its weight {percent('from closed form')} lies elsewhere",
+        f"and {percent('from that of loss / constant')} elsewhere",
+        f"The slope is {interval(slopes[0], 3)}, by the rule *contradicted*",
+        f"without the latent {interval(slopes[1], 3)}, *contradicted*",
+        f"The latent has {short(latent[0], 2)[1:]} of the weight near the data",
+    ):
+        assert told in text, told
+    assert [slope.verdict(+1) for slope in slopes] == ["contradicted"] * 2
+    assert ".14 to .17 in the noise" in text and 0.135 < latent[5:].min() < latent[5:].max() < 0.175
