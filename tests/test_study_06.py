@@ -9,7 +9,17 @@ from maskalign_lab import paths
 from maskalign_lab.ahpa import AHPAConfig
 from maskalign_lab.batch import run_study
 from maskalign_lab.experiments import Length, load_rows, results_file, run_identity, shipped_rows
-from maskalign_lab.routing_arms import CHOICES, LEVELS, SCALES, mean_routing, numbers_table, routings
+from maskalign_lab.routing_arms import (
+    CHOICES,
+    LEVELS,
+    SCALES,
+    TRACED,
+    coarse_in_noise,
+    mean_routing,
+    numbers_table,
+    oracle_table,
+    routings,
+)
 from maskalign_lab.routing_film import load_film
 from maskalign_lab.verdicts import Paired, beside, by_seed, paired
 
@@ -135,3 +145,36 @@ def test_the_findings_on_routers_say_what_the_tables_say():
         assert told in text, told
     assert [slope.verdict(+1) for slope in slopes] == ["contradicted"] * 2
     assert ".14 to .17 in the noise" in text and 0.135 < latent[5:].min() < latent[5:].max() < 0.175
+
+
+def test_the_findings_on_the_oracle_and_on_traces_say_what_their_rows_say():
+    text, rows = study_text(), load_rows(results_file("06_oracle", "shapes"))
+    near, middle, far = 100 * oracle_table(rows)[0].mean(1)  # aligned where; in per cent of the loss in each window
+    percent = lambda value: f"{abs(value):.1f} %".removeprefix("0")  # noqa: E731
+    contrasts = [coarse_in_noise(rows, level, "down.0") for level in LEVELS[1:]]
+    for told in (
+        f"takes off most: {percent(middle[1])} of the loss there, {percent(middle[0])} near the data and {percent(middle[2])} in",
+        f"At the clean end it takes off {percent(near[1])} in the middle",
+        f"it adds {percent(far[1])} in the middle and {percent(far[0])[:-2]} and {percent(far[2])} elsewhere",
+        ", ".join(
+            f"{interval(one)} ({name})"
+            for one, name in zip(contrasts, ("`down.1`", "`mid`", "the latent"), strict=True)
+        ),
+    ):
+        assert told in text, told
+    assert all(one.verdict(-1).startswith("undecided") for one in contrasts)
+
+    last = {
+        row["arm"]: np.array(row["weights"])
+        for row in load_rows(results_file("06_router", "shapes"))
+        if row["class"] == "all"
+    }
+    assert last.keys() == {arm.name for arm in TRACED}
+    assert last["tau 0.02"][:, -1].min() > 0.99 and np.abs(last["tau 0.5"] - 0.25).max() < 0.0301
+    prior = last["prior coarse to fine"]
+    assert (
+        f"the router has {short(prior[0, 0], 2)[1:]} on `down.0` near the data and {short(prior[-1, -1], 2)[1:]} on"
+        in text
+    )
+    by_class = [row["weights"] for row in load_rows(results_file("06_router", "shapes")) if row["class"] != "all"]
+    assert f"Classes differ by {short(np.ptp(by_class, axis=0).max(), 2)[1:]} at most." in text
