@@ -144,6 +144,15 @@ def test_the_findings_on_routers_say_what_the_tables_say():
     ):
         assert told in text, told
     assert [slope.verdict(+1) for slope in slopes] == ["contradicted"] * 2
+    there = load_rows(results_file("06_ahpa", "folder:cifar10/train"))
+    (router,) = routings(there, {"AHPA": AHPAConfig()})["AHPA"]
+    loss = {row["arm"]: short(row["velocity"])[1:] for row in there if row["budget"] == "steps"}
+    told = [short(router.weights[k, -1], 2)[1:] for k in (0, 5)]
+    assert (
+        f"{told[0]} of the weight on the latent near the data, {told[1]} in the middle, slope {short(router.coarseness(), 3)}."
+        in text
+    )
+    assert f"AHPA's velocity loss is {loss['AHPA']}, SiT's {loss['SiT']}." in text
     assert ".14 to .17 in the noise" in text and 0.135 < latent[5:].min() < latent[5:].max() < 0.175
 
 
