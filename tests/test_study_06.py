@@ -121,6 +121,11 @@ def test_the_findings_say_what_the_tables_say():
         f"is at {alone['target mixing']} beside SiT, *smooth L1* at {alone['smooth L1']}, *averaged levels* at {alone['averaged levels']}.",
     ):
         assert told in text, told
+    judge = by_seed(rows, "frechet")
+    nearer = beside(judge["AHPA"], judge["SiT"])
+    assert (
+        f"lower than SiT's by {-nearer.mean:.1f} +/- {nearer.half:.1f}" in text and nearer.verdict(-1) == "reproduced"
+    )
     assert ahpa.verdict(-1) == "reproduced" and equal.verdict(-1).startswith("undecided")
     better = {level: steps[f"{level} alone"][0] < steps["AHPA"][0] for level in LEVELS}
     assert better == {"down.0": True, "down.1": False, "mid": True, "latent": False}
