@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import seaborn as sns
 import torch
-from .targets_measures import AXES, width_bound
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
@@ -21,6 +20,7 @@ from .plots import INK, PALETTE, theme
 from .prediction_targets import KINDS, SIDE, space_weight
 from .targets import DETAILS, SIZES, target_arm
 from .targets_film import NAMES
+from .targets_measures import AXES, width_bound
 
 # %% ../nbs/lib/targets_figures.ipynb #472c1260
 COLOURS = dict(zip(KINDS, PALETTE, strict=False))

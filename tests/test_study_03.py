@@ -5,7 +5,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from maskalign_lab.targets_measures import AXES, JITS_TIMES, versus_x, width_bound, with_jits_times
 from studies import check_figure, check_first_cells, check_smoke, own_folders, smoke_fixture  # noqa: F401  (fixtures)
 
 from maskalign_lab import paths
@@ -32,6 +31,7 @@ from maskalign_lab.targets import (
 )
 from maskalign_lab.targets_figures import nine_table
 from maskalign_lab.targets_film import load_film
+from maskalign_lab.targets_measures import AXES, JITS_TIMES, versus_x, width_bound, with_jits_times
 from maskalign_lab.verdicts import beside, comparison
 
 smoke = smoke_fixture("03")
