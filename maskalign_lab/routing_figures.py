@@ -97,8 +97,8 @@ def difference_figure(
     of = {(row["arm"], row["seed"]): np.array(row["velocity per t"]) for row in rows if row["budget"] == "steps"}
     seeds = {arm: [seed for name, seed in of if name == arm and (baseline, seed) in of] for arm in arms}
     seeds = {arm: found for arm, found in seeds.items() if found}
-    across, t = min(3, len(seeds)), (np.arange(10) + 0.5) / 10
-    down = -(-len(seeds) // across)
+    across, t = max(1, min(3, len(seeds))), (np.arange(10) + 0.5) / 10
+    down = max(1, -(-len(seeds) // across))
     figure = Figure(figsize=(2.8 * across + 0.6, 2.1 * down + 0.5), layout="constrained")
     axes = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).flatten()
     for axis, (arm, found) in zip(axes, seeds.items(), strict=False):

@@ -482,7 +482,7 @@ def test_another_autoencoder_does_not_show_a_run(vae, tmp_path):
 @pytest.mark.parametrize("preset", SCALES)
 def test_arms_of_a_scale_differ_in_their_method_alone(preset):
     """Learning rate, clipping, batches, images and network are those of all."""
-    scale = SCALES[preset]
+    scale = replace(SCALES[preset], levels=make_recipe("ahpa", preset).method.levels)
     for overrides in ("", scale.oracle):
         recipes = [
             scale.recipe_of(preset, "shapes", overrides)(arm, 0) for arm in (*scale.arms, *scale.tried, *scale.traced)
@@ -540,7 +540,9 @@ def test_a_table_of_routers_is_over_seeds_after_equal_steps():
 
     config = AHPAConfig(levels=("down.0", "latent"))
     rows = [row(0, "steps", 0.2), row(1, "steps", 0.4), row(1, "flops", 0.9)]
-    learned = routings(rows, {"AHPA": config, "uniform": replace(config, router="uniform")})
+    learned = routings(
+        [*rows, rows[0] | {"arm": "SiT"}], {"AHPA": config, "uniform": replace(config, router="uniform")}
+    )
     assert {name: len(each) for name, each in learned.items()} == {"AHPA": 2}
     np.testing.assert_allclose(mean_routing(learned["AHPA"]).weights[:, 1], 0.5 + 0.3 * (np.array(TIMES) - 0.5))
     table = numbers_table(learned)["AHPA"]
