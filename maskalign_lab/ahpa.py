@@ -7,7 +7,7 @@ __all__ = ['SCHEDULES', 'ROUTERS', 'MIXES', 'LOSSES', 'REVISION', 'schedule', 'R
            'check_mix', 'AHPAConfig', 'level_head', 'take_levels', 'AHPA', 'gains']
 
 # %% ../nbs/06_ahpa.ipynb #a219fb61
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -91,7 +91,7 @@ def pull(log_weights: Tensor, prior: Tensor) -> Tensor:  # (b, K), (b, K) -> (b,
 
 # %% ../nbs/06_ahpa.ipynb #8dae1426
 ROUTERS, MIXES, LOSSES = ("learned", "bilevel"), ("losses", "targets"), ("cosine", "smooth-l1")
-REVISION = 2  # counted up whenever a training with the same settings would end elsewhere
+REVISION = 3  # counted up whenever a training with the same settings would end elsewhere
 
 # %% ../nbs/06_ahpa.ipynb #d0fb92ca
 def check_window(config: "AHPAConfig") -> None:
@@ -178,6 +178,11 @@ class AHPA(Method, name="ahpa"):
     Config = AHPAConfig
     needs = ("levels",)
 
+    @classmethod
+    def needed(cls, config: AHPAConfig, step: int) -> tuple[str, ...]:
+        looks = config.router == "bilevel" and step % config.probe_every == 0
+        return (*cls.needs, "held_out") if looks else cls.needs
+
     def build(self, net: nn.Module, teacher_dim: int) -> None:
         config, width = self.config, self.config.projector_width
         check_depths((config.depth,), net.depth)
@@ -234,7 +239,7 @@ class AHPA(Method, name="ahpa"):
         if state.step % config.probe_every:
             return log_weights.new_zeros(())  # the pull too rests between looks, or it would be as many times stronger
         if len(batch.y) < 2:
-            raise ValueError("a bilevel router needs a batch of two images or more: gains are read off the other half")
+            raise ValueError(f"a batch of {len(batch.y)} image: a bilevel router needs two or more, see `gains`")
         useful = gains(self, state.model, batch, draw)
         useful = useful - useful.mean(1, keepdim=True)  # what all levels have in common moves no weight
         useful = useful / useful.std().clamp(min=1e-12)
@@ -248,8 +253,10 @@ def gains(
     draw: Draw,
     size: float = 3e-4,  # of the step, relative to the weights
 ) -> Tensor:  # (b / 2, K), of every second image
-    """How much each level's loss falls, per unit of a step that lowers the velocity loss of the other images."""
-    (first, second), (mine, other) = ([shard(values, k, 2) for k in (0, 1)] for values in (batch, draw))
+    """How much each level's loss falls, per unit of a step that lowers the velocity loss of held-out images."""
+    first, second = shard(batch, 0, 2), shard(batch.held_out, 1, 2)
+    mine, other = shard(draw, 0, 2), shard(draw, 1, 2)
+    other = replace(other, y=torch.where(other.y == method.num_classes, other.y, second.y))  # the same are dropped
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     levels = take_levels(first.levels, mine.keep)
 

@@ -12,7 +12,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.backends import cudnn
 
 from .caching import Cache, fill, place, rows_per_shard
 from .datasets import Dataset
@@ -46,9 +47,10 @@ def latents_of(
 def exact(
     device: torch.device,
 ) -> Iterator[None]:
-    """No gradients, and no autocast."""
+    """No gradients, no autocast, and on a GPU no TF32, so that its latents and levels are those of a CPU."""
     kind = "cpu" if device.type == "meta" else device.type  # autocast does not know the device of shapes alone
-    with torch.no_grad(), torch.autocast(kind, enabled=False):
+    precise = cudnn.flags(enabled=True, deterministic=True, allow_tf32=False) if kind == "cuda" else nullcontext()
+    with torch.no_grad(), torch.autocast(kind, enabled=False), precise:
         yield
 
 # %% ../nbs/lib/autoencoders.ipynb #c353940e

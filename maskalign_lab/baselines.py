@@ -103,6 +103,10 @@ class HASTE(REPA, name="haste"):
     Config = HASTEConfig
     needs = ("features", "attention")
 
+    @classmethod
+    def needed(cls, config: HASTEConfig, step: int) -> tuple[str, ...]:
+        return cls.needs if step < config.stop else ()
+
     def build(self, net: nn.Module, teacher_dim: int) -> None:
         super().build(net, teacher_dim)
         check_attention(net)

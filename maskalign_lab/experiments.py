@@ -75,6 +75,7 @@ def step_flops(
         torch.zeros(COUNTED, pairs, net.blocks[0].attn.heads, tokens, tokens),
         torch.ones(COUNTED, len(getattr(aligned, "levels", ())), tokens, getattr(aligned, "dim", 1)),
     )
+    batch.held_out = replace(batch)
     draw = method.draw(batch, 0, lambda step, name: generator(0, step, name))
 
     def counted(start: int, end: int) -> float:

@@ -10,7 +10,6 @@ __all__ = ['METHODS', 'INSTALLED', 'Batch', 'Draw', 'Losses', 'State', 'shard', 
 import ast
 import hashlib
 import inspect
-import math
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
@@ -36,6 +35,7 @@ class Batch:
     class_token: Tensor | None = None  # (b, d) clean teacher class token
     attention: Tensor | None = None  # (b, blocks, heads, n, n) attention logits of teacher blocks, between patches
     levels: Tensor | None = None  # (b, K, n, d) levels of an autoencoder's encoder, from fine to coarse
+    held_out: "Batch | None" = None  # as many images that the network is never trained on
 
 # %% ../nbs/lib/methods.ipynb #63d3bd18
 @dataclass
@@ -74,8 +74,8 @@ def shard(
     """The rank's slice of a batch or of its draws."""
     if world == 1:
         return values
-    present = {f.name: getattr(values, f.name) for f in fields(values)}
-    return replace(values, **{name: v[rank::world] for name, v in present.items() if isinstance(v, Tensor)})
+    cut = lambda v: v[rank::world] if isinstance(v, Tensor) else v and shard(v, rank, world)  # noqa: E731
+    return replace(values, **{f.name: cut(getattr(values, f.name)) for f in fields(values)})
 
 # %% ../nbs/lib/methods.ipynb #39d7b983
 METHODS: dict[str, type["Method"]] = {}  # what a recipe's name means now
@@ -118,6 +118,11 @@ class Method(nn.Module):
         self.objective, self.config, self.label_dropout = objective, config, label_dropout
         self.num_classes, self.patch_size = net.num_classes, net.patch_size
         self.build(net, teacher_dim)
+
+    @classmethod
+    def needed(cls, config: MethodConfig, step: int) -> tuple[str, ...]:
+        """What one step needs, where steps differ; the first one needs all."""
+        return cls.needs
 
     def build(self, net: nn.Module, teacher_dim: int) -> None:
         """Check what the method needs of the network, and make what it trains beside it, such as projectors."""
@@ -183,8 +188,7 @@ def needs_of(
     step: int = 0,  # of the training; all needs are there at the first
 ) -> set[str]:
     """The fields of `Batch` beyond x and y that a method needs."""
-    active = [each for each in layers_of(config) if step < getattr(each, "stop", math.inf)]
-    return {name for each in active for name in method_class(each.name).needs}
+    return {name for each in layers_of(config) for name in method_class(each.name).needed(each, step)}
 
 
 def innermost(method: Method) -> Method:

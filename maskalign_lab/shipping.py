@@ -31,7 +31,7 @@ from .sampling import SamplerConfig, last_sample
 from .settings import Recipe
 
 # %% ../nbs/lib/shipping.ipynb #ad25ba91
-SHIPPED = {f"{method}-shapes": (method, "shapes") for method in ("sit", "repa", "reg", "maskalign")}
+SHIPPED = {f"{method}-shapes": (method, "shapes") for method in ("sit", "repa", "reg", "maskalign", "ahpa")}
 LONG = "data.variant=middle training.steps=7000 training.cooldown=0.4 training.lr=2e-3 training.warmup=500"
 TIMES = tuple(np.linspace(0, 1, 11).round(2).tolist())  # of the stored maps
 

@@ -15,7 +15,7 @@ import json
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -292,7 +292,8 @@ def told_to_stop(signals: list[int], accelerator: "Accelerator", step: int, ever
 # %% ../nbs/lib/training.ipynb #9ea92c35
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with its tensors on the device."""
-    return Batch(**{name: v if v is None else v.to(device, non_blocking=True) for name, v in vars(batch).items()})
+    moved = {name: v.to(device, non_blocking=True) for name, v in vars(batch).items() if isinstance(v, torch.Tensor)}
+    return replace(batch, **moved, held_out=batch.held_out and to_device(batch.held_out, device))
 
 # %% ../nbs/lib/training.ipynb #64de465c
 def learning_rate(config: TrainingConfig, step: int) -> float:

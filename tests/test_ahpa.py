@@ -86,10 +86,12 @@ def fixture(more: dict | None = None, double: bool = True, classes: int = 3):
     batch = Batch(
         torch.randn(4, 4, 8, 8, generator=g), torch.tensor([0, 1, 2, 0]), levels=torch.randn(4, 4, 16, 6, generator=g)
     )
+    batch.held_out = Batch(torch.randn(4, 4, 8, 8, generator=g), torch.tensor([2, 1, 0, 0]))
     draw = method.draw(batch, 0, lambda step, name: generator(0, step, name))
     if double:
         net, method = net.double(), method.double()
         batch.x, batch.levels, draw.t, draw.noise = (v.double() for v in (batch.x, batch.levels, draw.t, draw.noise))
+        batch.held_out.x = batch.held_out.x.double()
     return net, method, batch, draw
 
 
@@ -195,8 +197,10 @@ def test_gains_are_inner_products_of_gradients():
             [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(weights, of, strict=True)]
         )
 
-    first, second = ((shard(batch, k, 2), shard(draw, k, 2)) for k in (0, 1))
-    held_out = slopes(denoise(method, net, *second).velocity)
+    first, second = (shard(batch, 0, 2), shard(draw, 0, 2)), shard(batch.held_out, 1, 2)
+    others = shard(draw, 1, 2)
+    others = replace(others, y=torch.where(others.y == 3, 3, second.y))
+    held_out = slopes(denoise(method, net, second, others).velocity)
     losses = method.level_losses(denoise(method, net, *first).hidden[2], first[0].levels)
     exact = torch.stack([slopes(loss) @ held_out for loss in losses.flatten()]).view_as(losses)
     torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-7)
@@ -238,11 +242,46 @@ def test_a_bilevel_router_rests_between_its_looks():
     assert acts == [step % 3 == 0 for step in range(7)]
 
 
-def test_a_bilevel_router_needs_something_held_out():
+def test_a_bilevel_router_needs_a_batch_of_two():
     net, method, batch, draw = fixture({"router": "bilevel"})
     one, only = shard(batch, 0, len(batch.y)), shard(draw, 0, len(batch.y))
-    with pytest.raises(ValueError, match="a batch of two images or more"):
+    with pytest.raises(ValueError, match="a batch of 1 image: a bilevel router needs two or more"):
         method.loss(State(net, net, 0), one, only)
+
+
+def test_gains_do_not_look_at_the_other_half_of_the_batch():
+    """Only at held-out images, whose dropped labels are those of the draw."""
+    net, method, batch, draw = fixture()
+    found = gains(method, net, batch, draw)
+    batch.x[1::2], batch.y[1::2] = torch.randn_like(batch.x[1::2]), 1
+    assert torch.equal(gains(method, net, batch, draw), found)
+    dropped = replace(draw, y=torch.where(torch.arange(4) % 2 == 1, 3, draw.y))
+    unlabelled = gains(method, net, batch, dropped)
+    assert not torch.equal(unlabelled, found)
+    batch.held_out.y[:] = 1
+    assert torch.equal(gains(method, net, batch, dropped), unlabelled)
+
+
+def test_the_network_never_sees_what_the_router_is_asked_on(vae):
+    """One image in eight, from the end, in steps at which a bilevel router looks; other routers train on all."""
+    of = {router: make_batches(recipe(vae(), more=f"method.router={router}")) for router in ("bilevel", "learned")}
+    bilevel, learned = of.values()
+    count, looked, trained = len(bilevel.dataset), set(), set()
+    assert (bilevel.aside, learned.aside) == (count // 8, 0)
+    mean, _ = bilevel.latents[:].unbind(1)
+    nearest = lambda x: torch.cdist(x.flatten(1) / bilevel.scaling[0], mean.flatten(1)).argmin(1).tolist()  # noqa: E731
+    for step in range(24):
+        batch = bilevel(step)
+        trained |= set(nearest(batch.x))
+        assert (batch.held_out is None) is (step % 4 != 0)
+        looked |= set(nearest(batch.held_out.x)) if batch.held_out else set()
+        assert learned(step).held_out is None
+    assert trained == set(range(count - count // 8)) and looked == set(range(count - count // 8, count))
+
+
+def test_too_few_images_to_hold_any_out_are_refused(vae):
+    with pytest.raises(ValueError, match="keeps one in 8 images from the network, and there are 7"):
+        load_sources(recipe(vae(), more="method.router=bilevel data.n=7"))
 
 
 @pytest.mark.parametrize(
