@@ -202,10 +202,12 @@ def save_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 def results_file(
     table: str,  # "05_maskalign"
     dataset: str,  # "shapes" or "folder:.../cifar10/train"
+    preset: str = "laptop",
 ) -> Path:
-    """Where the rows of a data set ship: `05_maskalign_shapes.json`, `05_maskalign_cifar10-train.json`."""
+    """Where rows ship: `05_maskalign_shapes.json`, `05_maskalign_cifar10-train.json`, `06_ahpa_shapes_gpu.json`."""
     name = "-".join(Path(dataset.removeprefix("folder:")).parts[-2:]) if dataset.startswith("folder:") else dataset
-    return data() / "results" / f"{table}_{name}.json"
+    more = "" if preset == "laptop" else f"_{preset}"
+    return data() / "results" / f"{table}_{name}{more}.json"
 
 
 def shipped_rows(
@@ -215,8 +217,8 @@ def shipped_rows(
     overrides: str = "",  # of every recipe
 ) -> list[dict[str, Any]]:
     """The rows that ship, if they were made with these settings; else none, and a line that says so."""
-    path = results_file(table, dataset)
-    if (preset, overrides) == ("laptop", "") and path.exists():
+    path = results_file(table, dataset, preset)
+    if not overrides and path.exists():
         return load_rows(path)
     told = f"preset {preset!r}, dataset {dataset!r}" + (f" and overrides {overrides!r}" if overrides else "")
     print(f"No rows of {table} ship for {told}; `-p seeds 1` trains them with one seed.")

@@ -38,12 +38,12 @@ def validation_loss(
     """
     rows = []
     for bin in range(bins):
-        g = generator(seed, bin, "validation", x.device)
-        noise = objective.noise_scale * torch.randn(x.shape, generator=g, device=x.device)
-        t = (bin + torch.rand(len(x), generator=g, device=x.device)) / bins
+        g = generator(seed, bin, "validation")  # on the CPU, so that every device is asked the same
+        noise = (objective.noise_scale * torch.randn(x.shape, generator=g)).to(x)
+        t = ((bin + torch.rand(len(x), generator=g)) / bins).to(x)
         given = [x, y, noise, t]
         if class_tokens is not None:
-            class_noise = draw_noise(objective, class_tokens.shape, generator(seed, bin, "validation class", x.device))
+            class_noise = draw_noise(objective, class_tokens.shape, generator(seed, bin, "validation class")).to(x)
             given.append(interpolate(class_tokens, class_noise, t, objective.interpolant))
         chunks = zip(*(values.split(batch_size) for values in given), strict=True)
         rows.append(torch.cat([_velocity_error(net, objective, *chunk) for chunk in chunks]))

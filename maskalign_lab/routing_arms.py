@@ -122,7 +122,11 @@ SCALES = {
         samples=0,
     ),
     "laptop": Scale(f"{SHORT} training.steps=800", "training.steps=400", seeds=0),
-    "gpu": Scale("training.steps=2000 training.warmup=200", "training.steps=1000", samples=2000),
+    "gpu": Scale(
+        "training.steps=1200 training.warmup=200 training.compile=true",
+        "training.steps=600",
+        samples=1000,
+    ),
     "paper": Scale(
         f"{LATENTS['paper']} training.lr=2e-4 training.clip=2.0",
         "training.steps=50000",
@@ -146,7 +150,7 @@ def budget(
     tried, traced = len(scale.tried) + 1, len(scale.traced)
     few = min(ORACLE_SEEDS, seeds)
     total = steps * (len(scale.arms) * seeds + traced) + short * tried * few
-    line = f"tables: {len(scale.arms)} arms x {seeds} seeds x {steps:,} steps; oracle: {tried} x {few} x {short:,}; "
+    line = f"tables: {len(scale.arms)} arms x {seeds} seed{'s' * (seeds > 1)} x {steps:,} steps; oracle: {tried} x {few} x {short:,}; "
     line += f"traces: {traced} x {steps:,}; {total:,} steps if nothing is known yet"
     took = [row["seconds"] / row["step"] for row in rows if row["budget"] == "steps"]
     return line + (f", {total * float(np.median(took)) / 3600:.1f} h at {np.median(took):.2f} s each" if took else "")

@@ -103,7 +103,7 @@ def write_card(run: Run, out: Path, command: str, config: SamplerConfig = Sample
     held_out = run.images("validation")
     x, labels = run.inputs(held_out), torch.as_tensor(held_out.labels, device=run.device)
     losses = validation_loss(run.net, run.recipe.objective, x, labels, class_tokens=run.class_tokens(held_out))
-    mean, half = mean_interval(losses)
+    mean, half = mean_interval(losses.cpu())
     facts = json.loads((run.path / "facts.json").read_text())
     seconds = [json.loads(line)["seconds"] for line in (run.path / "log.jsonl").read_text().splitlines()]
     card = {
@@ -180,5 +180,6 @@ def make(
     train(recipe, work, device)
     pack(work, out)
     write_card(load_run(work), out, f"maskalign-lab make {name}")
-    make_maps(work, out)
+    if not recipe.data.autoencoder:  # study 01, which shows them, compares the runs on pixels
+        make_maps(work, out)
     return out

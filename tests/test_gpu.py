@@ -19,6 +19,7 @@ from maskalign_lab.metrics import validation_loss
 from maskalign_lab.recipes import LATENTS, NAMED, build, ensure_run, load_run, make_recipe, train
 from maskalign_lab.sampling import SamplerConfig, sample
 from maskalign_lab.seeding import generator
+from maskalign_lab.shipping import pack, write_card
 from maskalign_lab.sources import kept_autoencoder
 from maskalign_lab.training import fit, to_device
 
@@ -111,6 +112,14 @@ def test_every_method_trains(tmp_path, name, more):
     assert all(p.isfinite().all() for p in run.net.parameters())
 
 
+def test_a_run_is_packed_and_told_of(tmp_path):
+    path = train(small("ahpa", "data.n=16"), tmp_path / "run", "cuda", 0)
+    write_card(load_run(path, device="cuda"), pack(path, tmp_path / "packed"), "by hand", SamplerConfig(steps=2))
+    assert {"card.json", "card.md", "loss.png", "samples.png"} <= {
+        file.name for file in (tmp_path / "packed").iterdir()
+    }
+
+
 def test_compiled_blocks_train_to_what_eager_ones_do(tmp_path):
     nets = {}
     for compiled in ("false", "true"):
@@ -157,7 +166,7 @@ def test_latents_levels_and_features_are_those_of_the_cpu():
 
 def test_samples_and_validation_losses_are_those_of_the_cpu():
     net, method, batch, _ = given(small("sit"))
-    net = net.float().eval()
+    net, (x, labels) = net.float().eval(), (batch.x.float(), batch.y)
     y, config = torch.tensor([1, 2]), SamplerConfig(steps=4, guidance=1.5)
     start = torch.randn(2, 3, 32, 32, generator=generator(0, 0, "start"))
     found, losses = [], []
@@ -165,7 +174,7 @@ def test_samples_and_validation_losses_are_those_of_the_cpu():
         there = net.to(device)
         steps = list(sample(there, method.objective, y.to(device), config, start=start.to(device)))
         found.append(steps[-1].x.cpu())
-        losses.append(validation_loss(there, method.objective, batch.x.float().to(device), batch.y.to(device)).cpu())
+        losses.append(validation_loss(there, method.objective, x.to(device), labels.to(device)).cpu())
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
 

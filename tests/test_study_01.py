@@ -140,9 +140,12 @@ def test_shipped_runs_are_what_their_recipes_say():
     folders = sorted((paths.data() / "runs").glob("*/recipe.json"))
     assert [path.parent.name for path in folders] == sorted(SHIPPED)
     recipes = [from_json(path.read_text()) for path in folders]
-    assert len({(r.data, replace(r.network, mixer_depth=0), r.objective, r.training) for r in recipes}) == 1
-    digest = images_of(recipes[0].data, "train").digest
-    for path in folders:
+    pixels = [recipe for recipe in recipes if not recipe.data.autoencoder]
+    assert len({(r.data, replace(r.network, mixer_depth=0), r.objective, r.training) for r in pixels}) == 1
+    assert {recipe.training for recipe in recipes} == {pixels[0].training}
+    for path, recipe in zip(folders, recipes, strict=True):
+        digest = images_of(recipe.data, "train").digest
         assert json.loads((path.parent / "facts.json").read_text())["data_digest"] == digest
-        assert identity(from_json(path.read_text())) == identity(shipped_recipe(path.parent.name))
-        assert (path.parent / "maps.safetensors").exists() and (path.parent / "card.md").exists()
+        assert identity(recipe) == identity(shipped_recipe(path.parent.name))
+        assert (path.parent / "card.md").exists() and (path.parent / "loss.png").exists()
+        assert (path.parent / "maps.safetensors").exists() is (recipe in pixels)

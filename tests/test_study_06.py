@@ -9,6 +9,8 @@ from maskalign_lab import paths
 from maskalign_lab.ahpa import AHPAConfig
 from maskalign_lab.batch import run_study
 from maskalign_lab.experiments import Length, load_rows, results_file, run_identity, shipped_rows
+from maskalign_lab.recipes import load_run
+from maskalign_lab.routing import measure_routing
 from maskalign_lab.routing_arms import (
     CHOICES,
     LEVELS,
@@ -31,7 +33,18 @@ def test_smoke_runs_end_to_end(smoke):
 
 
 def test_figures_are_small_and_traceable(smoke):
-    for name in ("filmstrip", "contents", "weights", "skill", "traces", "oracle", "arms", "per_t"):
+    for name in (
+        "filmstrip",
+        "contents",
+        "weights",
+        "skill",
+        "traces",
+        "oracle",
+        "arms",
+        "per_t",
+        "larger_arms",
+        "larger_weights",
+    ):
         check_figure(smoke, "06_ahpa", f"06_{name}")
 
 
@@ -48,21 +61,36 @@ def test_the_tables_of_the_job_are_kept(smoke):
     np.testing.assert_allclose(film.weights.sum(-1), 1, rtol=1e-5)
 
 
-def test_the_tables_that_ship_are_paired():
+@pytest.mark.parametrize(
+    "table",
+    [("06_ahpa", "shapes"), ("06_oracle", "shapes"), ("06_ahpa", "shapes", "gpu"), ("06_ahpa", "folder:cifar10/train")],
+)
+def test_the_tables_that_ship_are_paired(table):
     """Every arm has the first seeds of the arm without alignment, or a difference would compare different trainings."""
-    for name in ("06_ahpa", "06_oracle"):
-        seeds: dict[str, list[int]] = {}
-        for row in load_rows(results_file(name, "shapes")):
-            if row["budget"] == "steps":
-                seeds.setdefault(row["arm"], []).append(row["seed"])
-        assert seeds["SiT"] and all(found == list(range(len(found))) for found in seeds.values())
-        assert all(len(found) <= len(seeds["SiT"]) for found in seeds.values())
+    seeds: dict[str, list[int]] = {}
+    for row in load_rows(results_file(*table)):
+        if row["budget"] == "steps":
+            seeds.setdefault(row["arm"], []).append(row["seed"])
+    assert seeds["SiT"] and all(found == list(range(len(found))) for found in seeds.values())
+    assert all(len(found) <= len(seeds["SiT"]) for found in seeds.values())
 
 
-def test_the_tables_that_ship_are_what_todays_recipes_would_train():
+def test_the_run_that_ships_is_ahpas():
+    """Its levels are fitted anew from the autoencoder that ships, and its heads still know them."""
+    run = load_run("ahpa-shapes", device="cpu")
+    seen = measure_routing(run, run.images("validation", 32))
+    np.testing.assert_allclose(seen.weights.sum(1), 1, rtol=1e-5)
+    assert (seen.skill[:5] > 0.7).all() and seen.distance.max() < 0.1
+
+
+@pytest.mark.parametrize("table", ["06_ahpa", "06_oracle"])
+@pytest.mark.parametrize("preset", ["laptop", "gpu"])
+def test_the_tables_that_ship_are_what_todays_recipes_would_train(table, preset):
     """`-p seeds 5` finds the rows by the identity of their runs: none is trained again."""
-    rows, scale = shipped_rows("06_ahpa", "laptop", "shapes"), SCALES["laptop"]
-    recipe_of, arms = scale.recipe_of("laptop", "shapes"), {arm.name: arm for arm in scale.arms}
+    rows, scale = shipped_rows(table, preset, "shapes"), SCALES[preset]
+    assert bool(rows) is ((table, preset) != ("06_oracle", "gpu"))
+    recipe_of = scale.recipe_of(preset, "shapes", scale.oracle if table == "06_oracle" else "")
+    arms = {arm.name: arm for arm in (*scale.arms, *scale.tried)}
     trainings: dict[tuple[str, int], dict[str, dict]] = {}
     for row in rows:
         trainings.setdefault((row["arm"], row["seed"]), {})[row["budget"]] = row
