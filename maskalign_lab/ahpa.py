@@ -239,7 +239,9 @@ class AHPA(Method, name="ahpa"):
         if state.step % config.probe_every:
             return log_weights.new_zeros(())  # the pull too rests between looks, or it would be as many times stronger
         if len(batch.y) < 2:
-            raise ValueError(f"a batch of {len(batch.y)} image: a bilevel router needs two or more, see `gains`")
+            raise ValueError(
+                f"a batch of {len(batch.y)} image: a bilevel router needs two or more; take training.batch_size=2 for each process"
+            )
         useful = gains(self, state.model, batch, draw)
         useful = useful - useful.mean(1, keepdim=True)  # what all levels have in common moves no weight
         useful = useful / useful.std().clamp(min=1e-12)
@@ -254,6 +256,10 @@ def gains(
     size: float = 3e-4,  # of the step, relative to the weights
 ) -> Tensor:  # (b / 2, K), of every second image
     """How much each level's loss falls, per unit of a step that lowers the velocity loss of held-out images."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            "router=bilevel moves the network's weights, which mask-loss and mask-input hide; take another router"
+        )
     first, second = shard(batch, 0, 2), shard(batch.held_out, 1, 2)
     mine, other = shard(draw, 0, 2), shard(draw, 1, 2)
     other = replace(other, y=torch.where(other.y == method.num_classes, other.y, second.y))  # the same are dropped

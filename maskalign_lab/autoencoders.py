@@ -47,7 +47,7 @@ def latents_of(
 def exact(
     device: torch.device,
 ) -> Iterator[None]:
-    """No gradients, no autocast, and on a GPU no TF32, so that its latents and levels are those of a CPU."""
+    """No gradients, no autocast, and on a GPU convolutions without TF32, so that latents and levels are those of a CPU."""
     kind = "cpu" if device.type == "meta" else device.type  # autocast does not know the device of shapes alone
     precise = cudnn.flags(enabled=True, deterministic=True, allow_tf32=False) if kind == "cuda" else nullcontext()
     with torch.no_grad(), torch.autocast(kind, enabled=False), precise:

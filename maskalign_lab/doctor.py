@@ -113,7 +113,8 @@ def expected_size(
 # %% ../nbs/lib/doctor.ipynb #9231f6e0
 SHIPPED = (
     "shapes/card.md", "digits/card.md", "teacher/shapes/teacher.safetensors", "teacher/shapes/card.json",
-    *(f"runs/{method}-shapes/recipe.json" for method in ("sit", "repa", "reg", "maskalign")), "results/05_maskalign_shapes.json",
+    *(f"runs/{method}-shapes/recipe.json" for method in ("sit", "repa", "reg", "maskalign", "ahpa")),
+    "results/05_maskalign_shapes.json", "results/06_ahpa_shapes.json", "results/06_film.safetensors",
 )  # fmt: skip
 
 # %% ../nbs/lib/doctor.ipynb #db5f22b0

@@ -35,7 +35,7 @@ class Batch:
     class_token: Tensor | None = None  # (b, d) clean teacher class token
     attention: Tensor | None = None  # (b, blocks, heads, n, n) attention logits of teacher blocks, between patches
     levels: Tensor | None = None  # (b, K, n, d) levels of an autoencoder's encoder, from fine to coarse
-    held_out: "Batch | None" = None  # as many images that the network is never trained on
+    held_out: "Batch | None" = None  # as many other images, which the network is never trained on
 
 # %% ../nbs/lib/methods.ipynb #63d3bd18
 @dataclass
@@ -74,8 +74,10 @@ def shard(
     """The rank's slice of a batch or of its draws."""
     if world == 1:
         return values
-    cut = lambda v: v[rank::world] if isinstance(v, Tensor) else v and shard(v, rank, world)  # noqa: E731
-    return replace(values, **{f.name: cut(getattr(values, f.name)) for f in fields(values)})
+    present = {f.name: getattr(values, f.name) for f in fields(values)}
+    parts = {name: v[rank::world] for name, v in present.items() if isinstance(v, Tensor)}
+    nested = {name: shard(v, rank, world) for name, v in present.items() if isinstance(v, Batch)}
+    return replace(values, **parts, **nested)
 
 # %% ../nbs/lib/methods.ipynb #39d7b983
 METHODS: dict[str, type["Method"]] = {}  # what a recipe's name means now
@@ -198,6 +200,7 @@ def innermost(method: Method) -> Method:
 # %% ../nbs/lib/methods.ipynb #4d9796f8
 def behaviour(thing: Any, seen: frozenset = frozenset()) -> str:
     """A digest of what a class or function does: its own code, and that of same-module functions it names."""
+    thing = getattr(thing, "__func__", thing)  # of a class method
     if isinstance(thing, type):
         own = {name: value for name, value in vars(thing).items() if not name.startswith("__") or name == "__init__"}
         parts = [f"{name}={behaviour(value)}" for name, value in sorted(own.items())]

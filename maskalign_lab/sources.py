@@ -165,7 +165,8 @@ class Batches:
             batch = replace(batch, levels=self.levels[index].float())
         if "attention" in needs:
             blocks = layer_that_needs(self.method, "attention").teacher_blocks
-            images = self.dataset.images(index, self.teacher.mean.device)
+            images = batch.x if self.latents is None else self.dataset.images(index)
+            images = images.to(self.teacher.mean.device)
             batch = replace(batch, attention=self.teacher.attention(images, blocks))
         if "held_out" in needs:
             batch = replace(batch, held_out=self.clean(trained + self.drawn(self.aside, step), step, "held out "))

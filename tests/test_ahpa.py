@@ -245,7 +245,7 @@ def test_a_bilevel_router_rests_between_its_looks():
 def test_a_bilevel_router_needs_a_batch_of_two():
     net, method, batch, draw = fixture({"router": "bilevel"})
     one, only = shard(batch, 0, len(batch.y)), shard(draw, 0, len(batch.y))
-    with pytest.raises(ValueError, match="a batch of 1 image: a bilevel router needs two or more"):
+    with pytest.raises(ValueError, match="a bilevel router needs two or more; take training.batch_size=2"):
         method.loss(State(net, net, 0), one, only)
 
 

@@ -11,7 +11,6 @@ from maskalign_lab.ahpa import AHPAConfig, Router
 from maskalign_lab.autoencoders import Autoencoder
 from maskalign_lab.datasets import load_dataset
 from maskalign_lab.encoders import load_teacher, rows_of
-from maskalign_lab.experiments import COUNTED
 from maskalign_lab.gradient_norms import token_gradient_norms
 from maskalign_lab.levels import fit_levels
 from maskalign_lab.methods import METHODS, Batch, State, needs_of
@@ -85,7 +84,7 @@ def test_losses_and_gradients_are_those_of_the_cpu(name, more):
 
 @pytest.mark.parametrize("name", ["sit", "ahpa", "maskalign"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_training_stopped_after_any_step_continues_to_the_same_bits(tmp_path, monkeypatch, name, precision):
+def test_a_training_that_was_stopped_continues_to_the_same_bits(tmp_path, monkeypatch, name, precision):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     try:
@@ -98,13 +97,14 @@ def test_a_training_stopped_after_any_step_continues_to_the_same_bits(tmp_path, 
     finally:
         torch.use_deterministic_algorithms(False)
     assert whole.step == parts.step == 6
-    for key, value in whole.net.state_dict().items():
-        assert torch.equal(value, parts.net.state_dict()[key]), key
+    for ours, theirs in ((whole.net, parts.net), (whole.method, parts.method)):
+        for key, value in ours.state_dict().items():
+            assert torch.equal(value, theirs.state_dict()[key]), key
 
 
 @pytest.mark.parametrize(("name", "more"), CASES)
 def test_every_method_trains(tmp_path, name, more):
-    """In bfloat16, through caches that the GPU fills, to a run that samples."""
+    """In bfloat16, through caches that the GPU fills."""
     path = train(small(name, f"{more} training.precision=bfloat16"), tmp_path / "run", "cuda", 0)
     run = load_run(path, device="cuda")
     lines = [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
@@ -161,7 +161,10 @@ def test_latents_levels_and_features_are_those_of_the_cpu():
             }
         found.append({key: value.float().cpu() for key, value in parts.items()})
     for key, value in found[0].items():
-        assert (value - found[1][key]).norm() < 2e-3 * value.norm(), key
+        bound = (
+            2e-3 if key == "features" else 1e-4
+        )  # TF32 is for the teacher, whose features are cached in half precision
+        assert (value - found[1][key]).norm() < bound * value.norm(), key
 
 
 def test_samples_and_validation_losses_are_those_of_the_cpu():
@@ -206,5 +209,6 @@ def test_a_step_does_not_wait_for_the_device():
 
 def test_runs_of_one_recipe_are_found_again_from_either_device(tmp_path, monkeypatch):
     monkeypatch.setenv("MASKALIGN_LAB_CACHE", str(tmp_path))
-    recipe = small("sit", f"data.n={16 * COUNTED}")
-    assert ensure_run(recipe, "cuda").path == ensure_run(recipe, "cpu").path
+    path = ensure_run(small("sit"), "cuda").path
+    monkeypatch.setattr("maskalign_lab.recipes.train", lambda *_: pytest.fail("trained again"))
+    assert ensure_run(small("sit"), "cpu").path == path

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskalign_lab.alignment import REPA, REPAConfig, cosine_alignment
-from maskalign_lab.methods import INSTALLED, METHODS, Batch, Method, MethodConfig, PlainSiT, State, shard
+from maskalign_lab.methods import INSTALLED, METHODS, Batch, Method, MethodConfig, PlainSiT, State, edit_digest, shard
 from maskalign_lab.objectives import Objective
 from maskalign_lab.seeding import batch_indices, generator
 from maskalign_lab.sit import SiT
@@ -52,6 +52,14 @@ def test_shards_partition_batch_and_draw(world, per):
     for whole, name in ((batch, "y"), (draw, "t")):
         parts = torch.cat([getattr(shard(whole, rank, world), name) for rank in range(world)])
         assert torch.equal(parts.sort().values, getattr(whole, name).sort().values)
+
+
+def test_held_out_images_are_sharded_too():
+    net, batch = setting(5)
+    batch.held_out = Batch(torch.arange(5.0).view(5, 1, 1, 1), torch.arange(5))
+    parts = [shard(batch, rank, 2) for rank in range(2)]
+    assert [part.held_out.y.tolist() for part in parts] == [[0, 2, 4], [1, 3]]
+    assert all(len(part.y) == len(part.held_out.y) for part in parts)
 
 
 @settings(deadline=None, max_examples=30)
@@ -105,3 +113,20 @@ def test_the_notebooks_definition_wins_whichever_comes_last(monkeypatch):
         __module__ = "somewhere.installed"
 
     assert METHODS["repa"] is Edited
+
+
+def test_an_edited_class_method_is_an_edit(monkeypatch):
+    monkeypatch.setitem(METHODS, "sit", PlainSiT)
+
+    def edited(body):
+        class Edited(PlainSiT, name="sit"):
+            __module__ = "__main__"
+            needed = classmethod(body)
+
+        return edit_digest(MethodConfig())
+
+    first, second = (
+        edited(lambda cls, config, step: cls.needs),
+        edited(lambda cls, config, step: () if step else cls.needs),
+    )
+    assert first and second and first != second

@@ -8,7 +8,7 @@ from studies import check_figure, check_first_cells, check_smoke, own_folders, s
 from maskalign_lab import paths
 from maskalign_lab.ahpa import AHPAConfig
 from maskalign_lab.batch import run_study
-from maskalign_lab.experiments import Length, load_rows, results_file, run_identity, shipped_rows
+from maskalign_lab.experiments import Length, load_rows, results_file, run_identity
 from maskalign_lab.recipes import load_run
 from maskalign_lab.routing import measure_routing
 from maskalign_lab.routing_arms import (
@@ -87,7 +87,7 @@ def test_the_run_that_ships_is_ahpas():
 @pytest.mark.parametrize("preset", ["laptop", "gpu"])
 def test_the_tables_that_ship_are_what_todays_recipes_would_train(table, preset):
     """`-p seeds 5` finds the rows by the identity of their runs: none is trained again."""
-    rows, scale = shipped_rows(table, preset, "shapes"), SCALES[preset]
+    rows, scale = load_rows(results_file(table, "shapes", preset)), SCALES[preset]
     assert bool(rows) is ((table, preset) != ("06_oracle", "gpu"))
     recipe_of = scale.recipe_of(preset, "shapes", scale.oracle if table == "06_oracle" else "")
     arms = {arm.name: arm for arm in (*scale.arms, *scale.tried)}
