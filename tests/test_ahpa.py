@@ -279,6 +279,13 @@ def test_the_network_never_sees_what_the_router_is_asked_on(vae):
     assert trained == set(range(count - count // 8)) and looked == set(range(count - count // 8, count))
 
 
+def test_a_control_that_hides_the_network_is_refused():
+    net, method, batch, draw = fixture({"router": "bilevel"})
+    hidden = lambda *args, **kwargs: net(*args, **kwargs)  # noqa: E731
+    with pytest.raises(ValueError, match="mask-loss and mask-input hide; take another router"):
+        method.loss(State(hidden, net, 0), batch, draw)
+
+
 def test_too_few_images_to_hold_any_out_are_refused(vae):
     with pytest.raises(ValueError, match="keeps one in 8 images from the network, and there are 7"):
         load_sources(recipe(vae(), more="method.router=bilevel data.n=7"))
