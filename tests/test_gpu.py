@@ -161,9 +161,7 @@ def test_latents_levels_and_features_are_those_of_the_cpu():
             }
         found.append({key: value.float().cpu() for key, value in parts.items()})
     for key, value in found[0].items():
-        bound = (
-            2e-3 if key == "features" else 1e-4
-        )  # TF32 is for the teacher, whose features are cached in half precision
+        bound = 1e-4 if key in ("latents", "decoded") else 2e-3  # components may turn a little; the teacher uses TF32
         assert (value - found[1][key]).norm() < bound * value.norm(), key
 
 

@@ -220,6 +220,7 @@ def test_the_findings_at_a_larger_scale_say_what_the_tables_say():
     steps, flops, judge = by_seed(rows, "velocity"), by_seed(rows, "velocity", "flops"), by_seed(rows, "frechet")
     sit = {arm: beside(of, steps["SiT"]) for arm, of in steps.items()}
     fewer, nearer = (beside(of["AHPA"], of["SiT"]) for of in (flops, judge))
+    distance = np.mean(list(judge["AHPA"].values()))
     adapts, routers = beside(steps["AHPA"], steps["uniform"]), routings(rows, {"AHPA": AHPAConfig()})["AHPA"]
     slopes, small = (
         [slope(routers, *without) for without in ((), ("latent",))],
@@ -236,7 +237,7 @@ def test_the_findings_at_a_larger_scale_say_what_the_tables_say():
         f"Equal weights are at {interval(sit['uniform'])}, fine to coarse at {interval(sit['fine to coarse'])}",
         f"coarse to fine at {interval(sit['coarse to fine'])}, the only arm that is *lower*",
         f"{interval(adapts)} beside equal weights",
-        f"AHPA's distance of {np.mean(list(judge['AHPA'].values())):.1f} is {short(-nearer.mean, 1)[1:]} +/- {short(nearer.half, 1)[1:]} lower.",
+        f"AHPA's distance of {distance:.1f} is {short(-nearer.mean, 1)[1:]} +/- {short(nearer.half, 1)[1:]} lower.",
         f"to {percent(*numbers_table({'AHPA': routers})['AHPA'].loc['from closed form'])} of its weight",
         f"slope is {interval(slopes[0], 3)}, without the latent {interval(slopes[1], 3)}: both *contradicted*.",
     ):
