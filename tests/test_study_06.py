@@ -1,5 +1,7 @@
 """Study 06 as its users run it: papermill end to end, what ships, and mistakes in seconds."""
 
+from dataclasses import replace
+
 import nbformat
 import numpy as np
 import pytest
@@ -15,6 +17,8 @@ from maskalign_lab.routing_arms import (
     LEVELS,
     SCALES,
     TRACED,
+    agreement,
+    as_routing,
     coarse_in_noise,
     mean_routing,
     numbers_table,
@@ -166,12 +170,25 @@ def test_the_findings_say_what_the_tables_say():
     ):
         assert told in text, told
     assert [found.verdict(-1) for found in (sit["AHPA"], fewer, nearer)] == ["reproduced"] * 3
+    cost = {row["arm"]: 100 * (row["relative_flops"] - 1) for row in rows}
+    assert (
+        f"A step costs {cost['AHPA']:.0f} % more;" in text and f"a step costs {cost['bilevel']:.0f} % more than" in text
+    )
+    seen = [row for row in rows if "frechet" in row and row["budget"] == "steps"]
+    assert "about five times the floor or more" in text and len(seen) == sum(map(len, steps.values()))
+    assert min(row["frechet"] / row["frechet floor"] for row in seen) > 4.8
+    assert 0.05 < min(row["accuracy"] for row in seen) < max(row["accuracy"] for row in seen) < 0.15  # chance: 0.1
     undecided = [ahpa[other] for other in ("uniform", "down.0 alone", "mid alone", "bilevel")] + coarse
     assert all(found.verdict(-1).startswith("undecided") for found in (*undecided, sit["SRA 2"], sit["REPA"]))
     assert [ahpa[f"{level} alone"].verdict(-1) for level in ("down.1", "latent")] == ["reproduced"] * 2
     assert {arm: len(of) for arm, of in steps.items()} == {
         arm: 5 if arm in ("SiT", "AHPA", "uniform", "coarse to fine", "fine to coarse") else 3 for arm in steps
     }
+
+
+def weights_at(rows: list[dict], arm: str, budget: str):
+    """The weights (10, K) of every seed of an arm."""
+    return (row["weights"] for row in rows if (row["arm"], row["budget"]) == (arm, budget))
 
 
 def slope(each: list, *without: str) -> Paired:
@@ -194,6 +211,18 @@ def test_the_findings_on_routers_say_what_the_tables_say():
     ):
         assert told in text, told
     assert [found.verdict(+1) for found in slopes] == ["contradicted"] * 2
+    moved = [
+        100 * np.abs(np.mean(np.subtract(*weights), 0)).sum() / 2
+        for weights in zip(*(list(weights_at(rows, "bilevel", budget)) for budget in ("steps", "flops")), strict=True)
+    ]
+    assert "Between step 622 and the last {:.0f}, {:.0f} and {:.0f} % of the weight moved on".format(*moved) in text
+    first = [
+        as_routing(next(row for row in rows if (row["arm"], row["budget"]) == ("AHPA", at)))
+        for at in ("flops", "steps")
+    ]
+    leans = [short(each.coarseness(), 2) for each in first]
+    ends = [short(replace(each, weights=each.closed).coarseness(), 2) for each in first]
+    assert f"was {leans[0]} at step 745 and {leans[1]} at 800, that of the closed form {ends[0]} and {ends[1]}." in text
     favourites = [each.weights.mean(0) for each in learned["bilevel"]]
     assert [LEVELS[weights.argmax()] for weights in favourites] == ["down.0", "latent", "down.1"]
     named = zip(("`down.0`", "the latent", "`down.1`"), favourites, strict=True)
@@ -223,7 +252,7 @@ def test_the_findings_at_a_larger_scale_say_what_the_tables_say():
     distance = np.mean(list(judge["AHPA"].values()))
     adapts, routers = beside(steps["AHPA"], steps["uniform"]), routings(rows, {"AHPA": AHPAConfig()})["AHPA"]
     slopes, small = (
-        [slope(routers, *without) for without in ((), ("latent",))],
+        [slope(routers, *left_out) for left_out in ((), ("latent",))],
         load_rows(results_file("06_ahpa", "shapes")),
     )
     shares = [
@@ -266,6 +295,10 @@ def test_the_findings_on_the_oracle_and_on_traces_say_what_their_rows_say():
     ):
         assert told in text, told
     assert all(one.verdict(-1) == "undecided (3 seeds)" for one in contrasts)
+    of = routings(load_rows(results_file("06_ahpa", "shapes")), {"AHPA": AHPAConfig()})["AHPA"]
+    assert "in the middle, nearly so in the noise, and not near the data" in text
+    ranks = agreement(mean_routing(of).weights, table)
+    assert ranks[0] < 0 and 0.5 < ranks[2] < 1 and ranks[1] == pytest.approx(1)
 
     last = {
         row["arm"]: np.array(row["weights"])
