@@ -11,6 +11,7 @@
 The first call makes .venv and installs into it; a later call installs only what changed.
 What follows a command is passed on: `python3 lab.py run 01 -p preset gpu`, `python3 lab.py test -k taps`.
 """
+
 # Standard library only, in syntax that Python 3.8 reads: one too old for the project must still say which is needed.
 import configparser
 import difflib
@@ -103,8 +104,10 @@ def find_python():
         if path and fits(version_of(path)):
             return str(path)
     needed, this = "{}.{} to {}.{}".format(*oldest(), *NEWEST), "{}.{}".format(*sys.version_info)
-    stop(f"Python {needed} is needed, this is {this}, and neither PATH nor {pyenv} holds another one. "
-         "Install one with your package manager or from https://www.python.org/downloads")
+    stop(
+        f"Python {needed} is needed, this is {this}, and neither PATH nor {pyenv} holds another one. "
+        "Install one with your package manager or from https://www.python.org/downloads"
+    )
 
 
 # ---- the environment
@@ -119,8 +122,10 @@ def make_venv():
             return
     shutil.rmtree(VENV, ignore_errors=True)
     package = "python{}.{}-venv".format(*version_of(python))
-    stop(f"{python} lacks venv with ensurepip, and virtualenv is not there either. "
-         f"On Debian and Ubuntu: apt-get install python3-venv (or {package})")
+    stop(
+        f"{python} lacks venv with ensurepip, and virtualenv is not there either. "
+        f"On Debian and Ubuntu: apt-get install python3-venv (or {package})"
+    )
 
 
 def read_stamp():
@@ -157,8 +162,10 @@ def install(extras):
     done = quietly(tool("python"), "-c", "import torch, torchvision, timm; print(torch.__version__)")
     if done.returncode:
         why = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        stop(f"PyTorch, torchvision and timm do not work together: {why}\nDelete {VENV} and call again. "
-             f"What is installed: {tool('python')} -m pip list")
+        stop(
+            f"PyTorch, torchvision and timm do not work together: {why}\nDelete {VENV} and call again. "
+            f"What is installed: {tool('python')} -m pip list"
+        )
     say(f"Installed, with PyTorch {done.stdout.strip()}")
 
 
@@ -176,8 +183,22 @@ def install_torch():
     # torch and torchvision of one index fit each other: both or neither, and no other index has a say
     keep = ("PIP_CERT", "PIP_CLIENT_CERT", "PIP_PROXY", "PIP_TRUSTED_HOST")
     env = {key: value for key, value in os.environ.items() if not key.startswith("PIP_") or key in keep}
-    done = quietly(tool("python"), "-m", "pip", "install", "--no-deps", "--retries", "0", "--timeout", "10",
-                   "--index-url", CPU_INDEX, "torch", "torchvision", env=dict(env, PIP_CONFIG_FILE=os.devnull))
+    done = quietly(
+        tool("python"),
+        "-m",
+        "pip",
+        "install",
+        "--no-deps",
+        "--retries",
+        "0",
+        "--timeout",
+        "10",
+        "--index-url",
+        CPU_INDEX,
+        "torch",
+        "torchvision",
+        env=dict(env, PIP_CONFIG_FILE=os.devnull),
+    )
     if done.returncode:
         say(f"  {CPU_INDEX} gave none: taking the usual build with CUDA, about 3 GB")
 
@@ -205,7 +226,11 @@ def test(rest):
 
     workers = 2
     threads = str(max(1, (os.cpu_count() or 1) // workers))  # all workers together use each core once
-    spread = ("--dist", "loadfile", "--no-loadscope-reorder")  # a file's tests share what they made; see tests/conftest.py
+    spread = (
+        "--dist",
+        "loadfile",
+        "--no-loadscope-reorder",
+    )  # a file's tests share what they made; see tests/conftest.py
     results = [
         timed("nbs/lib", tool("nbdev-test"), "nbs/lib", "--n-workers", str(workers), OMP_NUM_THREADS=threads),
         timed("tests", tool("python"), "-m", "pytest", "-n", str(workers), *spread, *rest, OMP_NUM_THREADS=threads),
@@ -216,20 +241,28 @@ def test(rest):
     return int(any(code for _, code, _ in results))
 
 
+def modules_of(notebook):
+    """The modules that a notebook exports: one, if all is well."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    directive = re.compile(r"^\s*#\s*\|\s*default_exp\b\s*:?\s*(\S+)", re.MULTILINE)
+    return [module for source in code for module in directive.findall(source)]
+
+
 def strays(nbs):
     """Why nothing under `nbs` should be exported, a line each: a stray copy would take over a module."""
     problems, homes = [], {}
-    studies = [f"{study}.ipynb" for study in STUDIES]
     for path in sorted(nbs.rglob("*.ipynb")):
-        name = path.relative_to(nbs).as_posix()
+        name, modules = path.relative_to(nbs).as_posix(), modules_of(path)
         if ".ipynb_checkpoints" in name:
             continue
-        if path.parent != nbs / "lib" and name not in studies:
+        for module in modules:
+            homes.setdefault(module, []).append(f"nbs/{name}")
+        if not name.startswith("lib/") and name[: -len(".ipynb")] not in STUDIES:
             problems.append(f"nbs/{name} is neither a study nor in nbs/lib; move it out of nbs/")
-        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
-            source = "".join(cell["source"]) if cell["cell_type"] == "code" else ""
-            for module in re.findall(r"^\s*#\s*\|\s*default_exp\b\s*:?\s*(\S+)", source, re.MULTILINE):
-                homes.setdefault(module, []).append(f"nbs/{name}")
+        elif name.startswith("lib/") and [f"lib/{module.replace('.', '/')}.ipynb" for module in modules] != [name]:
+            found = " and ".join(modules) or "no module"
+            problems.append(f"nbs/{name} exports {found}, and the notebook of module a.b is nbs/lib/a/b.ipynb")
     twice = [f"{module} is exported by {' and by '.join(names)}" for module, names in homes.items() if len(names) > 1]
     return problems + twice
 

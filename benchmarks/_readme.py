@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from maskalign_lab.benchmarking import from_json, summary, table
+from maskalign_lab.workbench.benchmarking import from_json, summary, table
 
 FOLDER = Path(__file__).resolve().parent
 BLOCK = re.compile(r"(<!-- (results/[\w.-]+\.json) -->\n).*?(<!-- end -->)", re.DOTALL)

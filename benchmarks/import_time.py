@@ -12,9 +12,8 @@ from functools import partial
 
 import numpy as np
 import torch
-
-from maskalign_lab import paths
-from maskalign_lab.benchmarking import Comparison, in_turn, run_script
+from maskalign_lab.base import paths
+from maskalign_lab.workbench.benchmarking import Comparison, in_turn, run_script
 
 BARE, OURS = "bare python", "import maskalign_lab"
 HELP = "import sys; sys.argv = ['maskalign-lab', '--help']; from maskalign_lab.cli import main; main()"

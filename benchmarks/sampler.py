@@ -12,13 +12,12 @@ from functools import partial
 from unittest.mock import patch
 
 import torch
+from maskalign_lab.diffusion import layers, sampling
+from maskalign_lab.diffusion.objectives import Objective
+from maskalign_lab.diffusion.sampling import Field, SamplerConfig, last_sample
+from maskalign_lab.runs.run import build, make_recipe
+from maskalign_lab.workbench.benchmarking import Comparison, in_turn, run_script
 from torch import Tensor, nn
-
-from maskalign_lab import layers, sampling
-from maskalign_lab.benchmarking import Comparison, in_turn, run_script
-from maskalign_lab.objectives import Objective
-from maskalign_lab.recipes import build, make_recipe
-from maskalign_lab.sampling import Field, SamplerConfig, last_sample
 
 PLAIN, OURS = "plain: attention written out, two calls", "ours: SDPA, one call"
 

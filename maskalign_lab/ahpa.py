@@ -11,18 +11,17 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from .base.errors import one_of
+from .base.seeding import generator
+from .diffusion.layers import sinusoids
+from .diffusion.objectives import Objective
+from .diffusion.sit import check_depths
+from .encoders.autoencoder_levels import WAYS
+from .training.baselines import smooth_l1
+from .training.methods import Batch, Draw, Losses, Method, MethodConfig, State, denoise, shard
+from .training.repa import cosine_alignment
 from torch import Tensor, nn
 from torch.func import functional_call
-
-from .alignment import cosine_alignment
-from .baselines import smooth_l1
-from .errors import one_of
-from .layers import sinusoids
-from .levels import WAYS
-from .methods import Batch, Draw, Losses, Method, MethodConfig, State, denoise, shard
-from .objectives import Objective
-from .seeding import generator
-from .sit import check_depths
 
 # %% ../nbs/06_ahpa.ipynb #0a5fc6b2
 SCHEDULES = ("uniform", "coarse-to-fine", "fine-to-coarse")
@@ -129,7 +128,7 @@ class AHPAConfig(MethodConfig):
     projector_width: int = 2048  # of the trunk
     levels: tuple[str, ...] = ("down.0", "down.1", "mid", "latent")  # in the order of the encoder
     dim: int = 16  # channels of each
-    way: str = "detail"  # detail | mean | rotated: how a level comes to the grid, see `levels.on_grid`
+    way: str = "detail"  # detail | mean | rotated: how a level comes to the grid, see `autoencoder_levels.on_grid`
     loss: str = "cosine"  # cosine | smooth-l1
     router: str = "learned"  # learned | bilevel | a schedule | a level
     mix: str = "losses"  # losses | targets, which need levels that are rotated

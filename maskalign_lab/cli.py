@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from .base import paths  # noqa: F401  (importing a module registers its commands)
+from .base.errors import one_of
+from .workbench.commands import COMMANDS, command, overview, parse
 from tyro.conf import Positional, UseAppendAction, arg
 
-from . import network_commands, paths  # noqa: F401  (importing a module registers its commands)
-from .commands import COMMANDS, command, overview, parse
-from .errors import one_of
+from . import network_commands  # noqa: F401  (importing a module registers its commands)
 
 # %% ../nbs/lib/cli.ipynb #bfff34f8
 def main(
@@ -59,7 +60,7 @@ def report(
     job: Any,  # that has ended
 ) -> int:
     """Tell how a job ended; its exit code."""
-    from maskalign_lab.batch import summary
+    from maskalign_lab.workbench.jobs import summary
 
     print(summary(job), file=sys.stderr if job.exit_code else sys.stdout)
     return job.exit_code
@@ -68,8 +69,8 @@ def report(
 @command("run", Run)
 def run_run(options: Run) -> int:
     """Read the values by their declared types, then execute the study."""
-    from maskalign_lab.batch import find_study, run_study
-    from maskalign_lab.parameters import parse_value, study_parameters
+    from maskalign_lab.workbench.jobs import find_study, run_study
+    from maskalign_lab.workbench.study_parameters import parse_value, study_parameters
 
     notebook = find_study(options.study)
     known = study_parameters(notebook)
@@ -135,7 +136,7 @@ class Doctor:
 @command("doctor", Doctor)
 def run_doctor(options: Doctor) -> int:
     """Examine the machine."""
-    from maskalign_lab.doctor import examine
+    from maskalign_lab.workbench.doctor import examine
 
     print(found := examine())
     return int(bool(found.problems))
@@ -151,7 +152,7 @@ class Refresh:
 @command("refresh", Refresh)
 def run_refresh(options: Refresh) -> int:
     """Execute, then transplant the outputs."""
-    from maskalign_lab.refreshing import refresh
+    from maskalign_lab.workbench.refresh import refresh
 
     return report(refresh(options.study))
 
@@ -166,7 +167,7 @@ class Figures:
 @command("figures", Figures)
 def run_figures(options: Figures) -> int:
     """Run them one by one; the worst exit code."""
-    from maskalign_lab.refreshing import figures
+    from maskalign_lab.workbench.refresh import figures
 
     return max((report(job) for job in figures(list(options.studies) or None)), default=0)
 
@@ -182,7 +183,7 @@ class Make:
 @command("make", Make)
 def run_make(options: Make) -> int:
     """Train, measure and pack."""
-    from maskalign_lab.shipping import make
+    from maskalign_lab.studies.shipped_runs import make
 
     print(make(options.name, device=options.device))
     return 0
@@ -201,7 +202,7 @@ class Bench:
 @command("bench", Bench)
 def run_bench(options: Bench) -> int:
     """Run the benchmarks and print one table."""
-    from maskalign_lab.benchmarking import bench
+    from maskalign_lab.workbench.benchmarking import bench
 
     bench([options.name] if options.name else [], options.short, options.device, options.out)
     return 0

@@ -16,17 +16,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from .base.seeding import batch_indices, generator, key
+from .data.datasets import Dataset
+from .diffusion.interpolants import interpolate
+from .diffusion.sit import SiT
+from .training.methods import innermost
+from .training.repa import cosine_alignment, projector
+from .workbench.plots import Curve, Panels, Picture, TokenMap, filmstrip
+from .workbench.scrubber import Control, Scrubber
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
-
-from .alignment import cosine_alignment, projector
-from .datasets import Dataset
-from .interpolants import interpolate
-from .methods import innermost
-from .plots import Curve, Panels, Picture, TokenMap, filmstrip
-from .seeding import batch_indices, generator, key
-from .sit import SiT
-from .widgets import Control, Scrubber
 
 # %% ../nbs/01_gradient_norms.ipynb #19fd780e
 def token_gradients(

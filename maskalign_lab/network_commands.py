@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .base import paths
+from .workbench.commands import command
 from tyro.conf import Positional
-
-from . import paths
-from .commands import command
 
 # %% ../nbs/lib/network_commands.ipynb #9ed7beca
 @dataclass
@@ -46,8 +45,8 @@ def folder_for(
 @command("train", Train)
 def run_train(options: Train) -> int:
     """Train a recipe into a run folder."""
-    from maskalign_lab.recipes import make_recipe, train
-    from maskalign_lab.settings import identity
+    from maskalign_lab.runs.recipe import identity
+    from maskalign_lab.runs.run import make_recipe, train
 
     words = shlex.join(options.overrides)
     recipe = make_recipe(options.method, options.preset, options.dataset, options.seed, words)
@@ -73,7 +72,7 @@ class Teach:
 @command("teach", Teach)
 def run_teach(options: Teach) -> int:
     """Teach a teacher and tell how to train with it."""
-    from maskalign_lab.teaching import TeachConfig, teach
+    from maskalign_lab.encoders.teacher_training import TeachConfig, teach
 
     folder = folder_for(options.out, "teachers", options.dataset)
     teach(options.dataset, folder, TeachConfig(steps=options.steps, seed=options.seed), options.device)
@@ -97,8 +96,8 @@ class TrainJudge:
 @command("judge", TrainJudge)
 def run_judge(options: TrainJudge) -> int:
     """Train a judge and name its card."""
-    from maskalign_lab.judging import JudgeConfig, train_judge
-    from maskalign_lab.settings import absolute
+    from maskalign_lab.measure.judge_training import JudgeConfig, train_judge
+    from maskalign_lab.runs.recipe import absolute
 
     spec = absolute(options.dataset)
     folder = folder_for(options.out, "judges", spec, *([] if options.size == 32 else [str(options.size)]))
@@ -138,7 +137,7 @@ def chosen_sampler(
     known: Any,  # SamplerConfig of an imported run, or None
 ) -> Any:  # SamplerConfig
     """How to sample: as typed, else as the run's authors do, else Heun in 25 steps with guidance 2."""
-    from maskalign_lab.sampling import SamplerConfig
+    from maskalign_lab.diffusion.sampling import SamplerConfig
 
     typed = {name: getattr(options, name) for name in ("solver", "steps", "guidance")}
     given = {name: value for name, value in typed.items() if value is not None}
@@ -149,12 +148,11 @@ def chosen_sampler(
 def run_sample(options: Sample) -> int:
     """Draw a grid of images and write it."""
     import torch
-
-    from maskalign_lab.plots import sample_grid, save_png
-    from maskalign_lab.recipes import load_run
-    from maskalign_lab.sampling import last_sample
-    from maskalign_lab.shipping import to_pixels
-    from maskalign_lab.training import resolve_device
+    from maskalign_lab.diffusion.sampling import last_sample
+    from maskalign_lab.runs.run import load_run
+    from maskalign_lab.studies.shipped_runs import to_pixels
+    from maskalign_lab.training.loop import resolve_device
+    from maskalign_lab.workbench.plots import sample_grid, save_png
 
     device = resolve_device(options.device)
     run = load_run(options.run, device=str(device))
@@ -191,9 +189,9 @@ class Measure:
 @command("measure", Measure)
 def run_measure(options: Measure) -> int:
     """Sample, judge, print and write."""
-    from maskalign_lab.measuring import measure, measured_text, save_measure
-    from maskalign_lab.recipes import load_run
-    from maskalign_lab.sampling import SamplerConfig
+    from maskalign_lab.diffusion.sampling import SamplerConfig
+    from maskalign_lab.runs.evaluation import measure, measured_text, save_measure
+    from maskalign_lab.runs.run import load_run
 
     run = load_run(options.run, device=options.device)
     config = SamplerConfig(options.solver, options.steps, options.guidance)
@@ -212,9 +210,9 @@ class Runs:
 @command("runs", Runs)
 def run_runs(options: Runs) -> int:
     """One line for each run: name, method, data, latest step, folder."""
-    from maskalign_lab.checkpoints import steps_of
-    from maskalign_lab.recipes import run_folders
-    from maskalign_lab.settings import from_json
+    from maskalign_lab.base.checkpoints import steps_of
+    from maskalign_lab.runs.recipe import from_json
+    from maskalign_lab.runs.run import run_folders
 
     for name, folder in sorted(run_folders().items()):
         steps = steps_of(folder)
@@ -243,7 +241,7 @@ def run_import(options: Import) -> int:
     """Import a checkpoint and name its folder."""
     import json
 
-    from maskalign_lab.official_files import import_run
+    from maskalign_lab.runs.official_files import import_run
 
     try:
         config = json.loads(options.config or "{}")
@@ -267,8 +265,8 @@ class Export:
 @command("export", Export)
 def run_export(options: Export) -> int:
     """Export a run's averaged weights."""
-    from maskalign_lab.official_files import export_run
-    from maskalign_lab.recipes import load_run
+    from maskalign_lab.runs.official_files import export_run
+    from maskalign_lab.runs.run import load_run
 
     print(export_run(load_run(options.run), options.out))
     return 0

@@ -10,14 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from .base.errors import one_of
+from .diffusion.interpolants import coefficients
+from .diffusion.objectives import Objective
+from .diffusion.sit import SiT
+from .training.loop import TrainingConfig, fit
+from .training.methods import Batch, MethodConfig, PlainSiT
 from torch import Tensor
-
-from .errors import one_of
-from .interpolants import coefficients
-from .methods import Batch, MethodConfig, PlainSiT
-from .objectives import Objective
-from .sit import SiT
-from .training import TrainingConfig, fit
 
 # %% ../nbs/03_prediction_targets.ipynb #f83d0319
 KINDS = ("x", "eps", "v")

@@ -10,12 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from .diffusion.layers import take
+from .diffusion.objectives import draw_noise
+from .training.methods import Batch, Draw, Losses, State, denoise
+from .training.repa import REPA, REPAConfig, cosine_alignment
 from torch import Tensor
-
-from .alignment import REPA, REPAConfig, cosine_alignment
-from .layers import take
-from .methods import Batch, Draw, Losses, State, denoise
-from .objectives import draw_noise
 
 # %% ../nbs/04_reg.ipynb #43d9a627
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
-from maskalign_lab import paths
+from maskalign_lab.base import paths
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = """--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking

@@ -6,9 +6,8 @@ from typing import Any
 
 import nbformat
 import pytest
-
-from maskalign_lab import paths
-from maskalign_lab.batch import Job, run_study
+from maskalign_lab.base import paths
+from maskalign_lab.workbench.jobs import Job, run_study
 
 
 @pytest.fixture(autouse=True)

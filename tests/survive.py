@@ -4,12 +4,11 @@ import sys
 from pathlib import Path
 
 import torch
-
-from maskalign_lab.methods import Batch, MethodConfig, PlainSiT
-from maskalign_lab.objectives import Objective
-from maskalign_lab.seeding import generator
-from maskalign_lab.sit import SiT
-from maskalign_lab.training import TrainingConfig, cut_log, fit, with_log
+from maskalign_lab.base.seeding import generator
+from maskalign_lab.diffusion.objectives import Objective
+from maskalign_lab.diffusion.sit import SiT
+from maskalign_lab.training.loop import TrainingConfig, cut_log, fit, with_log
+from maskalign_lab.training.methods import Batch, MethodConfig, PlainSiT
 
 
 def tiny():

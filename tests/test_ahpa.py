@@ -11,26 +11,24 @@ import torch
 from diffusers import AutoencoderKL
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from maskalign_lab.ahpa import AHPA, SCHEDULES, AHPAConfig, Router, closed_form, gains, pull, schedule
-from maskalign_lab.autoencoders import load_autoencoder
-from maskalign_lab.caching import open_cache, place
-from maskalign_lab.datasets import load_dataset
-from maskalign_lab.level_contents import centroid, level_power
-from maskalign_lab.levels import cached_level_tokens, description, fit_levels, on_grid, principal_components, rotation
-from maskalign_lab.methods import Batch, State, denoise, shard
-from maskalign_lab.objectives import Objective
-from maskalign_lab.recipes import LATENTS, build, load_run, make_recipe, train
-from maskalign_lab.routing import (
-    TIMES,
-    Routing,
-    constant_losses,
-    measure_routing,
-    run_levels,
-    trace_router,
-    weights_over,
+from maskalign_lab.base.seeding import generator
+from maskalign_lab.data.caching import open_cache, place
+from maskalign_lab.data.datasets import load_dataset
+from maskalign_lab.diffusion.objectives import Objective
+from maskalign_lab.diffusion.sit import SiT
+from maskalign_lab.encoders.autoencoder_levels import (
+    cached_level_tokens,
+    description,
+    fit_levels,
+    on_grid,
+    principal_components,
+    rotation,
 )
-from maskalign_lab.routing_arms import (
+from maskalign_lab.encoders.autoencoders import load_autoencoder
+from maskalign_lab.runs.batches import kept_autoencoder, load_sources, make_batches
+from maskalign_lab.runs.recipe import from_json, identity
+from maskalign_lab.runs.run import LATENTS, build, load_run, make_recipe, train
+from maskalign_lab.studies.ahpa.arms import (
     SCALES,
     WINDOWS,
     mean_routing,
@@ -40,11 +38,20 @@ from maskalign_lab.routing_arms import (
     oracle_table,
     routings,
 )
-from maskalign_lab.routing_film import make_film
-from maskalign_lab.seeding import generator
-from maskalign_lab.settings import from_json, identity
-from maskalign_lab.sit import SiT
-from maskalign_lab.sources import kept_autoencoder, load_sources, make_batches
+from maskalign_lab.studies.ahpa.film import make_film
+from maskalign_lab.studies.ahpa.level_contents import centroid, level_power
+from maskalign_lab.studies.ahpa.routing import (
+    TIMES,
+    Routing,
+    constant_losses,
+    measure_routing,
+    run_levels,
+    trace_router,
+    weights_over,
+)
+from maskalign_lab.training.methods import Batch, State, denoise, shard
+
+from maskalign_lab.ahpa import AHPA, SCHEDULES, AHPAConfig, Router, closed_form, gains, pull, schedule
 
 NAMES = ("down.0", "down.1", "mid", "latent")
 times = st.lists(st.floats(0, 1), min_size=1, max_size=8).map(lambda values: torch.tensor(values))

@@ -9,11 +9,15 @@ import torch
 from diffusers import AutoencoderKL
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from maskalign_lab.base import paths
+from maskalign_lab.base.seeding import generator
+from maskalign_lab.data import caching
+from maskalign_lab.data.datasets import load_dataset
+from maskalign_lab.encoders import autoencoder_training, autoencoders, reconstruction
+from maskalign_lab.encoders.autoencoders import Autoencoder, cached_latents, latents_of, load_autoencoder
+from maskalign_lab.studies import shipped_runs
 
-from maskalign_lab import autoencoders, caching, cli, compressing, paths, reconstruction, shipping
-from maskalign_lab.autoencoders import Autoencoder, cached_latents, latents_of, load_autoencoder
-from maskalign_lab.datasets import load_dataset
-from maskalign_lab.seeding import generator
+from maskalign_lab import cli
 
 SD_VAE = {  # config.json of stabilityai/sd-vae-ft-mse; without scaling_factor, so that diffusers takes 0.18215
     "_class_name": "AutoencoderKL",
@@ -301,7 +305,7 @@ def test_it_takes_larger_pictures(tiny):
 
 # ---- how it was made
 
-SHORT = compressing.CompressConfig(
+SHORT = autoencoder_training.CompressConfig(
     steps=12, batch_size=8, widths=(8, 16, 16), groups=4, mix=(("photos", 40), ("digits", 20)), save_every=4, warmup=2
 )
 
@@ -316,9 +320,9 @@ def one_thread():
 
 
 def test_it_learns_and_is_repeatable(one_thread):
-    pictures, before = compressing.mixture(SHORT), torch.random.get_rng_state()
+    pictures, before = autoencoder_training.mixture(SHORT), torch.random.get_rng_state()
     config = replace(SHORT, steps=30)
-    runs = [list(compressing.compressions(pictures, config, device="cpu")) for _ in range(2)]
+    runs = [list(autoencoder_training.compressions(pictures, config, device="cpu")) for _ in range(2)]
     losses = [float(lesson.losses["pixels"]) for lesson in runs[0]]
     assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
     first, second = (run[-1].pupil.state_dict() for run in runs)
@@ -329,12 +333,12 @@ def test_it_learns_and_is_repeatable(one_thread):
 @pytest.mark.parametrize("stop", [5, 8])
 def test_a_training_that_was_stopped_goes_on(stop, one_thread, tmp_path):
     """From the last checkpoint, to the same bits."""
-    pictures = compressing.mixture(SHORT)
-    *_, whole = compressing.compressions(pictures, SHORT, device="cpu")
-    for lesson in compressing.compressions(pictures, SHORT, tmp_path, "cpu"):
+    pictures = autoencoder_training.mixture(SHORT)
+    *_, whole = autoencoder_training.compressions(pictures, SHORT, device="cpu")
+    for lesson in autoencoder_training.compressions(pictures, SHORT, tmp_path, "cpu"):
         if lesson.step == stop:
             break
-    rest = list(compressing.compressions(pictures, SHORT, tmp_path, "cpu"))
+    rest = list(autoencoder_training.compressions(pictures, SHORT, tmp_path, "cpu"))
     assert [lesson.step for lesson in rest] == list(range(4 * (stop // 4), 13))
     for name, value in rest[-1].pupil.state_dict().items():
         assert torch.equal(value, whole.pupil.state_dict()[name]), name
@@ -342,29 +346,31 @@ def test_a_training_that_was_stopped_goes_on(stop, one_thread, tmp_path):
 
 def test_a_finished_training_is_measured_and_saved(tmp_path):
     others = {"other photographs": load_dataset("photos", split="validation", n=10, seed=7)}
-    out = compressing.compress(tmp_path / "out", tmp_path / "work", SHORT, "cpu", others, 20, print_every=0)
+    out = autoencoder_training.compress(tmp_path / "out", tmp_path / "work", SHORT, "cpu", others, 20, print_every=0)
     names = ["card.json", "card.md", "config.json", "diffusion_pytorch_model.safetensors"]
     assert sorted(path.name for path in out.iterdir()) == names
     found, card = load_autoencoder(f"tiny:{out}"), json.loads((out / "card.json").read_text())
     assert card["weights"] == found.digest and list(card["held out"]) == ["photos", "digits", "other photographs"]
     assert "other photographs" in (out / "card.md").read_text() and "maskalign-lab make autoencoder" in card["command"]
-    rows = cached_latents(found, pictures := compressing.mixture(SHORT))[:]
+    rows = cached_latents(found, pictures := autoencoder_training.mixture(SHORT))[:]
     noise = torch.randn(60, 4, 8, 8, generator=generator(0, 0, "posterior"))
     latents = latents_of(*rows.unbind(1), found.scale, found.shift, noise)
     assert abs(latents.mean()) < 0.02 and abs(latents.std() - 1) < 0.02
-    again = compressing.compress(tmp_path / "again", tmp_path / "work", SHORT, "cpu", n=20, print_every=0)
+    again = autoencoder_training.compress(tmp_path / "again", tmp_path / "work", SHORT, "cpu", n=20, print_every=0)
     assert (again / names[3]).read_bytes() == (out / names[3]).read_bytes()  # nothing was left to train
     with pytest.raises(FileExistsError, match="trained with config"):
-        next(compressing.compressions(pictures, replace(SHORT, lr=1.0), tmp_path / "work", "cpu"))
+        next(autoencoder_training.compressions(pictures, replace(SHORT, lr=1.0), tmp_path / "work", "cpu"))
     with pytest.raises(FileExistsError, match=f"trained with data '{pictures.digest}'"):
-        next(compressing.compressions(load_dataset("digits", n=30), SHORT, tmp_path / "work", "cpu"))
+        next(autoencoder_training.compressions(load_dataset("digits", n=30), SHORT, tmp_path / "work", "cpu"))
 
 
 def test_variations_keep_what_they_should(photos):
     images = photos.images()
-    varied = compressing.vary(images, generator(0, 0, "vary"))
+    varied = autoencoder_training.vary(images, generator(0, 0, "vary"))
     assert varied.shape == images.shape and varied.abs().max() <= 1 and not torch.equal(varied, images)
-    plain = compressing.vary(grey := images.mean(1, keepdim=True).expand(-1, 3, -1, -1), generator(0, 0, "vary"))
+    plain = autoencoder_training.vary(
+        grey := images.mean(1, keepdim=True).expand(-1, 3, -1, -1), generator(0, 0, "vary")
+    )
     torch.testing.assert_close(plain.flatten(1).sort().values, grey.flatten(1).sort().values, rtol=0, atol=1e-5)
     positions = torch.stack([grey, grey.flip(3), grey.mT, grey.flip(3).mT])  # colours leave grey as it is
     far = (positions - plain).abs().amax((2, 3, 4))  # (4, pictures)
@@ -388,7 +394,7 @@ def test_divergence_is_torch_distributions(small, photos):
 
 def test_the_command_knows_it(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(
-        shipping, "compress", lambda out, work, device: f"{out.parent.name}/{out.name} {work.name} {device}"
+        shipped_runs, "compress", lambda out, work, device: f"{out.parent.name}/{out.name} {work.name} {device}"
     )
     assert cli.main(["make", "autoencoder", "--device", "cpu"]) == 0
     assert capsys.readouterr().out == "data/autoencoder autoencoder cpu\n"

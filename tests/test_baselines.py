@@ -7,9 +7,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from timm.models.vision_transformer import VisionTransformer
-
-from maskalign_lab.baselines import (
+from maskalign_lab.base.seeding import generator
+from maskalign_lab.diffusion.layers import modulate, patchify
+from maskalign_lab.diffusion.objectives import Objective
+from maskalign_lab.diffusion.sit import SiT
+from maskalign_lab.diffusion.taps import taps
+from maskalign_lab.encoders.teachers import Teacher, load_teacher, qkv_names
+from maskalign_lab.runs.batches import Batches, load_sources, make_batches
+from maskalign_lab.runs.run import build, load_run, make_recipe, train
+from maskalign_lab.training.baselines import (
     HASTE,
     IREPA,
     SRA2,
@@ -21,15 +27,8 @@ from maskalign_lab.baselines import (
     spatial_norm,
     student_logits,
 )
-from maskalign_lab.encoders import Teacher, load_teacher, qkv_names
-from maskalign_lab.layers import modulate, patchify
-from maskalign_lab.methods import Batch, MethodConfig, PlainSiT, State, denoise, needs_of
-from maskalign_lab.objectives import Objective
-from maskalign_lab.recipes import build, load_run, make_recipe, train
-from maskalign_lab.seeding import generator
-from maskalign_lab.sit import SiT
-from maskalign_lab.sources import Batches, load_sources, make_batches
-from maskalign_lab.taps import taps
+from maskalign_lab.training.methods import Batch, MethodConfig, PlainSiT, State, denoise, needs_of
+from timm.models.vision_transformer import VisionTransformer
 
 SMALL = dict(input_size=16, patch_size=4, in_channels=3, width=16, depth=3, heads=2, num_classes=10)
 CONFIG = HASTEConfig(depth=2, projector_width=12, student_blocks=(1, 3), teacher_blocks=(4, 5), stop=10)

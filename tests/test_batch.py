@@ -12,9 +12,9 @@ import time
 import nbformat
 import pytest
 from conftest import ROOT
-
-from maskalign_lab import batch, paths, refreshing
-from maskalign_lab.batch import run_study, save_figure
+from maskalign_lab.base import paths
+from maskalign_lab.workbench import jobs, refresh
+from maskalign_lab.workbench.jobs import run_study, save_figure
 
 LARGE = base64.b64encode(bytes(100_001)).decode()
 DECLARED = 'preset: str = "laptop"  # smoke | laptop\nseed: int = 0\nout_dir: str = ""'
@@ -65,7 +65,7 @@ def test_a_job_from_end_to_end(tmp_path, output, monkeypatch, capsys):
     assert told["command"] == "maskalign-lab run study -p preset smoke -p seed 3"
     assert told["versions"]["papermill"] and told["seconds"] > 0
     printed = capsys.readouterr().out
-    assert "[4/4]" in printed and "A study" in printed and str(folder) in batch.summary(job)
+    assert "[4/4]" in printed and "A study" in printed and str(folder) in jobs.summary(job)
 
 
 def test_a_failing_cell_keeps_what_was_done(tmp_path, output):
@@ -89,7 +89,7 @@ def test_a_page_that_cannot_be_made_is_a_failure(tmp_path, output, monkeypatch):
     def broken(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr("maskalign_lab.pages.write_page", broken)
+    monkeypatch.setattr("maskalign_lab.workbench.offline_page.write_page", broken)
     job = run_study(write(tmp_path / "study.ipynb", "print('done')"))
     assert (job.status, job.error) == ("failed", "OSError: no space left")
     (folder,) = output.iterdir()
@@ -114,7 +114,7 @@ def test_wrong_parameters_are_refused_before_anything_exists(tmp_path, output, p
 def test_refusing_takes_no_kernel_and_no_torch(tmp_path):
     path = write(tmp_path / "study.ipynb")
     code = f"""import sys
-from maskalign_lab.batch import run_study
+from maskalign_lab.workbench.jobs import run_study
 try:
     run_study({str(path)!r}, {{"preest": "smoke"}})
 except ValueError:
@@ -125,7 +125,7 @@ except ValueError:
 
 def test_unknown_studies_and_used_folders(tmp_path):
     with pytest.raises(ValueError, match="Did you mean '01_gradient_norms'"):
-        batch.find_study("gradient_nroms")
+        jobs.find_study("gradient_nroms")
     with pytest.raises(FileNotFoundError, match="no notebook"):
         run_study(tmp_path / "none.ipynb")
     (tmp_path / "used").mkdir()
@@ -140,8 +140,8 @@ def test_unknown_studies_and_used_folders(tmp_path):
 def start(path, folder, grace=20.0):
     """A job in a process of its own, up to the point where its cell has begun."""
     code = f"""import sys
-from maskalign_lab import kernels
-from maskalign_lab.batch import run_study
+from maskalign_lab.workbench import notebook_kernel
+from maskalign_lab.workbench.jobs import run_study
 kernels.GRACE = {grace}
 sys.exit(run_study({str(path)!r}, out={str(folder)!r}).exit_code)"""
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
@@ -183,10 +183,10 @@ def test_a_cell_that_does_not_listen_is_killed(tmp_path):
 
 def test_a_figure_is_traced_to_its_job(tmp_path, output):
     drawing = """from matplotlib.figure import Figure
-from maskalign_lab.batch import save_figure
+from maskalign_lab.workbench.jobs import save_figure
 save_figure(Figure(figsize=(1, 1)), "dot", out_dir, {"study": "study", "seed": seed})"""
     job = run_study(write(tmp_path / "study.ipynb", drawing), {"seed": 5})
-    (picture,) = batch.figures_of(job)
+    (picture,) = jobs.figures_of(job)
     side = json.loads(picture.with_suffix(".json").read_text())
     assert picture.read_bytes()[:4] == b"\x89PNG" and side["figure"] == "dot" and side["seed"] == 5
     assert side["command"] == "maskalign-lab run study -p seed 5"
@@ -225,7 +225,7 @@ def test_refresh_keeps_what_can_be_shown(clone):
     drawing = """import sys, ipywidgets
 from IPython.display import display
 from matplotlib.figure import Figure
-from maskalign_lab.batch import save_figure
+from maskalign_lab.workbench.jobs import save_figure
 print("noise", file=sys.stderr)
 print(preset)
 display(ipywidgets.IntSlider())
@@ -233,21 +233,21 @@ save_figure(Figure(figsize=(1, 1)), "01_dot", out_dir, {});
 display({"image/png": "iVBORw0K", "text/plain": "a picture"}, raw=True)
 1 + 1"""
     path = write(clone / "nbs" / "01_study.ipynb", drawing)
-    job = refreshing.refresh("01")
-    assert job.status == "ok" and refreshing.is_fresh(path)
+    job = refresh.refresh("01")
+    assert job.status == "ok" and refresh.is_fresh(path)
     book = nbformat.read(path, 4)
     text, slider, picture, value = book.cells[-1].outputs
     assert text.text == "laptop\n" and list(slider.data) == ["text/plain"] and value.data["text/plain"] == "2"
     assert picture.data["image/png"] == "iVBORw0K" and "widgets" not in book.metadata
     assert [cell.get("execution_count") for cell in book.cells] == [None] * 3 and "papermill" not in path.read_text()
-    assert refreshing.figures()[0].status == "ok"
+    assert refresh.figures()[0].status == "ok"
     assert {each.name for each in (clone / "figures").iterdir()} == {"01_dot.png", "01_dot.json"}
 
 
 def test_refresh_and_figures_leave_everything_after_a_failure(clone):
     path = write(clone / "nbs" / "01_study.ipynb", "1 / 0")
     before = path.read_bytes()
-    assert refreshing.refresh("01").exit_code == 1 and refreshing.figures()[-1].exit_code == 1
+    assert refresh.refresh("01").exit_code == 1 and refresh.figures()[-1].exit_code == 1
     assert path.read_bytes() == before and not (clone / "figures").exists()
 
 
@@ -262,11 +262,11 @@ def test_clean_changes_nothing_in_a_refreshed_notebook(tree):
         nbformat.v4.new_output("display_data", {"image/png": png, "text/plain": "<Figure>"}, metadata={"width": 3}),
     ]
     nbformat.write(book, executed)
-    refreshing.transplant(executed, path)
+    refresh.transplant(executed, path)
     before = path.read_bytes()
     clean = [sys.executable, "-c", f"from nbdev.clean import nbdev_clean; nbdev_clean({str(path)!r})"]
     subprocess.run(clean, cwd=tree, check=True)
-    assert path.read_bytes() == before and refreshing.is_fresh(path)
+    assert path.read_bytes() == before and refresh.is_fresh(path)
 
 
 @pytest.mark.parametrize(
@@ -284,17 +284,17 @@ def test_what_may_not_be_committed(tmp_path, output, message):
     book.cells[-1].outputs = [output]
     nbformat.write(book, tmp_path / "executed.ipynb")
     with pytest.raises(ValueError, match=message):
-        refreshing.transplant(tmp_path / "executed.ipynb", path)
+        refresh.transplant(tmp_path / "executed.ipynb", path)
     assert path.read_bytes() == before
 
 
 def test_a_notebook_edited_meanwhile_is_left_alone(tmp_path):
     executed = write(tmp_path / "executed.ipynb", "1")
     with pytest.raises(ValueError, match="was edited while its copy ran"):
-        refreshing.transplant(executed, write(tmp_path / "study.ipynb", "2"))
+        refresh.transplant(executed, write(tmp_path / "study.ipynb", "2"))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb")), ids=lambda path: path.stem)
 def test_outputs_of_a_study_are_those_of_its_code(path):
     shown = any(cell.get("outputs") for cell in json.loads(path.read_text())["cells"])
-    assert not shown or refreshing.is_fresh(path), f"run `python3 lab.py refresh {path.stem[:2]}`"
+    assert not shown or refresh.is_fresh(path), f"run `python3 lab.py refresh {path.stem[:2]}`"

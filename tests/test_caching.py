@@ -11,15 +11,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from maskalign_lab.base import paths
+from maskalign_lab.base.checkpoints import load_tensors, step_folder
+from maskalign_lab.data import caching
+from maskalign_lab.data.caching import fill, open_cache, place
+from maskalign_lab.data.datasets import load_dataset
+from maskalign_lab.encoders import teachers
+from maskalign_lab.encoders.teachers import cached_features, dataset_features, load_teacher, rows_of
+from maskalign_lab.runs.batches import make_batches
+from maskalign_lab.runs.run import make_recipe, train
 from torch.nn.modules.module import register_module_forward_pre_hook
-
-from maskalign_lab import caching, encoders, paths
-from maskalign_lab.caching import fill, open_cache, place
-from maskalign_lab.checkpoints import load_tensors, step_folder
-from maskalign_lab.datasets import load_dataset
-from maskalign_lab.encoders import cached_features, dataset_features, load_teacher, rows_of
-from maskalign_lab.recipes import make_recipe, train
-from maskalign_lab.sources import make_batches
 
 ROOT = Path(paths.__file__).parents[1]
 OURS = {"data": "d1", "teacher": "t1", "grid": 8, "sizes": (4, 4)}
@@ -133,7 +134,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from maskalign_lab import caching
+from maskalign_lab.data import caching
 
 replace, left = os.replace, [int(sys.argv[2])]
 
@@ -296,7 +297,7 @@ def looks():
     """How many pictures a teacher has looked at."""
     seen = []
     hook = register_module_forward_pre_hook(
-        lambda module, given: seen.append(len(given[0])) if isinstance(module, encoders.Teacher) else None
+        lambda module, given: seen.append(len(given[0])) if isinstance(module, teachers.Teacher) else None
     )
     yield seen
     hook.remove()
@@ -321,8 +322,8 @@ def test_kept_features_are_the_teachers(monkeypatch, looks):
 
 def test_the_second_training_reads_what_the_first_has_written(tmp_path, looks, monkeypatch):
     loaded = []
-    load = encoders.load_tiny
-    monkeypatch.setattr(encoders, "load_tiny", lambda *given: loaded.append(given) or load(*given))
+    load = teachers.load_tiny
+    monkeypatch.setattr(teachers, "load_tiny", lambda *given: loaded.append(given) or load(*given))
     train(recipe(), tmp_path / "first", "cpu", 0)
     assert sum(looks) == 64 and len(loaded) == 1
     train(recipe("training.seed=1"), tmp_path / "second", "cpu", 0)
@@ -332,7 +333,9 @@ def test_the_second_training_reads_what_the_first_has_written(tmp_path, looks, m
 def test_training_with_kept_features_is_the_same_to_the_bit(tmp_path, monkeypatch):
     for name in ("made", "read"):
         train(recipe(), tmp_path / name, "cpu", 0)
-    monkeypatch.setattr("maskalign_lab.sources.cached_features", lambda teacher, data: encoders.encode(teacher, data))
+    monkeypatch.setattr(
+        "maskalign_lab.runs.batches.cached_features", lambda teacher, data: teachers.encode(teacher, data)
+    )
     train(recipe(), tmp_path / "memory", "cpu", 0)
     for part in ("model", "ema", "method", "optimizer"):
         made, read, memory = (load_tensors(step_folder(tmp_path / n), part) for n in ("made", "read", "memory"))
@@ -373,7 +376,7 @@ def test_other_data_another_grid_and_other_code_have_folders_of_their_own(monkey
     cached_features(load_teacher(random, grid=4), dataset)
     cached_features(load_teacher(random, grid=2), load_dataset("shapes", n=5))
     assert len(feature_folders()) == 3
-    monkeypatch.setattr(encoders, "prepare", lambda images, mean, std, side: torch.zeros(len(images), 3, side, side))
+    monkeypatch.setattr(teachers, "prepare", lambda images, mean, std, side: torch.zeros(len(images), 3, side, side))
     cached_features(load_teacher(random, grid=2), dataset)
     assert len(feature_folders()) == 4
 

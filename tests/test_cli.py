@@ -8,8 +8,10 @@ from pathlib import Path
 import nbformat
 import pytest
 from conftest import ROOT
+from maskalign_lab.base import paths
+from maskalign_lab.workbench import commands
 
-from maskalign_lab import cli, commands, network_commands, paths
+from maskalign_lab import cli, network_commands
 from maskalign_lab.cli import main
 
 HEAVY = {"torch", "numpy", "matplotlib", "papermill", "nbformat", "jupyter_client", "plotly", "IPython", "timm"}
@@ -109,7 +111,7 @@ def test_train_sample_and_list(tmp_path, capsys):
 
 
 def test_teach_has_the_defaults_of_its_module():
-    from maskalign_lab.teaching import TeachConfig
+    from maskalign_lab.encoders.teacher_training import TeachConfig
 
     command, config = network_commands.Teach("shapes"), TeachConfig()
     assert (command.steps, command.seed) == (config.steps, config.seed)
@@ -136,7 +138,7 @@ def test_open_copies_and_keeps_what_is_there(tmp_path, capsys):
     wanted = {path.relative_to(paths.notebooks()) for path in paths.notebooks().rglob("*.ipynb")}
     wanted = {path for path in wanted if ".ipynb_checkpoints" not in path.parts}
     assert {path.relative_to(target) for path in target.rglob("*.ipynb")} == wanted
-    mine = target / "lib" / "paths.ipynb"
+    mine = target / "lib" / "base" / "paths.ipynb"
     mine.write_text("my work")
     capsys.readouterr()
     assert main(["open", str(target), "--no-start"]) == 0

@@ -4,9 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from maskalign_lab.interpolants import INTERPOLANTS, convert, interpolate, velocity
-from maskalign_lab.objectives import Objective, denoising_loss
+from maskalign_lab.diffusion.interpolants import INTERPOLANTS, convert, interpolate, velocity
+from maskalign_lab.diffusion.objectives import Objective, denoising_loss
 
 KINDS = ("x", "eps", "v")
 pairs = st.tuples(st.sampled_from(KINDS), st.sampled_from(KINDS)).filter(lambda pair: pair[0] != pair[1])

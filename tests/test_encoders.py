@@ -5,10 +5,9 @@ import json
 
 import pytest
 import torch
+from maskalign_lab.data.datasets import load_dataset
+from maskalign_lab.encoders import teachers
 from safetensors.torch import save
-
-from maskalign_lab import encoders
-from maskalign_lab.datasets import load_dataset
 
 RANDOM = "timm:vit_tiny_patch16_224?random"
 
@@ -30,14 +29,14 @@ def tiny(tmp_path_factory):
     """A folder as `teach` writes it, with random weights, and the network behind it."""
     folder = tmp_path_factory.mktemp("teacher")
     network = dict(size=32, patch_size=4, width=32, depth=2, heads=2)
-    vit = encoders.build_vit(**network)
+    vit = teachers.build_vit(**network)
     write_teacher(folder, {key: value.half() for key, value in vit.state_dict().items()}, network)
     return folder, vit
 
 
 def test_tiny_round_trip_through_half_precision(tiny, dataset):
     folder, vit = tiny
-    teacher = encoders.load_teacher(f"tiny:{folder}")
+    teacher = teachers.load_teacher(f"tiny:{folder}")
     assert (teacher.grid, teacher.dim, len(teacher.digest)) == (8, 32, 16)
     vit.eval()
     for a, b in zip(teacher.vit.state_dict().values(), vit.state_dict().values()):
@@ -53,14 +52,14 @@ def test_digest_follows_the_weights_and_the_card_must_fit(tiny, tmp_path):
     folder, vit = tiny
     other = {key: value.half() + 1 for key, value in vit.state_dict().items()}
     write_teacher(tmp_path, other, json.loads((folder / "card.json").read_text())["network"])
-    assert encoders.load_teacher(f"tiny:{tmp_path}").digest != encoders.load_teacher(f"tiny:{folder}").digest
+    assert teachers.load_teacher(f"tiny:{tmp_path}").digest != teachers.load_teacher(f"tiny:{folder}").digest
     (tmp_path / "card.json").write_text((folder / "card.json").read_text())
     with pytest.raises(ValueError, match="its card is of"):
-        encoders.load_teacher(f"tiny:{tmp_path}")
+        teachers.load_teacher(f"tiny:{tmp_path}")
 
 
 def test_frozen(tiny, dataset):
-    teacher = encoders.load_teacher(f"tiny:{tiny[0]}")
+    teacher = teachers.load_teacher(f"tiny:{tiny[0]}")
     images = dataset.images().requires_grad_()
     features = teacher(images)
     assert not features.tokens.requires_grad and not any(p.requires_grad for p in teacher.parameters())
@@ -70,7 +69,7 @@ def test_frozen(tiny, dataset):
 
 def test_features_do_not_depend_on_the_batch_size(tiny, dataset):
     name = f"tiny:{tiny[0]}"
-    one, many, again = (encoders.dataset_features(name, dataset, 8, batch_size=size) for size in (1, 7, 7))
+    one, many, again = (teachers.dataset_features(name, dataset, 8, batch_size=size) for size in (1, 7, 7))
     assert one.tokens.shape == (20, 64, 32) and one.cls.shape == (20, 32) and one.cls.dtype == torch.float16
     for alone, together, repeated in zip(one, many, again, strict=True):
         torch.testing.assert_close(alone, together, rtol=2e-3, atol=2e-3)
@@ -78,7 +77,7 @@ def test_features_do_not_depend_on_the_batch_size(tiny, dataset):
 
 
 def test_pictures_of_another_size_are_resized(tiny):
-    teacher = encoders.load_teacher(f"tiny:{tiny[0]}", size=64)
+    teacher = teachers.load_teacher(f"tiny:{tiny[0]}", size=64)
     large = load_dataset("shapes", size=64, n=4)
     assert teacher(large.images()).tokens.shape == (4, 64, 32)
 
@@ -89,7 +88,7 @@ def test_timm_teacher_is_timm(dataset):
     from timm.data import resolve_data_config
     from torchvision.transforms.functional import normalize
 
-    teacher = encoders.load_teacher(RANDOM, grid=14)
+    teacher = teachers.load_teacher(RANDOM, grid=14)
     config = resolve_data_config(model=teacher.vit)
     assert config["mean"] == pytest.approx(teacher.mean.tolist())
     assert isinstance(teacher.vit, timm.models.VisionTransformer)
@@ -109,45 +108,45 @@ def test_timm_teacher_is_timm(dataset):
 @pytest.mark.parametrize("grid", [4, 5])
 def test_any_grid_and_any_prefix(model, grid):
     """Registers and class token are split off; a network without class token gives the mean."""
-    teacher = encoders.load_teacher(f"timm:{model}?random", grid=grid)
+    teacher = teachers.load_teacher(f"timm:{model}?random", grid=grid)
     features = teacher(torch.zeros(1, 3, 32, 32))
     assert features.tokens.shape == (1, grid**2, teacher.dim) and features.cls.shape == (1, teacher.dim)
 
 
 def test_random_teachers_are_the_same_each_time_and_leave_the_global_state_alone():
     before = torch.random.get_rng_state()
-    first, second = (encoders.load_teacher(RANDOM, grid=2) for _ in range(2))
+    first, second = (teachers.load_teacher(RANDOM, grid=2) for _ in range(2))
     assert torch.equal(before, torch.random.get_rng_state())
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
 
 
 def test_published_teachers_are_known_by_their_weights(monkeypatch):
     """Not by their name: the same name may get other weights."""
-    first, again = (encoders.load_teacher(RANDOM, grid=2) for _ in range(2))
+    first, again = (teachers.load_teacher(RANDOM, grid=2) for _ in range(2))
     assert first.digest == again.digest and len(first.digest) == 16
-    create = encoders.create_vit
+    create = teachers.create_vit
 
     def changed(*given, **named):
         vit = create(*given, **named)
         vit.norm.bias.data[-1] += 1e-3
         return vit
 
-    monkeypatch.setattr(encoders, "create_vit", changed)
-    assert encoders.load_teacher(RANDOM, grid=2).digest != first.digest
+    monkeypatch.setattr(teachers, "create_vit", changed)
+    assert teachers.load_teacher(RANDOM, grid=2).digest != first.digest
 
 
 def test_oracle(dataset):
-    assert encoders.dataset_features("oracle", dataset, 8).tokens.shape == (20, 64, 18)
+    assert teachers.dataset_features("oracle", dataset, 8).tokens.shape == (20, 64, 18)
     with pytest.raises(ValueError, match="exact masks.*digits"):
-        encoders.dataset_features("oracle", load_dataset("digits", n=20), 8)
+        teachers.dataset_features("oracle", load_dataset("digits", n=20), 8)
     with pytest.raises(ValueError, match="no network"):
-        encoders.load_teacher("oracle")
+        teachers.load_teacher("oracle")
 
 
 def test_wrong_grid_is_refused_before_encoding(tiny, dataset, monkeypatch):
-    monkeypatch.setattr(encoders.Teacher, "forward", lambda *_: pytest.fail("encoded"))
+    monkeypatch.setattr(teachers.Teacher, "forward", lambda *_: pytest.fail("encoded"))
     with pytest.raises(ValueError, match="8 x 8 tokens.*16 x 16"):
-        encoders.dataset_features(f"tiny:{tiny[0]}", dataset, 16)
+        teachers.dataset_features(f"tiny:{tiny[0]}", dataset, 16)
 
 
 @pytest.mark.parametrize(
@@ -162,20 +161,20 @@ def test_wrong_grid_is_refused_before_encoding(tiny, dataset, monkeypatch):
 )
 def test_unknown_names(name, message):
     with pytest.raises(ValueError) as error:
-        encoders.load_teacher(name, grid=4)
+        teachers.load_teacher(name, grid=4)
     assert message in str(error.value)
 
 
 def test_the_shipped_teacher(dataset):
-    teacher = encoders.load_teacher("tiny", grid=8)
+    teacher = teachers.load_teacher("tiny", grid=8)
     assert teacher(dataset.images()).tokens.shape == (20, 64, teacher.dim)
 
 
 def test_missing_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match="maskalign-lab teach"):
-        encoders.load_teacher(f"tiny:{tmp_path / 'none'}")
+        teachers.load_teacher(f"tiny:{tmp_path / 'none'}")
 
 
 def test_pictures_smaller_than_a_patch():
     with pytest.raises(ValueError, match="patches of 16 pixels"):
-        encoders.load_teacher(RANDOM, size=8)
+        teachers.load_teacher(RANDOM, size=8)

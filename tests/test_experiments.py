@@ -5,10 +5,10 @@ import re
 from dataclasses import replace
 
 import pytest
-
-from maskalign_lab import experiments, paths
-from maskalign_lab.checkpoints import steps_of
-from maskalign_lab.experiments import (
+from maskalign_lab.base import paths
+from maskalign_lab.base.checkpoints import steps_of
+from maskalign_lab.runs import experiments
+from maskalign_lab.runs.experiments import (
     Arm,
     Length,
     lengths,
@@ -17,7 +17,7 @@ from maskalign_lab.experiments import (
     save_rows,
     step_flops,
 )
-from maskalign_lab.recipes import make_recipe
+from maskalign_lab.runs.run import make_recipe
 
 ARMS = (Arm("narrow", "sit"), Arm("deep", "sit", "network.depth=8"))
 

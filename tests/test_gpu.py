@@ -6,20 +6,20 @@ from functools import partial
 
 import pytest
 import torch
+from maskalign_lab.base.seeding import generator
+from maskalign_lab.data.datasets import load_dataset
+from maskalign_lab.diffusion.sampling import SamplerConfig, sample
+from maskalign_lab.encoders.autoencoder_levels import fit_levels
+from maskalign_lab.encoders.teachers import load_teacher, rows_of
+from maskalign_lab.measure.metrics import validation_loss
+from maskalign_lab.runs.batches import kept_autoencoder
+from maskalign_lab.runs.run import LATENTS, NAMED, build, ensure_run, load_run, make_recipe, train
+from maskalign_lab.studies.shipped_runs import pack, write_card
+from maskalign_lab.training.loop import fit, to_device
+from maskalign_lab.training.methods import METHODS, Batch, State, needs_of
 
 from maskalign_lab.ahpa import AHPAConfig, Router
-from maskalign_lab.datasets import load_dataset
-from maskalign_lab.encoders import load_teacher, rows_of
 from maskalign_lab.gradient_norms import token_gradient_norms
-from maskalign_lab.levels import fit_levels
-from maskalign_lab.methods import METHODS, Batch, State, needs_of
-from maskalign_lab.metrics import validation_loss
-from maskalign_lab.recipes import LATENTS, NAMED, build, ensure_run, load_run, make_recipe, train
-from maskalign_lab.sampling import SamplerConfig, sample
-from maskalign_lab.seeding import generator
-from maskalign_lab.shipping import pack, write_card
-from maskalign_lab.sources import kept_autoencoder
-from maskalign_lab.training import fit, to_device
 
 pytestmark = pytest.mark.gpu
 GPU, NAMES = torch.device("cuda"), sorted({*METHODS, *NAMED})
@@ -207,5 +207,5 @@ def test_a_step_does_not_wait_for_the_device():
 def test_runs_of_one_recipe_are_found_again_from_either_device(tmp_path, monkeypatch):
     monkeypatch.setenv("MASKALIGN_LAB_CACHE", str(tmp_path))
     path = ensure_run(small("sit"), "cuda").path
-    monkeypatch.setattr("maskalign_lab.recipes.train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("maskalign_lab.runs.run.train", lambda *_: pytest.fail("trained again"))
     assert ensure_run(small("sit"), "cpu").path == path

@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from maskalign_lab.training.repa import projector
 
-from maskalign_lab.alignment import projector
 from maskalign_lab.gradient_norms import (
     check_times,
     concentration,

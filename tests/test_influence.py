@@ -7,9 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from maskalign_lab.alignment import projector
-from maskalign_lab.influence import (
+from maskalign_lab.diffusion.layers import patchify, take
+from maskalign_lab.diffusion.objectives import Objective, denoising_loss
+from maskalign_lab.diffusion.sit import SiT
+from maskalign_lab.studies.maskalign.influence import (
     Influence,
     Outputs,
     alignment_outputs,
@@ -29,10 +30,8 @@ from maskalign_lab.influence import (
     token_maps,
     velocity_outputs,
 )
-from maskalign_lab.layers import patchify, take
-from maskalign_lab.objectives import Objective, denoising_loss
-from maskalign_lab.plots import png
-from maskalign_lab.sit import SiT
+from maskalign_lab.training.repa import projector
+from maskalign_lab.workbench.plots import png
 
 DEPTH = 2
 
@@ -208,7 +207,7 @@ def test_permuting_patches_permutes_rows_and_columns(order, with_class):
 
 
 def _permuted(images, order):
-    from maskalign_lab.layers import unpatchify
+    from maskalign_lab.diffusion.layers import unpatchify
 
     return unpatchify(patchify(images, 2)[:, order], 2)
 

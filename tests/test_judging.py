@@ -7,22 +7,27 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from maskalign_lab.base.paths import data
+from maskalign_lab.base.seeding import generator
+from maskalign_lab.data.datasets import load_dataset
+from maskalign_lab.diffusion.sampling import SamplerConfig
+from maskalign_lab.measure import judge_training, metrics
+from maskalign_lab.measure.judge import ATTRIBUTES, load_judge, pack_judge, soften, to_columns
+from maskalign_lab.runs import evaluation
+from maskalign_lab.runs.run import load_run, make_recipe, train
 
-from maskalign_lab import cli, judges, judging, measuring, metrics, network_commands
-from maskalign_lab.datasets import load_dataset
-from maskalign_lab.paths import data
-from maskalign_lab.recipes import load_run, make_recipe, train
-from maskalign_lab.sampling import SamplerConfig
-from maskalign_lab.seeding import generator
+from maskalign_lab import cli, network_commands
 
 SHIPPED = data() / "judge" / "shapes"
-SMALL = judging.JudgeConfig(steps=30, batch_size=32, warmup=5, n=200, channels=(8, 8, 16, 16), precision="float32")
+SMALL = judge_training.JudgeConfig(
+    steps=30, batch_size=32, warmup=5, n=200, channels=(8, 8, 16, 16), precision="float32"
+)
 N = 1000
 
 
 @pytest.fixture(scope="module")
 def judge():
-    return judges.load_judge("shapes")
+    return load_judge("shapes")
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +55,7 @@ def other():
 
 def test_the_card_belongs_to_the_weights(judge, card):
     assert judge.digest == card["weights"] and (SHIPPED / "judge.safetensors").stat().st_size < 3_000_000
-    assert (SHIPPED / "card.md").read_text() == judging.card_text(card)
+    assert (SHIPPED / "card.md").read_text() == judge_training.card_text(card)
     assert card["pictures"] == card["config"]["n"] or card["config"]["n"] is None
     assert card["command"].startswith("maskalign-lab judge shapes") and card["licence"] == "Apache-2.0"
 
@@ -61,7 +66,7 @@ def test_the_judge_knows_its_trade(judge, card, real, other):
     labels = torch.from_numpy(stream(3003).labels)
     found = metrics.judge_accuracy(judge, real, labels)
     assert found.low <= card["accuracy"]["held out"] <= found.high
-    errors = judging.attribute_errors(metrics.read(judge, other.images()), other)
+    errors = judge_training.attribute_errors(metrics.read(judge, other.images()), other)
     for name, row in errors.items():
         assert row["error"] == pytest.approx(card["attribute errors"][name]["error"], rel=0.15), name
         assert row["error"] < 0.5 * row["blind guess"] or name in ("scale", "rotation")
@@ -69,8 +74,8 @@ def test_the_judge_knows_its_trade(judge, card, real, other):
 
 @pytest.mark.slow
 def test_the_judge_was_trained_on_what_the_generator_makes(card):
-    config = judging.JudgeConfig(**{**card["config"], "channels": tuple(card["config"]["channels"])})
-    assert judging.training_pictures("shapes", config).digest == card["dataset_digest"]
+    config = judge_training.JudgeConfig(**{**card["config"], "channels": tuple(card["config"]["channels"])})
+    assert judge_training.training_pictures("shapes", config).digest == card["dataset_digest"]
 
 
 # ---- real beside real, and beside worse
@@ -85,7 +90,7 @@ def test_real_pictures_lie_at_the_floor(judge, real, other, card):
 
 def softened(images, times):
     for _ in range(times):
-        images = judges.soften(images)
+        images = soften(images)
     return images
 
 
@@ -107,7 +112,7 @@ def test_the_grain_sees_slight_noise_and_softness(judge, real, other, card):
     """What the features hardly see stands far above the floor here, and the class is read all the same."""
     images, labels = other.images(), torch.from_numpy(other.labels)
     floor = card["floors"]["1000"]["attributes"]["grain"]
-    for spoilt in (judges.soften(images), noisy(images, 0.1)):
+    for spoilt in (soften(images), noisy(images, 0.1)):
         reading = metrics.read(judge, spoilt)
         assert metrics.attribute_distances(judge, real, reading)["grain"] > 5 * floor
         assert metrics.judge_accuracy(judge, reading, labels).value > 0.97
@@ -152,9 +157,9 @@ def test_order_does_not_matter(judge, real, other):
 
 def test_a_judge_of_other_pictures_is_refused():
     with pytest.raises(ValueError, match="'shapes' at 32 pixels, not of 'digits' at 32"):
-        judges.load_judge("digits", folder=SHIPPED)
+        load_judge("digits", folder=SHIPPED)
     with pytest.raises(ValueError, match="at 64"):
-        judges.load_judge("shapes", 64, folder=SHIPPED)
+        load_judge("shapes", 64, folder=SHIPPED)
 
 
 def test_weights_of_another_judge_are_refused(tmp_path):
@@ -163,21 +168,21 @@ def test_weights_of_another_judge_are_refused(tmp_path):
     content[-1] ^= 1
     (folder / "judge.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match="its card is of"):
-        judges.load_judge("shapes", folder=folder)
+        load_judge("shapes", folder=folder)
 
 
 def test_a_missing_judge_names_the_command(tmp_path, monkeypatch):
     monkeypatch.setenv("MASKALIGN_LAB_OUTPUT", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="maskalign-lab judge digits --out"):
-        judges.load_judge("digits")
+        load_judge("digits")
     assert not list(tmp_path.iterdir())
 
 
 def test_other_classes_are_refused(judge):
     shapes = stream(3003, 20)
-    measuring.check_classes(judge, shapes)
+    evaluation.check_classes(judge, shapes)
     with pytest.raises(ValueError, match="maskalign-lab judge shapes"):
-        measuring.check_classes(judge, replace(shapes, classes=shapes.classes[::-1]))
+        evaluation.check_classes(judge, replace(shapes, classes=shapes.classes[::-1]))
 
 
 # ---- training
@@ -185,7 +190,7 @@ def test_other_classes_are_refused(judge):
 
 def test_losses_fall_and_the_global_state_stays():
     pictures, before = load_dataset("shapes", n=200), torch.random.get_rng_state()
-    rows = [lesson.losses for lesson in judging.judge_lessons(pictures, SMALL, "cpu")]
+    rows = [lesson.losses for lesson in judge_training.judge_lessons(pictures, SMALL, "cpu")]
     for name in ("class", "attributes"):
         assert sum(float(row[name]) for row in rows[-5:]) < 0.98 * sum(float(row[name]) for row in rows[:5])
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -196,8 +201,8 @@ def test_training_is_repeatable():
     torch.set_num_threads(1)  # sums that threads share may differ in their last bit
     files = []
     for _ in range(2):
-        *_, last = judging.judge_lessons(pictures, replace(SMALL, steps=3), "cpu")
-        files.append(judges.pack_judge(last.pupil))
+        *_, last = judge_training.judge_lessons(pictures, replace(SMALL, steps=3), "cpu")
+        files.append(pack_judge(last.pupil))
         torch.rand(10)
     torch.set_num_threads(threads)
     assert files[0] == files[1]
@@ -205,12 +210,12 @@ def test_training_is_repeatable():
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    return judging.train_judge("digits", tmp_path_factory.mktemp("out") / "digits", SMALL, "cpu", 0)
+    return judge_training.train_judge("digits", tmp_path_factory.mktemp("out") / "digits", SMALL, "cpu", 0)
 
 
 def test_a_judge_of_classes_alone(digits):
     """Data without attributes and without other seeds: halves of the held-out pictures are compared."""
-    judge, card = judges.load_judge("digits", folder=digits), json.loads((digits / "card.json").read_text())
+    judge, card = load_judge("digits", folder=digits), json.loads((digits / "card.json").read_text())
     reading = metrics.read(judge, load_dataset("digits", n=10).images())
     assert reading.logits.shape == (10, 10) and set(reading.attributes) == {"grain"}
     assert list(card["floors"]) == ["148"] and not card["attribute errors"]
@@ -220,17 +225,17 @@ def test_a_judge_of_classes_alone(digits):
 
 def test_pairs_share_nothing():
     for spec, n in (("shapes", 300), ("digits", 300)):
-        pair = judging.real_pair(spec, n=n)
-        trained = judging.training_pictures(spec, judging.JudgeConfig(n=500))
+        pair = judge_training.real_pair(spec, n=n)
+        trained = judge_training.training_pictures(spec, judge_training.JudgeConfig(n=500))
         sets = [{picture.tobytes() for picture in part.pixels} for part in (*pair, trained)]
         assert len(pair[0]) == len(pair[1]) and not sets[0] & sets[1] and not (sets[0] | sets[1]) & sets[2]
 
 
 def test_hue_goes_round():
-    attributes = {name: np.zeros(3) for name in judges.ATTRIBUTES} | {"hue": np.array([0.0, 0.01, 0.99])}
-    columns = judges.to_columns(attributes)
+    attributes = {name: np.zeros(3) for name in ATTRIBUTES} | {"hue": np.array([0.0, 0.01, 0.99])}
+    columns = to_columns(attributes)
     assert (columns[1] - columns[2]).norm() < 0.2
-    assert np.allclose(judging.gaps("hue", np.array([0.99]), np.array([0.01])), 0.02)
+    assert np.allclose(judge_training.gaps("hue", np.array([0.99]), np.array([0.01])), 0.02)
 
 
 # ---- runs
@@ -244,20 +249,20 @@ def run(tmp_path_factory):
 
 def test_a_measured_run(run, card):
     config = SamplerConfig(steps=2)
-    found = measuring.measure(run, 60, config, print_every=0)
-    assert found == measuring.measure(run, 60, config, print_every=0) == json.loads(json.dumps(found))
+    found = evaluation.measure(run, 60, config, print_every=0)
+    assert found == evaluation.measure(run, 60, config, print_every=0) == json.loads(json.dumps(found))
     assert found["judge"] == card["weights"] and found["samples"]["pictures"] == found["floor"]["pictures"] == 60
     assert len(found["validation loss"]["per bin of t"]) == 10
     assert found["samples"]["frechet"] > 2 * found["floor"]["frechet"]  # two steps of training make no shapes
     assert found["samples"]["accuracy"] < 0.5 < 0.9 < found["floor"]["accuracy"]
-    assert "guidance 1" in measuring.measured_text(found)
+    assert "guidance 1" in evaluation.measured_text(found)
 
 
 def test_a_run_is_measured_beside_its_own_variant(run, judge):
     """A placement law moves the real pictures too, so that the floor stays a floor."""
     recipe = replace(run.recipe, data=replace(run.recipe.data, variant="left"))
-    found = measuring.measure(replace(run, recipe=recipe), 60, SamplerConfig("euler", steps=1), print_every=0)
-    pair = judging.real_pair("shapes", n=60, placement="left")
+    found = evaluation.measure(replace(run, recipe=recipe), 60, SamplerConfig("euler", steps=1), print_every=0)
+    pair = judge_training.real_pair("shapes", n=60, placement="left")
     assert max(part.attributes["x"].max() for part in pair) < 0.5 and found["variant"] == "left"
     expected = metrics.judged(judge, *(part.images() for part in pair), torch.from_numpy(pair[1].labels))
     assert found["floor"] == expected
@@ -265,14 +270,14 @@ def test_a_run_is_measured_beside_its_own_variant(run, judge):
 
 def test_a_short_measurement_draws_the_first_samples_of_a_long_one(run):
     config, labels = SamplerConfig("euler", steps=1), metrics.balanced_labels(260, 10)
-    (short,), long = (list(measuring.sample_batches(run, labels[:n], config)) for n in (250, 260))
+    (short,), long = (list(evaluation.sample_batches(run, labels[:n], config)) for n in (250, 260))
     assert torch.equal(short, long[0]) and len(long[1]) == 10
     assert not torch.equal(long[1], short[:10])  # another batch, another noise
 
 
 def test_the_commands(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MASKALIGN_LAB_OUTPUT", str(tmp_path / "runs"))
-    assert network_commands.TrainJudge("shapes").steps == judging.JudgeConfig().steps
+    assert network_commands.TrainJudge("shapes").steps == judge_training.JudgeConfig().steps
     assert cli.main(["measure", str(run.path), "--n", "20", "--steps", "1", "--guidance", "1.5"]) == 0
     (file,) = (tmp_path / "runs" / "measured").iterdir()
     assert json.loads(file.read_text())["sampler"]["guidance"] == 1.5 and "guidance-1.5" in file.name

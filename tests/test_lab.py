@@ -277,13 +277,13 @@ def test_the_clone_has_no_strays(lab):
 )
 def test_two_homes_of_a_module_are_found(lab, tmp_path, directive):
     write(tmp_path / "nbs" / "04_reg.ipynb", "#| default_exp reg", "#| export\n")
-    write(tmp_path / "nbs" / "lib" / "taps.ipynb", "#| default_exp taps")
+    write(tmp_path / "nbs" / "lib" / "diffusion" / "taps.ipynb", "#| default_exp diffusion.taps")
     assert lab.strays(tmp_path / "nbs") == []
-    write(tmp_path / "nbs" / "lib" / "copy.ipynb", directive)
-    assert lab.strays(tmp_path / "nbs") == ["reg is exported by nbs/04_reg.ipynb and by nbs/lib/copy.ipynb"]
+    write(tmp_path / "nbs" / "lib" / "reg.ipynb", directive)
+    assert lab.strays(tmp_path / "nbs") == ["reg is exported by nbs/04_reg.ipynb and by nbs/lib/reg.ipynb"]
 
 
-@pytest.mark.parametrize("place", ["04_reg-Copy1.ipynb", "my_try.ipynb", "more/04_reg.ipynb", "lib/more/x.ipynb"])
+@pytest.mark.parametrize("place", ["04_reg-Copy1.ipynb", "my_try.ipynb", "more/04_reg.ipynb"])
 def test_strays_are_found(lab, tmp_path, place):
     write(tmp_path / "nbs" / ".ipynb_checkpoints" / "04_reg-checkpoint.ipynb", "#| default_exp reg")
     write(tmp_path / "nbs" / "04_reg.ipynb", "#| default_exp reg")
@@ -291,6 +291,19 @@ def test_strays_are_found(lab, tmp_path, place):
     write(tmp_path / "nbs" / place, "1 + 1")
     (problem,) = lab.strays(tmp_path / "nbs")
     assert problem.startswith(f"nbs/{place} is neither a study nor in nbs/lib")
+
+
+@pytest.mark.parametrize(("place", "module"), [("taps", "taps"), ("data/taps", "diffusion.taps"), ("base/x", None)])
+def test_a_notebook_stands_at_the_path_of_its_module(lab, tmp_path, place, module):
+    write(tmp_path / "nbs" / "lib" / f"{place}.ipynb", f"#| default_exp {module}" if module else "1 + 1")
+    problems = lab.strays(tmp_path / "nbs")
+    if place == module:
+        assert not problems
+    else:
+        found = module or "no module"
+        assert problems == [
+            f"nbs/lib/{place}.ipynb exports {found}, and the notebook of module a.b is nbs/lib/a/b.ipynb"
+        ]
 
 
 def test_export_refuses_before_it_writes(lab, machine):

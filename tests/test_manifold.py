@@ -9,11 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from maskalign_lab import live, manifold_film, manifold_survey, plots
-from maskalign_lab.experiments import load_rows
-from maskalign_lab.interpolants import interpolate
-from maskalign_lab.manifold import (
+from maskalign_lab.base.seeding import generator
+from maskalign_lab.diffusion.interpolants import interpolate
+from maskalign_lab.measure.verdicts import comparison
+from maskalign_lab.runs.experiments import load_rows
+from maskalign_lab.studies.prediction_targets import manifold_film, manifold_survey
+from maskalign_lab.studies.prediction_targets.manifold import (
     DATA,
     LEFT,
     ExactNet,
@@ -35,7 +36,7 @@ from maskalign_lab.manifold import (
     trained,
     watch_flow,
 )
-from maskalign_lab.manifold_survey import (
+from maskalign_lab.studies.prediction_targets.manifold_survey import (
     PREDICTIONS,
     control_cases,
     diagram_cases,
@@ -48,8 +49,7 @@ from maskalign_lab.manifold_survey import (
     survey_cases,
     toy_identity,
 )
-from maskalign_lab.seeding import generator
-from maskalign_lab.verdicts import comparison
+from maskalign_lab.workbench import plotly_figure, plots
 
 TINY = ToyConfig(dim=6, width=12, steps=12, batch=16)
 DIMS = st.integers(2, 40)
@@ -371,8 +371,8 @@ def test_the_player_shows_the_exact_way_and_three_predictions():
     assert [panel.colour for panel in views[0].panels] == [plots.INK, *plots.PALETTE[:3]]
     for time, panels in enumerate(views):
         assert panels.curve.marker == shown.times[time] and (np.diff(panels.curve.x) > 0).all()
-        figure = live.figure(panels)
-        assert [trace.type for trace in figure.data] == live.kinds(panels)
+        figure = plotly_figure.figure(panels)
+        assert [trace.type for trace in figure.data] == plotly_figure.kinds(panels)
     starts = [panel.points[:64] for panel in views[0].panels]
     assert all(np.allclose(points, starts[0], atol=1e-5) for points in starts)
 
@@ -381,7 +381,7 @@ def test_the_player_fits_a_page_and_a_paper():
     shown = film(21)
     player = manifold_film.scrubber(shown)
     views = [player.view(**player.defaults() | {"time": time}) for time in player.slider().values]
-    assert len(live.film(views, 10).to_json()) < 600_000
+    assert len(plotly_figure.film(views, 10).to_json()) < 600_000
     assert len(plots.png(player.strip())) <= 100_000
 
 

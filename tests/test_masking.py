@@ -3,13 +3,11 @@
 import numpy as np
 import pytest
 import torch
-
-from maskalign_lab.alignment import cosine_alignment
-from maskalign_lab.gradient_norms import concentration, observe
-from maskalign_lab.influence import exact_influence, hidden_outputs, restored
-from maskalign_lab.layers import take
-from maskalign_lab.maskalign import draw_keep
-from maskalign_lab.masking import (
+from maskalign_lab.base.seeding import generator
+from maskalign_lab.diffusion.layers import take
+from maskalign_lab.runs.run import load_run, make_recipe, train
+from maskalign_lab.studies.maskalign.influence import exact_influence, hidden_outputs, restored
+from maskalign_lab.studies.maskalign.measures import (
     dropped_share,
     look,
     masked_norms,
@@ -18,8 +16,10 @@ from maskalign_lab.masking import (
     restored_share,
     stability_gap,
 )
-from maskalign_lab.recipes import load_run, make_recipe, train
-from maskalign_lab.seeding import generator
+from maskalign_lab.training.repa import cosine_alignment
+
+from maskalign_lab.gradient_norms import concentration, observe
+from maskalign_lab.maskalign import draw_keep
 
 
 @pytest.fixture(scope="module")

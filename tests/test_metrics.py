@@ -7,14 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from maskalign_lab.base.seeding import generator
+from maskalign_lab.diffusion.objectives import Objective
+from maskalign_lab.diffusion.sit import SiT
+from maskalign_lab.measure import metrics
+from maskalign_lab.measure.metrics import Reading, read
 from scipy.linalg import sqrtm
 from torch import nn
-
-from maskalign_lab import metrics
-from maskalign_lab.metrics import Reading, read
-from maskalign_lab.objectives import Objective
-from maskalign_lab.seeding import generator
-from maskalign_lab.sit import SiT
 
 
 class Colours(nn.Module):

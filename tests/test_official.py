@@ -9,19 +9,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from maskalign_lab.diffusion.jit import NAMES, JiT, published_size
+from maskalign_lab.diffusion.objectives import Objective
+from maskalign_lab.diffusion.sampling import SamplerConfig, last_sample, sample
+from maskalign_lab.runs.official import ARGUMENTS, SAMPLERS, arguments, backbone, from_official, settings, to_official
+from maskalign_lab.runs.official_files import export_run, import_run, read_off, read_weights, told_arguments
+from maskalign_lab.runs.official_jit import DENOISER, bare, flat, jit_sampler
+from maskalign_lab.runs.run import build, load_run, make_recipe
 from safetensors.torch import save_file
 from test_jit import OBJECTIVE, Diary, official_stages
 from test_parity import close, golden
 from torch import nn
 
 from maskalign_lab.cli import main
-from maskalign_lab.jit import NAMES, JiT, published_size
-from maskalign_lab.objectives import Objective
-from maskalign_lab.official import ARGUMENTS, SAMPLERS, arguments, backbone, from_official, settings, to_official
-from maskalign_lab.official_files import export_run, import_run, read_off, read_weights, told_arguments
-from maskalign_lab.official_jit import DENOISER, bare, flat, jit_sampler
-from maskalign_lab.recipes import build, load_run, make_recipe
-from maskalign_lab.sampling import SamplerConfig, last_sample, sample
 
 
 def recorded_file(folder, name="repa", **words):
@@ -264,7 +264,7 @@ def test_what_leaves_no_trace_is_assumed_aloud_or_given(given, assumed, silent, 
 @pytest.mark.parametrize("patch", [2, 4, 8])
 @pytest.mark.parametrize("learn_sigma", [True, False])
 def test_published_sizes_are_read_off_completely(size, patch, learn_sigma):
-    from maskalign_lab.sit import SIZES
+    from maskalign_lab.diffusion.sit import SIZES
 
     numbers = SIZES[size]
     config = dict(hidden_size=numbers["width"], depth=numbers["depth"], num_heads=numbers["heads"], patch_size=patch)
@@ -337,7 +337,7 @@ def test_the_command_samples_as_the_authors_do_unless_told_otherwise(words, chan
         used.append(config)
         return torch.zeros(len(y), 3, 32, 32)
 
-    monkeypatch.setattr("maskalign_lab.sampling.last_sample", noted)
+    monkeypatch.setattr("maskalign_lab.diffusion.sampling.last_sample", noted)
     run = import_run(recorded_file(tmp_path, "jit"), tmp_path / "run")
     for name in (str(run), "repa-shapes"):
         assert main(["sample", name, "--n", "1", "--classes", "0", "--out", str(tmp_path / "grid.png"), *words]) == 0

@@ -5,11 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
+from maskalign_lab.workbench import offline_page
+from maskalign_lab.workbench.offline_page import Exporter, mathml, write_page
 from nbformat import read, write
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
-
-from maskalign_lab import pages
-from maskalign_lab.pages import Exporter, mathml, write_page
 
 NOTEBOOKS = Path(__file__).parents[1] / "nbs"
 
@@ -65,14 +64,14 @@ def test_markdown_with_equations_code_and_prices():
 
 @pytest.mark.parametrize("notebook", sorted(NOTEBOOKS.rglob("*.ipynb")), ids=lambda path: path.stem)
 def test_every_equation_of_the_notebooks_is_translated(notebook, monkeypatch):
-    failed, translate = [], pages.mathml
+    failed, translate = [], offline_page.mathml
 
     def checked(tex, display="inline"):
         found = translate(tex, display)
         failed.extend([] if found.startswith("<math") else [tex])
         return found
 
-    monkeypatch.setattr(pages, "mathml", checked)
+    monkeypatch.setattr(offline_page, "mathml", checked)
     for cell in read(notebook, 4).cells:
         if cell.cell_type == "markdown":
             Exporter().markdown2html(cell.source)

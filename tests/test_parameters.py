@@ -7,8 +7,7 @@ import sys
 import nbformat
 import pytest
 from conftest import ROOT
-
-from maskalign_lab.parameters import Parameter, check_values, parse_cell, parse_value, study_parameters
+from maskalign_lab.workbench.study_parameters import Parameter, check_values, parse_cell, parse_value, study_parameters
 
 CELL = """preset: str = "laptop"  # smoke | laptop
 run: str = ""  # a "#" is no comment in here
@@ -89,7 +88,9 @@ def papermill(path, tmp_path, *arguments):
     return done.returncode, done.stdout + done.stderr
 
 
-CHECK = "from maskalign_lab.parameters import check_parameters\nvalues = check_parameters()\nprint(values)"
+CHECK = (
+    "from maskalign_lab.workbench.study_parameters import check_parameters\nvalues = check_parameters()\nprint(values)"
+)
 
 
 def test_plain_papermill_with_good_values(tmp_path):

@@ -8,18 +8,24 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from maskalign_lab.diffusion import sampling
+from maskalign_lab.diffusion.interpolants import coefficients, convert, interpolate, score, velocity
+from maskalign_lab.diffusion.layers import TimestepEmbedder, patchify, sincos_2d
+from maskalign_lab.diffusion.objectives import Objective, denoising_loss
+from maskalign_lab.diffusion.sampling import (
+    Field,
+    SamplerConfig,
+    denoise_last,
+    euler_maruyama,
+    runge_kutta,
+    stochastic_heun,
+)
+from maskalign_lab.diffusion.sit import Output
+from maskalign_lab.runs.official import from_official
+from maskalign_lab.training.methods import Batch, Draw, PlainSiT, State
 from safetensors import safe_open
 from torch import nn
 from torch.testing import assert_close
-
-from maskalign_lab import sampling
-from maskalign_lab.interpolants import coefficients, convert, interpolate, score, velocity
-from maskalign_lab.layers import TimestepEmbedder, patchify, sincos_2d
-from maskalign_lab.methods import Batch, Draw, PlainSiT, State
-from maskalign_lab.objectives import Objective, denoising_loss
-from maskalign_lab.official import from_official
-from maskalign_lab.sampling import Field, SamplerConfig, denoise_last, euler_maruyama, runge_kutta, stochastic_heun
-from maskalign_lab.sit import Output
 
 GOLDEN = Path(__file__).parent / "golden"
 PATHS = {"Linear": "linear", "GVP": "cosine", "VP": "vp"}

@@ -10,10 +10,9 @@ import pytest
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from maskalign_lab.data import photos
+from maskalign_lab.data.datasets import load_dataset
 from PIL import Image
-
-from maskalign_lab import photos
-from maskalign_lab.datasets import load_dataset
 
 SHIPPED = ROOT / "data" / "photos"
 few = settings(max_examples=6, deadline=None)

@@ -9,10 +9,9 @@ import plotly.graph_objects as go
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from maskalign_lab.workbench import plotly_figure, plots
+from maskalign_lab.workbench.plots import Curve, Panels, Picture, Points, TokenMap
 from PIL import Image
-
-from maskalign_lab import live, plots
-from maskalign_lab.plots import Curve, Panels, Picture, Points, TokenMap
 
 SHOWN = ("norm", "top", "probability", "loss", "cosine")  # as many panels as a study shows
 
@@ -46,30 +45,30 @@ def squares(figure, n):
 @given(st.integers(1, 9), st.text(max_size=60), st.booleans())
 def test_panels_are_equal_squares_that_do_not_overlap(n, words, curve):
     panels = Panels(tuple(TokenMap(words, np.eye(4), "norm") for _ in range(n)), view().curve if curve else None)
-    width, height, x = squares(live.figure(panels), n)
+    width, height, x = squares(plotly_figure.figure(panels), n)
     assert np.allclose(width, width[0]) and np.allclose(width, height)
     assert (x[1:, 0] > x[:-1, 1]).all() and x.min() > 0 and x.max() <= 1
 
 
 @given(st.lists(st.text("abcdefgh", min_size=1, max_size=12), min_size=1, max_size=12), st.integers(90, 240))
 def test_titles_keep_their_words_and_fit_their_panel(words, size):
-    lines = live.wrapped(" ".join(words), size).split("<br>")
+    lines = plotly_figure.wrapped(" ".join(words), size).split("<br>")
     assert " ".join(lines).split() == words or max(map(len, words)) > 8
-    assert max(map(len, lines)) * 7.6 <= max(size + live.GAP / 2, 8 * 7.6)
+    assert max(map(len, lines)) * 7.6 <= max(size + plotly_figure.GAP / 2, 8 * 7.6)
 
 
 def test_updating_equals_making_anew():
-    figure, other = live.figure(view(seed=0)), view(0.5, seed=1, token=(2, 5))
-    live.update(figure, other)
-    assert json.loads(figure.to_json()) == json.loads(live.figure(other).to_json())
+    figure, other = plotly_figure.figure(view(seed=0)), view(0.5, seed=1, token=(2, 5))
+    plotly_figure.update(figure, other)
+    assert json.loads(figure.to_json()) == json.loads(plotly_figure.figure(other).to_json())
 
 
 def test_updating_sends_only_what_changed():
-    figure = go.FigureWidget(live.figure(view(0.25)))
+    figure = go.FigureWidget(plotly_figure.figure(view(0.25)))
     sent = []
     figure._send_update_msg = lambda **message: sent.append(message)
     with figure.batch_update():
-        live.update(figure, view(0.5))
+        plotly_figure.update(figure, view(0.5))
     assert len(sent) == 1
     assert set(sent[0]["restyle_data"]) == {"x", "y"}  # marker and dots; no map, no picture
 
@@ -83,11 +82,11 @@ def test_another_form_of_view_is_refused(change):
         "a line more": Panels(panels, Curve("", curve.x, {**curve.ys, "c": curve.x}, "", "")),
     }[change]
     with pytest.raises(ValueError, match="another form"):
-        live.update(live.figure(view()), other)
+        plotly_figure.update(plotly_figure.figure(view()), other)
 
 
 def test_the_token_lies_at_the_same_place_on_every_panel():
-    figure = live.figure(view(size=32, token=(2, 5)))
+    figure = plotly_figure.figure(view(size=32, token=(2, 5)))
     outlines = [trace for trace in figure.data if trace.type == "scatter" and trace.xaxis != "x99"]
     assert len(outlines) == 12
     assert {(min(trace.x), max(trace.x), min(trace.y), max(trace.y)) for trace in outlines} == {(4.5, 5.5, 1.5, 2.5)}
@@ -98,7 +97,7 @@ def test_the_token_lies_at_the_same_place_on_every_panel():
 
 @pytest.mark.parametrize("size", [8, 64, 100, 256, 700])
 def test_pictures_arrive_whole_whatever_their_size(size):
-    figure = live.figure(view(size=size))
+    figure = plotly_figure.figure(view(size=size))
     got = pixels(figure.data[0].source)
     assert got.shape[0] == min(size, 256)
     assert np.isclose(got.shape[0] * figure.data[0].dx, 8)
@@ -107,7 +106,7 @@ def test_pictures_arrive_whole_whatever_their_size(size):
 
 
 def test_a_marker_sits_on_its_lines():
-    dots = live.figure(view(0.3)).data[-1]
+    dots = plotly_figure.figure(view(0.3)).data[-1]
     assert np.allclose(dots.y, [0.3, 0.7]) and set(dots.x) == {0.3}
 
 
@@ -115,7 +114,7 @@ def test_a_constant_map_and_a_missing_value_can_be_drawn():
     values = np.zeros((4, 4))
     values[0, 0] = np.nan
     panels = Panels((TokenMap("zero", values, "norm"), TokenMap("missing", np.full((4, 4), np.nan), "loss")))
-    assert [trace.zmax for trace in live.figure(panels).data[::3]] == [1, 1]
+    assert [trace.zmax for trace in plotly_figure.figure(panels).data[::3]] == [1, 1]
     assert plots.rgb(panels.panels[0], (0, 1))[0, 0].tolist() == [190] * 3
 
 
@@ -127,7 +126,7 @@ def test_an_unknown_quantity_names_the_nearest():
 @pytest.mark.parametrize("size, most", [(32, 400_000), (256, 450_000)])
 def test_a_film_is_small_and_begins_with_its_default(size, most):
     views = [view(t, side=16, size=size, seed=i) for i, t in enumerate(np.linspace(0, 1, 21))]
-    film = live.film(views, 4)
+    film = plotly_figure.film(views, 4)
     assert len(film.to_json()) < most and len(film.frames) == 21
     assert film.data[0].source == film.frames[4].data[0].source
     assert np.array_equal(film.data[3].z, film.frames[4].data[3].z)
@@ -146,8 +145,8 @@ def cloud(t=0.0, seed=0, reach=3.0, n=40):
 
 def test_points_are_shown_where_they_are():
     panels = cloud()
-    figure = live.figure(panels)
-    assert [trace.type for trace in figure.data] == live.kinds(panels)
+    figure = plotly_figure.figure(panels)
+    assert [trace.type for trace in figure.data] == plotly_figure.kinds(panels)
     grey, coloured, empty = figure.data[3:6]
     second = panels.panels[1]
     for trace, points in ((grey, second.behind), (coloured, second.points)):
@@ -158,7 +157,7 @@ def test_points_are_shown_where_they_are():
 @settings(max_examples=10, deadline=None)
 @given(st.floats(0.1, 50))
 def test_points_have_equal_axes_that_rise(reach):
-    figure = live.figure(cloud(reach=reach))
+    figure = plotly_figure.figure(cloud(reach=reach))
     width, height, _ = squares(figure, 3)
     assert np.allclose(width, height)
     for axis in (figure.layout.xaxis, figure.layout.yaxis, figure.layout.xaxis2, figure.layout.yaxis2):
@@ -169,22 +168,22 @@ def test_points_have_equal_axes_that_rise(reach):
 
 
 def test_moving_points_equals_making_anew_and_sends_no_map():
-    figure, other = live.figure(cloud()), cloud(0.5, seed=1, n=30)
-    live.update(figure, other)
-    assert json.loads(figure.to_json()) == json.loads(live.figure(other).to_json())
+    figure, other = plotly_figure.figure(cloud()), cloud(0.5, seed=1, n=30)
+    plotly_figure.update(figure, other)
+    assert json.loads(figure.to_json()) == json.loads(plotly_figure.figure(other).to_json())
     with pytest.raises(ValueError, match="another form"):
-        live.update(figure, Panels(other.panels[::-1], other.curve))
+        plotly_figure.update(figure, Panels(other.panels[::-1], other.curve))
 
 
 def test_the_numbers_of_points_and_their_words_do_not_reach_the_curve():
-    at = live.place(cloud())
-    assert at.curve - 36 - (at.top + at.size) >= live.AXIS
-    assert live.place(Panels(cloud().panels[:2])).height - (at.top + at.size) >= live.AXIS
+    at = plotly_figure.place(cloud())
+    assert at.curve - 36 - (at.top + at.size) >= plotly_figure.AXIS
+    assert plotly_figure.place(Panels(cloud().panels[:2])).height - (at.top + at.size) >= plotly_figure.AXIS
 
 
 def test_a_film_of_points_is_small():
     views = [cloud(t, seed=i, n=250) for i, t in enumerate(np.linspace(0, 1, 21))]
-    film = live.film(views, 4)
+    film = plotly_figure.film(views, 4)
     assert len(film.to_json()) < 600_000 and len(film.frames) == 21
     assert film.frames[4].data[1].x == film.data[1].x
 

@@ -7,13 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.linear_model import LogisticRegression
-
-from maskalign_lab.alignment import REPA, REPAConfig
-from maskalign_lab.interpolants import interpolate
-from maskalign_lab.methods import Batch, Draw, State
-from maskalign_lab.objectives import Objective, draw_noise
-from maskalign_lab.probing import (
+from maskalign_lab.base.seeding import generator
+from maskalign_lab.diffusion.interpolants import interpolate
+from maskalign_lab.diffusion.objectives import Objective, draw_noise
+from maskalign_lab.diffusion.sit import SiT
+from maskalign_lab.measure.representation import (
     cknna,
     cknna_over_depth,
     gradient_cosine,
@@ -22,8 +20,9 @@ from maskalign_lab.probing import (
     pooled_hidden,
     probe_over_depth,
 )
-from maskalign_lab.seeding import generator
-from maskalign_lab.sit import SiT
+from maskalign_lab.training.methods import Batch, Draw, State
+from maskalign_lab.training.repa import REPA, REPAConfig
+from sklearn.linear_model import LogisticRegression
 
 
 def slow_hsic(K, L):

@@ -10,12 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from maskalign_lab.base import paths
+from maskalign_lab.base.checkpoints import load_tensors, step_folder
+from maskalign_lab.runs.recipe import from_json, identity, override, to_json
+from maskalign_lab.runs.run import PRESETS, ensure_run, find_run, load_run, make_recipe, train
 
-from maskalign_lab import paths
-from maskalign_lab.checkpoints import load_tensors, step_folder
 from maskalign_lab.cli import main
-from maskalign_lab.recipes import PRESETS, ensure_run, find_run, load_run, make_recipe, train
-from maskalign_lab.settings import from_json, identity, override, to_json
 
 TINY = "network.width=16 network.depth=2 network.heads=2 data.n=64 training.batch_size=8 training.warmup=2"
 
@@ -104,7 +104,7 @@ def test_a_folder_with_another_recipe_is_not_overwritten(tmp_path):
 def test_a_run_is_not_continued_with_other_data_or_another_teacher(tmp_path, monkeypatch):
     """And this is said before the teacher has looked at a single image."""
     train(tiny("repa", 2), tmp_path / "run", "cpu", 0)
-    monkeypatch.setattr("maskalign_lab.recipes.make_batches", lambda *_: pytest.fail("features were asked for"))
+    monkeypatch.setattr("maskalign_lab.runs.run.make_batches", lambda *_: pytest.fail("features were asked for"))
     facts = json.loads((tmp_path / "run" / "facts.json").read_text())
     assert len(facts["data_digest"]) == len(facts["teacher_digest"]) == 16
     for name in ("data_digest", "teacher_digest"):
@@ -142,7 +142,7 @@ def test_resuming_in_a_new_process_is_exact(tmp_path, stop):
         (broken / "steps" / f"{step:06d}").rmdir()
     (broken / "latest").write_text(f"{stop:06d}")
     code = (
-        "import sys; from pathlib import Path; from maskalign_lab.recipes import from_json, train;"
+        "import sys; from pathlib import Path; from maskalign_lab.runs.run import from_json, train;"
         "path = Path(sys.argv[1]); train(from_json((path / 'recipe.json').read_text()), path, 'cpu', 0)"
     )
     subprocess.run([sys.executable, "-c", code, str(broken)], check=True, cwd=Path(paths.__file__).parents[1])

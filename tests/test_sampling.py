@@ -4,11 +4,10 @@ import math
 
 import pytest
 import torch
+from maskalign_lab.diffusion.objectives import Objective
+from maskalign_lab.diffusion.sampling import SamplerConfig, last_sample, sample, time_grid
+from maskalign_lab.diffusion.sit import Output
 from torch import nn
-
-from maskalign_lab.objectives import Objective
-from maskalign_lab.sampling import SamplerConfig, last_sample, sample, time_grid
-from maskalign_lab.sit import Output
 
 
 class Growth(nn.Module):

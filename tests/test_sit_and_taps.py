@@ -4,9 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from maskalign_lab.sit import SiT, published_size
-from maskalign_lab.taps import taps
+from maskalign_lab.diffusion.sit import SiT, published_size
+from maskalign_lab.diffusion.taps import taps
 
 
 def small(depth: int = 3) -> SiT:

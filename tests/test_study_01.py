@@ -5,16 +5,15 @@ from dataclasses import replace
 
 import nbformat
 import pytest
+from maskalign_lab.base import paths
+from maskalign_lab.data.datasets import load_dataset
+from maskalign_lab.runs.batches import images_of
+from maskalign_lab.runs.recipe import from_json, identity
+from maskalign_lab.runs.run import make_recipe, train
+from maskalign_lab.studies.shipped_runs import SHIPPED, shipped_recipe
+from maskalign_lab.workbench.jobs import run_study
+from maskalign_lab.workbench.study_parameters import study_parameters
 from studies import check_figure, check_first_cells, check_smoke, own_folders, smoke_fixture  # noqa: F401  (fixtures)
-
-from maskalign_lab import paths
-from maskalign_lab.batch import run_study
-from maskalign_lab.datasets import load_dataset
-from maskalign_lab.parameters import study_parameters
-from maskalign_lab.recipes import make_recipe, train
-from maskalign_lab.settings import from_json, identity
-from maskalign_lab.shipping import SHIPPED, shipped_recipe
-from maskalign_lab.sources import images_of
 
 STUDY = paths.notebooks() / "01_gradient_norms.ipynb"
 
@@ -96,11 +95,11 @@ def test_a_given_run_is_studied(tmp_path):
 
 EDIT = """
 from functools import partial
-from maskalign_lab.methods import edit_digest
-from maskalign_lab.recipes import build, make_recipe
-from maskalign_lab.settings import identity
-from maskalign_lab.sources import make_batches
-from maskalign_lab.training import fit
+from maskalign_lab.training.methods import edit_digest
+from maskalign_lab.runs.run import build, make_recipe
+from maskalign_lab.runs.recipe import identity
+from maskalign_lab.runs.batches import make_batches
+from maskalign_lab.training.loop import fit
 recipe = make_recipe("repa", "smoke", overrides="training.steps=2")
 batches = make_batches(recipe)
 net, method = build(recipe, 10, batches.features.shape[-1])
@@ -111,10 +110,10 @@ print("RESULT", json.dumps([losses, identity(recipe), edit_digest(recipe.method)
 
 
 def play_alignment_notebook(edit) -> list:
-    """Run the exported cells of lib/alignment as a person would, with an edit, and train REPA there."""
+    """Run the exported cells of lib/training/repa as a person would, with an edit, and train REPA there."""
     from nbclient import NotebookClient
 
-    book = nbformat.read(paths.notebooks() / "lib" / "alignment.ipynb", as_version=4)
+    book = nbformat.read(paths.notebooks() / "lib" / "training" / "repa.ipynb", as_version=4)
     book.cells = [c for c in book.cells if c.cell_type == "code" and "#| export" in c.source]
     for cell in book.cells:
         cell.source = edit(cell.source)

@@ -17,13 +17,12 @@ from pathlib import Path
 import pytest
 import survive
 import torch
+from maskalign_lab.base import checkpoints
+from maskalign_lab.base.checkpoints import load_tensors, step_folder, steps_of
+from maskalign_lab.training.loop import fit
+from maskalign_lab.training.stopping import Guard, NonFinite, notice
 from test_batch import write
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from maskalign_lab import checkpoints
-from maskalign_lab.checkpoints import load_tensors, step_folder, steps_of
-from maskalign_lab.guards import Guard, NonFinite, notice
-from maskalign_lab.training import fit
 
 HERE = Path(__file__).parent
 
@@ -112,7 +111,7 @@ def test_a_job_that_is_told_to_stop_saves_the_training_in_its_cell(tmp_path):
     """Scheduler -> papermill job -> kernel -> training: the step is saved and the job is marked."""
     cell = f"import sys; sys.path.insert(0, {str(HERE)!r})\nimport survive\nfrom pathlib import Path\n"
     write(tmp_path / "study.ipynb", cell + f"survive.train(Path({str(tmp_path / 'run')!r}), 100_000)")
-    code = "import sys; from maskalign_lab.batch import run_study; sys.exit(run_study(*sys.argv[1:2], out=sys.argv[2]).exit_code)"
+    code = "import sys; from maskalign_lab.workbench.jobs import run_study; sys.exit(run_study(*sys.argv[1:2], out=sys.argv[2]).exit_code)"
     command = [sys.executable, "-c", code, str(tmp_path / "study.ipynb"), str(tmp_path / "job")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=HERE.parent)
     for line in process.stdout:

@@ -8,14 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from maskalign_lab import targets, targets_measures
-from maskalign_lab.datasets import load_dataset
-from maskalign_lab.interpolants import INTERPOLANTS, convert, interpolate
-from maskalign_lab.measuring import at_side
-from maskalign_lab.methods import INSTALLED, Batch, State
-from maskalign_lab.metrics import validation_loss
-from maskalign_lab.objectives import (
+from maskalign_lab.base.seeding import generator
+from maskalign_lab.base.statistics import effective_rank, radial_spectrum
+from maskalign_lab.data.datasets import load_dataset
+from maskalign_lab.diffusion.interpolants import INTERPOLANTS, convert, interpolate
+from maskalign_lab.diffusion.objectives import (
     Objective,
     check_trainable,
     check_velocity,
@@ -23,20 +20,20 @@ from maskalign_lab.objectives import (
     draw_time,
     predicted_velocity,
 )
-from maskalign_lab.prediction_targets import KINDS, OneImage, fit_one, main_effects, space_weight
-from maskalign_lab.recipes import NAMED, build, load_run, make_recipe, train
-from maskalign_lab.sampling import SOLVERS, SamplerConfig, last_sample
-from maskalign_lab.seeding import generator
-from maskalign_lab.spectra import effective_rank, radial_spectrum
-from maskalign_lab.targets import SCALES, film_arms, sheet, sheet_arms, target_arm
-from maskalign_lab.targets_figures import (
+from maskalign_lab.diffusion.sampling import SOLVERS, SamplerConfig, last_sample
+from maskalign_lab.measure.metrics import validation_loss
+from maskalign_lab.runs.evaluation import at_side
+from maskalign_lab.runs.run import NAMED, build, load_run, make_recipe, train
+from maskalign_lab.studies.prediction_targets import arms, measures
+from maskalign_lab.studies.prediction_targets.arms import SCALES, film_arms, sheet, sheet_arms, target_arm
+from maskalign_lab.studies.prediction_targets.figures import (
     nine_figure,
     nine_table,
     sheet_figure,
     size_figure,
     width_figure,
 )
-from maskalign_lab.targets_film import (
+from maskalign_lab.studies.prediction_targets.film import (
     film_of_run,
     from_levels,
     limit,
@@ -49,7 +46,10 @@ from maskalign_lab.targets_film import (
     to_levels,
     view,
 )
-from maskalign_lab.targets_measures import measure_target, split_error, versus_x
+from maskalign_lab.studies.prediction_targets.measures import measure_target, split_error, versus_x
+from maskalign_lab.training.methods import INSTALLED, Batch, State
+
+from maskalign_lab.prediction_targets import KINDS, OneImage, fit_one, main_effects, space_weight
 
 kinds = st.sampled_from(KINDS)
 
@@ -190,7 +190,7 @@ def test_the_common_axis_is_the_velocity_loss_at_the_same_times(runs):
     """velocity = x error / t^2, whatever is predicted; a perfect network has none of either."""
     for run in runs.values():
         found = measure_target(run, 16)
-        by_hand = np.mean(np.array(found["x error per t"]) / np.array(targets_measures.TIMES) ** 2)
+        by_hand = np.mean(np.array(found["x error per t"]) / np.array(measures.TIMES) ** 2)
         assert found["velocity"] == pytest.approx(by_hand, rel=1e-2)
         assert len(found["rank per t"]) == 10 and all(0 < rank <= 256 for rank in found["rank per t"])
         json.dumps(found)
@@ -202,8 +202,8 @@ def test_implied_errors_are_the_validation_loss(runs):
     held_out = run.images("validation", 64)
     x, y = held_out.images(), torch.as_tensor(held_out.labels)
     mean = validation_loss(run.net, run.recipe.objective, x, y, bins=10).mean(1)
-    guesses = [targets_measures.implied(run, x, y, t)[1] for t in targets_measures.TIMES]
-    at_times = [(guess - x).square().mean() / t**2 for guess, t in zip(guesses, targets_measures.TIMES, strict=True)]
+    guesses = [measures.implied(run, x, y, t)[1] for t in measures.TIMES]
+    at_times = [(guess - x).square().mean() / t**2 for guess, t in zip(guesses, measures.TIMES, strict=True)]
     torch.testing.assert_close(torch.stack(at_times), mean, rtol=0.03, atol=0)
 
 
@@ -304,20 +304,20 @@ def test_the_verdict_is_a_factor_and_follows_the_rule():
 
 @pytest.mark.parametrize(("size", "width", "claim"), [(16, 0, 0), (32, 0, 1), (32, 192, 0), (64, 192, 1)])
 def test_x_is_claimed_to_be_better_where_noise_does_not_fit(size, width, claim):
-    assert targets_measures.claimed(target_arm("v", "v", size, width=width).name) == claim
+    assert measures.claimed(target_arm("v", "v", size, width=width).name) == claim
 
 
 def test_weights_of_times_are_how_often_they_are_drawn():
     for objective in (make_recipe("jit").objective, Objective()):
         drawn = draw_time(objective, 400_000, torch.Generator().manual_seed(0))
-        near = np.array([(drawn - t).abs().lt(0.01).sum().item() for t in targets_measures.TIMES])
-        np.testing.assert_allclose(targets_measures.law_weights(objective), near / near.sum(), atol=0.005)
+        near = np.array([(drawn - t).abs().lt(0.01).sum().item() for t in measures.TIMES])
+        np.testing.assert_allclose(measures.law_weights(objective), near / near.sum(), atol=0.005)
 
 
 def test_the_loss_over_jits_times_hardly_sees_the_clean_end():
-    flat = np.square(targets_measures.TIMES)
+    flat = np.square(measures.TIMES)
     errors = [flat, np.r_[100 * flat[:1], flat[1:]]]  # a hundred times the error at t = 0.05
-    rows = targets_measures.with_jits_times([{"seed": i, "x error per t": each} for i, each in enumerate(errors)])
+    rows = measures.with_jits_times([{"seed": i, "x error per t": each} for i, each in enumerate(errors)])
     first, second = (row["velocity, JiT's times"] for row in rows)
     assert first == pytest.approx(1) and second == pytest.approx(1, abs=0.005) and rows[1]["seed"] == 1
 
@@ -353,13 +353,13 @@ def test_the_bound_of_the_width_is_what_the_best_network_reaches(metric, noise_s
     passed = noise @ basis @ basis.mT
     for kind, said in (("v", passed - x), ("eps", passed)):
         found = []
-        for time in targets_measures.TIMES:
+        for time in measures.TIMES:
             t = torch.full((len(x),), time, dtype=torch.float64)
             error = (convert(said, kind, "x", interpolate(x, noise, t), t) - x).square().mean()
             found.append(error if metric == "x error" else error / time**2)
-        bound = targets_measures.width_bound(kind, metric, d, n, noise_scale)
+        bound = measures.width_bound(kind, metric, d, n, noise_scale)
         assert torch.stack(found).mean().item() == pytest.approx(bound, rel=0.02)
-    assert targets_measures.width_bound("x", metric, d, n) == targets_measures.width_bound("v", metric, n, n) == 0
+    assert measures.width_bound("x", metric, d, n) == measures.width_bound("v", metric, n, n) == 0
 
 
 def test_a_film_is_exact_up_to_its_levels(runs, tmp_path):
@@ -426,7 +426,7 @@ def test_latents_and_mixed_objectives_are_refused_by_name(runs, tmp_path):
 
 def test_presets_name_networks_that_the_film_can_hold():
     assert len(film_arms("laptop", 3)) == 36 and len(film_arms("gpu")) == 36 and len(film_arms("laptop")) == 3
-    assert {arm.name for arm in targets.SCALES["smoke"].arms} <= {arm.name for arm in targets.ARMS}
+    assert {arm.name for arm in arms.SCALES["smoke"].arms} <= {arm.name for arm in arms.ARMS}
 
 
 def test_repeated_images_say_nothing_more(tmp_path):
@@ -497,9 +497,9 @@ def test_every_arm_and_every_jit_can_be_built(preset):
 
 
 def test_what_a_table_costs_is_told_by_what_was_trained():
-    rows = [{"arm": targets.ARMS[0].name, "seconds": 60.0}, {"arm": targets.ARMS[1].name, "seconds": 120.0}]
-    rows.append({"arm": targets.ARMS[2].name, "seconds": 0.0})  # its run was there already
-    assert targets.expected_minutes(targets.ARMS[:3], rows) == pytest.approx(1 + 2 + 1.5)
+    rows = [{"arm": arms.ARMS[0].name, "seconds": 60.0}, {"arm": arms.ARMS[1].name, "seconds": 120.0}]
+    rows.append({"arm": arms.ARMS[2].name, "seconds": 0.0})  # its run was there already
+    assert arms.expected_minutes(arms.ARMS[:3], rows) == pytest.approx(1 + 2 + 1.5)
 
 
 # ---- figures
@@ -538,7 +538,7 @@ def test_what_a_judge_did_not_say_is_not_made_up():
 
 def test_the_figure_of_the_width_draws_every_case_and_the_bound():
     rows = [
-        vars(case) | {"token_dim": case.token_dim, "bound": case.bound, "loss": 0.1} for case in targets.ONE_IMAGE[:30]
+        vars(case) | {"token_dim": case.token_dim, "bound": case.bound, "loss": 0.1} for case in arms.ONE_IMAGE[:30]
     ]
     axis = width_figure(rows).axes[0]
     *points, bound = axis.lines

@@ -5,14 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from maskalign_lab.base.seeding import generator
+from maskalign_lab.data.datasets import load_dataset, oracle_features
+from maskalign_lab.encoders import teacher_probes, teacher_training
+from maskalign_lab.encoders.teachers import Features, dataset_features, load_teacher
 from PIL import Image
 
-from maskalign_lab import grading, teaching
-from maskalign_lab.datasets import load_dataset, oracle_features
-from maskalign_lab.encoders import Features, dataset_features, load_teacher
-from maskalign_lab.seeding import generator
-
-SMALL = teaching.TeachConfig(steps=30, batch_size=32, width=32, depth=1, heads=2, warmup=5, n=200, precision="float32")
+SMALL = teacher_training.TeachConfig(
+    steps=30, batch_size=32, width=32, depth=1, heads=2, warmup=5, n=200, precision="float32"
+)
 
 
 @pytest.fixture(scope="module")
@@ -22,11 +23,11 @@ def dataset():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return teaching.teach("digits", tmp_path_factory.mktemp("out") / "digits", SMALL, device="cpu")
+    return teacher_training.teach("digits", tmp_path_factory.mktemp("out") / "digits", SMALL, device="cpu")
 
 
 def test_losses_fall(dataset):
-    rows = [lesson.losses for lesson in teaching.lessons(dataset, SMALL, "cpu")]
+    rows = [lesson.losses for lesson in teacher_training.lessons(dataset, SMALL, "cpu")]
     for name in rows[0]:
         early, late = (sum(float(row[name]) for row in part) / 5 for part in (rows[:5], rows[-5:]))
         assert late < 0.98 * early, name
@@ -43,7 +44,7 @@ def one_thread():
 
 def test_teaching_is_repeatable_and_leaves_the_global_state_alone(dataset, one_thread):
     def weights():
-        for lesson in teaching.lessons(dataset, SMALL, "cpu"):
+        for lesson in teacher_training.lessons(dataset, SMALL, "cpu"):
             if lesson.step == 3:
                 return lesson.pupil.state_dict()
 
@@ -74,14 +75,14 @@ def test_features_of_a_taught_teacher(folder):
 
 def test_views_stay_in_range_and_differ(dataset):
     images = dataset.images(slice(0, 50))
-    view = teaching.distort(images, generator(0, 0, "a"))
+    view = teacher_training.distort(images, generator(0, 0, "a"))
     assert view.abs().max() <= 1 and view.shape == images.shape
-    assert torch.equal(view, teaching.distort(images, generator(0, 0, "a")))
+    assert torch.equal(view, teacher_training.distort(images, generator(0, 0, "a")))
     assert (view - images).abs().mean((1, 2, 3)).min() > 0.01
 
 
 def test_crops_stay_inside():
-    crops = teaching.random_crops(500, generator(0, 0, "crops"))
+    crops = teacher_training.random_crops(500, generator(0, 0, "crops"))
     corners = crops[:, :, :2].abs().sum(-1) + crops[:, :, 2].abs()
     assert corners.max() <= 1 + 1e-6
 
@@ -94,7 +95,7 @@ def test_agreement_is_infonce():
     for i in range(12):
         others = torch.stack([z[i] @ z[k] / 0.2 for k in range(12) if k != i])
         terms.append(others.logsumexp(0) - z[i] @ z[(i + 6) % 12] / 0.2)
-    found = teaching.agreement(first, second, 0.2).double()
+    found = teacher_training.agreement(first, second, 0.2).double()
     torch.testing.assert_close(found, torch.stack(terms).mean(), rtol=1e-5, atol=1e-6)
 
 
@@ -103,7 +104,7 @@ def test_probe_finds_the_object_in_its_own_mask(dataset):
     good = torch.from_numpy(oracle_features(dataset, 8))
     noise = torch.randn(good.shape, generator=generator(0, 0, "noise"))
     split = dataset, dataset
-    scores = [grading.probe(Features(t, t.mean(1)), Features(t, t.mean(1)), split) for t in (good, noise)]
+    scores = [teacher_probes.probe(Features(t, t.mean(1)), Features(t, t.mean(1)), split) for t in (good, noise)]
     assert scores[0]["object IoU"] > 0.9 and scores[1]["object IoU"] < 0.1
 
 
@@ -118,7 +119,7 @@ def test_probe_finds_the_object_in_its_own_mask(dataset):
 )
 def test_impossible_settings(change, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        teaching.teach("digits", tmp_path, replace(SMALL, **change))
+        teacher_training.teach("digits", tmp_path, replace(SMALL, **change))
     assert not list(tmp_path.iterdir())
 
 
@@ -126,4 +127,4 @@ def test_a_folder_of_one_class(tmp_path):
     (tmp_path / "only").mkdir()
     Image.new("RGB", (32, 32)).save(tmp_path / "only" / "a.png")
     with pytest.raises(ValueError, match="only one class"):
-        teaching.teach(f"folder:{tmp_path}", tmp_path / "out", SMALL)
+        teacher_training.teach(f"folder:{tmp_path}", tmp_path / "out", SMALL)

@@ -12,17 +12,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from maskalign_lab.base.checkpoints import load_tensors, step_folder
+from maskalign_lab.diffusion.jit import JiT
+from maskalign_lab.diffusion.objectives import Objective
+from maskalign_lab.runs.run import load_run, make_recipe, train
+from maskalign_lab.training import loop
+from maskalign_lab.training.loop import AVERAGES, RANGES, TrainingConfig, fit
+from maskalign_lab.training.methods import MethodConfig, PlainSiT
+from maskalign_lab.training.stopping import NonFinite
 from survive import batches, tiny
 from torch import nn
-
-from maskalign_lab import training
-from maskalign_lab.checkpoints import load_tensors, step_folder
-from maskalign_lab.guards import NonFinite
-from maskalign_lab.jit import JiT
-from maskalign_lab.methods import MethodConfig, PlainSiT
-from maskalign_lab.objectives import Objective
-from maskalign_lab.recipes import load_run, make_recipe, train
-from maskalign_lab.training import AVERAGES, RANGES, TrainingConfig, fit
 
 # ---- settings
 
@@ -129,12 +128,12 @@ def test_the_culprit_is_found_inside_a_compiled_block(quick):
 
 def test_a_network_without_blocks_is_refused():
     with pytest.raises(ValueError, match="needs a network with `blocks`, which Linear has not"):
-        training.compile_blocks(nn.Linear(2, 2), torch.device("cpu"))
+        loop.compile_blocks(nn.Linear(2, 2), torch.device("cpu"))
 
 
 def test_a_machine_without_a_compiler_is_told_before_training(tmp_path):
     code = (
-        "import torch; from torch import nn; from maskalign_lab.training import check_compiler\n"
+        "import torch; from torch import nn; from maskalign_lab.training.loop import check_compiler\n"
         "try: check_compiler(torch.device('cpu'))\nexcept ValueError as error: print(error)"
     )
     nowhere = {name: value for name, value in os.environ.items() if name not in ("CXX", "TORCH_INDUCTOR_INSTALL_GXX")}

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from maskalign_lab.verdicts import against, arms_figure, comparison, paired
+from maskalign_lab.measure.verdicts import against, arms_figure, comparison, paired
 
 
 @settings(max_examples=50, deadline=None)

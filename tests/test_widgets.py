@@ -9,13 +9,12 @@ import re
 import numpy as np
 import papermill
 import pytest
+from maskalign_lab.workbench import scrubber
+from maskalign_lab.workbench.plots import Curve, Panels, Picture, TokenMap, filmstrip
+from maskalign_lab.workbench.scrubber import Control, Latest, Scrubber, Stage
 from nbformat import read, write
 from nbformat.v4 import new_code_cell, new_notebook
 from PIL import Image
-
-from maskalign_lab import widgets
-from maskalign_lab.plots import Curve, Panels, Picture, TokenMap, filmstrip
-from maskalign_lab.widgets import Control, Latest, Scrubber, Stage
 
 TIMES = Control("t", "t", [0.0, 0.5, 1.0], ["none", "half", "all"], 1, "slider")
 KIND = Control("kind", "Kind", ["plain", "double"])
@@ -66,7 +65,7 @@ def test_a_scrubber_has_one_slider(controls):
 
 def test_every_control_moves_the_view():
     stage = Stage(SCRUBBER)
-    found = widgets.pickers(stage)
+    found = scrubber.pickers(stage)
     assert np.allclose(shown(stage), view(0.5, "plain").panels[1].values)
     found["t"].index, found["kind"].index = 2, 1
     assert np.allclose(shown(stage), view(1.0, "double").panels[1].values)
@@ -77,16 +76,16 @@ def test_a_click_chooses_a_token_and_another_takes_it_back():
     stage = Stage(SCRUBBER)
     hit, miss = (type("Points", (), {"xs": xs, "ys": ys}) for xs, ys in (([2.2], [0.8]), ([], [])))
     for points, token in ((hit, (1, 2)), (miss, (1, 2)), (hit, None)):
-        widgets._clicked(stage, stage.figure.data[3], points, None)
+        scrubber._clicked(stage, stage.figure.data[3], points, None)
         assert stage.state["token"] == token
 
 
 def test_restoring_brings_everything_back():
     stage = Stage(SCRUBBER)
-    found = widgets.pickers(stage)
+    found = scrubber.pickers(stage)
     found["t"].index, found["kind"].index = 0, 1
     stage.set(token=(3, 3))
-    widgets._restore(stage, found).click()
+    scrubber._restore(stage, found).click()
     assert stage.state == SCRUBBER.defaults() and found["t"].index == 1 and found["kind"].index == 0
     assert np.allclose(shown(stage), view(0.5, "plain").panels[1].values)
 
@@ -165,7 +164,7 @@ def test_an_error_of_the_work_does_not_stop_the_next():
 
 
 def test_without_a_kernel_the_filmstrip_is_shown(tmp_path, capsys):
-    widgets.show(SCRUBBER, "film", tmp_path / "new")
+    scrubber.show(SCRUBBER, "film", tmp_path / "new")
     picture = tmp_path / "new" / "film.png"
     assert picture.stat().st_size <= 100_000 and Image.open(picture).width > 300
     film = json.loads((tmp_path / "new" / "film.json").read_text())

@@ -1,0 +1,1 @@
+"""What every room uses and nothing of diffusion: errors, paths, files, checkpoints, devices, seeding, statistics."""

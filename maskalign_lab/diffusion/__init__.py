@@ -1,0 +1,1 @@
+"""Interpolants, objectives, networks, samplers, and taps to look inside."""

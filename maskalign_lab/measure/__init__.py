@@ -1,0 +1,1 @@
+"""What is said of a network: losses, the judge, representations, verdicts."""

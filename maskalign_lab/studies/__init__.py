@@ -1,0 +1,1 @@
+"""What only one study needs, a folder each; and the runs that ship."""

@@ -1,0 +1,1 @@
+"""Study 03: its arms, the toy, measures and figures."""
