@@ -11,12 +11,12 @@ from functools import partial
 
 import numpy as np
 import torch
-from maskalign_lab.base.seeding import generator
-from maskalign_lab.training.repa import cosine_alignment, projector
-from maskalign_lab.workbench.benchmarking import Comparison, in_turn, run_script
 from torch import Tensor, nn
 
+from maskalign_lab.base.seeding import generator
 from maskalign_lab.gradient_norms import pulled_back, token_gradient_norms
+from maskalign_lab.training.repa import cosine_alignment, projector
+from maskalign_lab.workbench.benchmarking import Comparison, in_turn, run_script
 
 TOLERANCE = 1e-10  # of the relative difference in float64
 SIZES = {"small": (96, 256, 192, 256), "SiT-B": (768, 2048, 768, 64)}  # width, hidden, teacher, tokens of the loop

@@ -12,6 +12,7 @@ from functools import partial
 
 import numpy as np
 import torch
+
 from maskalign_lab.base import paths
 from maskalign_lab.workbench.benchmarking import Comparison, in_turn, run_script
 

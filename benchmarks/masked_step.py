@@ -14,19 +14,21 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
 
 import torch
-from maskalign_lab.base.seeding import generator
-from maskalign_lab.diffusion.sit import SIZES
-from maskalign_lab.runs.recipe import Recipe
-from maskalign_lab.runs.run import build, make_recipe
-from maskalign_lab.training.loop import fit, resolve_precision, to_device
-from maskalign_lab.training.methods import Batch, Draw, Method, State
-from maskalign_lab.training.repa import cosine_alignment, projector
-from maskalign_lab.workbench.benchmarking import Comparison, Ratio, in_turn, ratio, run_script
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from maskalign_lab.base.devices import resolve_precision
+from maskalign_lab.base.seeding import generator
+from maskalign_lab.diffusion.sit import SIZES
 from maskalign_lab.maskalign import MaskAlign, count_kept
+from maskalign_lab.runs.presets import make_recipe
+from maskalign_lab.runs.recipe import Recipe
+from maskalign_lab.runs.run import build
+from maskalign_lab.training.loop import fit, to_device
+from maskalign_lab.training.methods import Batch, Draw, Method, State
+from maskalign_lab.training.repa import cosine_alignment, projector
+from maskalign_lab.workbench.benchmarking import Comparison, Ratio, in_turn, ratio, run_script
 
 REG, RATIOS, BAR = "REG, all tokens", (0.0, 0.25, 0.5, 0.75), 0.04
 CLASSES, CHANNELS, SIDE, TEACHER, INSIDE = 1000, 4, 16, 768, 2048  # ImageNet's latents, DINOv2-B, projector

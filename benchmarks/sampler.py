@@ -12,12 +12,14 @@ from functools import partial
 from unittest.mock import patch
 
 import torch
+from torch import Tensor, nn
+
 from maskalign_lab.diffusion import layers, sampling
 from maskalign_lab.diffusion.objectives import Objective
 from maskalign_lab.diffusion.sampling import Field, SamplerConfig, last_sample
-from maskalign_lab.runs.run import build, make_recipe
+from maskalign_lab.runs.presets import make_recipe
+from maskalign_lab.runs.run import build
 from maskalign_lab.workbench.benchmarking import Comparison, in_turn, run_script
-from torch import Tensor, nn
 
 PLAIN, OURS = "plain: attention written out, two calls", "ours: SDPA, one call"
 

@@ -20,16 +20,20 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
+
+from maskalign_lab.base.averaging import update_ema
+from maskalign_lab.base.devices import resolve_precision
 from maskalign_lab.base.seeding import generator
 from maskalign_lab.diffusion import layers
 from maskalign_lab.diffusion.layers import attend
 from maskalign_lab.runs.experiments import step_flops
+from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.recipe import Recipe
-from maskalign_lab.runs.run import build, make_recipe
-from maskalign_lab.training.loop import fit, resolve_precision, update_ema
+from maskalign_lab.runs.run import build
+from maskalign_lab.training.loop import fit
 from maskalign_lab.training.methods import Batch, Method, State
 from maskalign_lab.workbench.benchmarking import Comparison, in_turn, run_script
-from torch import nn
 
 PLAIN, OURS, COMPILED = "plain: float32, foreach AdamW, looped EMA", "ours: what fit does", "ours, blocks compiled"
 CLASSES, TEACHER = 10, 192  # of the data; channels of the teacher's features

@@ -11,17 +11,17 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
 from .base.errors import one_of
 from .base.seeding import generator
 from .diffusion.layers import sinusoids
 from .diffusion.objectives import Objective
 from .diffusion.sit import check_depths
 from .encoders.autoencoder_levels import WAYS
-from .training.baselines import smooth_l1
 from .training.methods import Batch, Draw, Losses, Method, MethodConfig, State, denoise, shard
-from .training.repa import cosine_alignment
-from torch import Tensor, nn
-from torch.func import functional_call
+from .training.repa import cosine_alignment, smooth_l1
 
 # %% ../nbs/06_ahpa.ipynb #0a5fc6b2
 SCHEDULES = ("uniform", "coarse-to-fine", "fine-to-coarse")

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from .base import paths  # noqa: F401  (importing a module registers its commands)
-from .base.errors import one_of
-from .workbench.commands import COMMANDS, command, overview, parse
 from tyro.conf import Positional, UseAppendAction, arg
 
 from . import network_commands  # noqa: F401  (importing a module registers its commands)
+from .base import paths  # noqa: F401  (importing a module registers its commands)
+from .base.errors import one_of
+from .workbench.commands import COMMANDS, command, overview, parse
 
 # %% ../nbs/lib/cli.ipynb #bfff34f8
 def main(

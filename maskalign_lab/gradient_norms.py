@@ -16,6 +16,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from safetensors.numpy import load_file, save_file
+from torch import Tensor, nn
+
 from .base.seeding import batch_indices, generator, key
 from .data.datasets import Dataset
 from .diffusion.interpolants import interpolate
@@ -24,8 +27,6 @@ from .training.methods import innermost
 from .training.repa import cosine_alignment, projector
 from .workbench.plots import Curve, Panels, Picture, TokenMap, filmstrip
 from .workbench.scrubber import Control, Scrubber
-from safetensors.numpy import load_file, save_file
-from torch import Tensor, nn
 
 # %% ../nbs/01_gradient_norms.ipynb #19fd780e
 def token_gradients(

@@ -11,13 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor, nn
+
 from .diffusion.layers import patchify, take, with_class_token
 from .diffusion.objectives import Objective
 from .diffusion.sit import Output
-from .training.methods import Batch, Draw, Losses, Method, MethodConfig, State, method_class
-from torch import Tensor, nn
-
 from .reg import REGConfig
+from .training.methods import Batch, Draw, Losses, Method, MethodConfig, State, method_class
 
 # %% ../nbs/05_maskalign.ipynb #4b9d12c1
 def count_kept(

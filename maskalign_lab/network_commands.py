@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tyro.conf import Positional
+
 from .base import paths
 from .workbench.commands import command
-from tyro.conf import Positional
 
 # %% ../nbs/lib/network_commands.ipynb #9ed7beca
 @dataclass
@@ -45,8 +46,9 @@ def folder_for(
 @command("train", Train)
 def run_train(options: Train) -> int:
     """Train a recipe into a run folder."""
+    from maskalign_lab.runs.presets import make_recipe
     from maskalign_lab.runs.recipe import identity
-    from maskalign_lab.runs.run import make_recipe, train
+    from maskalign_lab.runs.run import train
 
     words = shlex.join(options.overrides)
     recipe = make_recipe(options.method, options.preset, options.dataset, options.seed, words)
@@ -148,10 +150,11 @@ def chosen_sampler(
 def run_sample(options: Sample) -> int:
     """Draw a grid of images and write it."""
     import torch
+
+    from maskalign_lab.base.devices import resolve_device
     from maskalign_lab.diffusion.sampling import last_sample
     from maskalign_lab.runs.run import load_run
     from maskalign_lab.studies.shipped_runs import to_pixels
-    from maskalign_lab.training.loop import resolve_device
     from maskalign_lab.workbench.plots import sample_grid, save_png
 
     device = resolve_device(options.device)

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from .base.errors import one_of
 from .diffusion.interpolants import coefficients
 from .diffusion.objectives import Objective
 from .diffusion.sit import SiT
 from .training.loop import TrainingConfig, fit
 from .training.methods import Batch, MethodConfig, PlainSiT
-from torch import Tensor
 
 # %% ../nbs/03_prediction_targets.ipynb #f83d0319
 KINDS = ("x", "eps", "v")

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
+
 from .diffusion.layers import take
 from .diffusion.objectives import draw_noise
 from .training.methods import Batch, Draw, Losses, State, denoise
 from .training.repa import REPA, REPAConfig, cosine_alignment
-from torch import Tensor
 
 # %% ../nbs/04_reg.ipynb #43d9a627
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 from maskalign_lab.base import paths
 
 ROOT = Path(__file__).resolve().parents[1]

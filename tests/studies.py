@@ -6,6 +6,7 @@ from typing import Any
 
 import nbformat
 import pytest
+
 from maskalign_lab.base import paths
 from maskalign_lab.workbench.jobs import Job, run_study
 

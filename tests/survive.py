@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import torch
+
 from maskalign_lab.base.seeding import generator
 from maskalign_lab.diffusion.objectives import Objective
 from maskalign_lab.diffusion.sit import SiT

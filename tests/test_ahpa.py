@@ -11,6 +11,8 @@ import torch
 from diffusers import AutoencoderKL
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from maskalign_lab.ahpa import AHPA, SCHEDULES, AHPAConfig, Router, closed_form, gains, pull, schedule
 from maskalign_lab.base.seeding import generator
 from maskalign_lab.data.caching import open_cache, place
 from maskalign_lab.data.datasets import load_dataset
@@ -26,8 +28,9 @@ from maskalign_lab.encoders.autoencoder_levels import (
 )
 from maskalign_lab.encoders.autoencoders import load_autoencoder
 from maskalign_lab.runs.batches import kept_autoencoder, load_sources, make_batches
+from maskalign_lab.runs.presets import LATENTS, make_recipe
 from maskalign_lab.runs.recipe import from_json, identity
-from maskalign_lab.runs.run import LATENTS, build, load_run, make_recipe, train
+from maskalign_lab.runs.run import build, load_run, train
 from maskalign_lab.studies.ahpa.arms import (
     SCALES,
     WINDOWS,
@@ -50,8 +53,6 @@ from maskalign_lab.studies.ahpa.routing import (
     weights_over,
 )
 from maskalign_lab.training.methods import Batch, State, denoise, shard
-
-from maskalign_lab.ahpa import AHPA, SCHEDULES, AHPAConfig, Router, closed_form, gains, pull, schedule
 
 NAMES = ("down.0", "down.1", "mid", "latent")
 times = st.lists(st.floats(0, 1), min_size=1, max_size=8).map(lambda values: torch.tensor(values))

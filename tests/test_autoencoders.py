@@ -9,6 +9,8 @@ import torch
 from diffusers import AutoencoderKL
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from maskalign_lab import cli
 from maskalign_lab.base import paths
 from maskalign_lab.base.seeding import generator
 from maskalign_lab.data import caching
@@ -16,8 +18,6 @@ from maskalign_lab.data.datasets import load_dataset
 from maskalign_lab.encoders import autoencoder_training, autoencoders, reconstruction
 from maskalign_lab.encoders.autoencoders import Autoencoder, cached_latents, latents_of, load_autoencoder
 from maskalign_lab.studies import shipped_runs
-
-from maskalign_lab import cli
 
 SD_VAE = {  # config.json of stabilityai/sd-vae-ft-mse; without scaling_factor, so that diffusers takes 0.18215
     "_class_name": "AutoencoderKL",

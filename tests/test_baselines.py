@@ -7,28 +7,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.models.vision_transformer import VisionTransformer
+
 from maskalign_lab.base.seeding import generator
 from maskalign_lab.diffusion.layers import modulate, patchify
 from maskalign_lab.diffusion.objectives import Objective
 from maskalign_lab.diffusion.sit import SiT
-from maskalign_lab.diffusion.taps import taps
-from maskalign_lab.encoders.teachers import Teacher, load_teacher, qkv_names
+from maskalign_lab.diffusion.taps import qkv_names, taps
+from maskalign_lab.encoders.teachers import Teacher, load_teacher
 from maskalign_lab.runs.batches import Batches, load_sources, make_batches
-from maskalign_lab.runs.run import build, load_run, make_recipe, train
-from maskalign_lab.training.baselines import (
-    HASTE,
-    IREPA,
-    SRA2,
-    ConvProjector,
-    HASTEConfig,
-    IREPAConfig,
-    SRA2Config,
-    attention_alignment,
-    spatial_norm,
-    student_logits,
-)
+from maskalign_lab.runs.presets import make_recipe
+from maskalign_lab.runs.run import build, load_run, train
+from maskalign_lab.training.haste import HASTE, HASTEConfig, attention_alignment, student_logits
+from maskalign_lab.training.irepa import IREPA, ConvProjector, IREPAConfig, spatial_norm
 from maskalign_lab.training.methods import Batch, MethodConfig, PlainSiT, State, denoise, needs_of
-from timm.models.vision_transformer import VisionTransformer
+from maskalign_lab.training.sra2 import SRA2, SRA2Config
 
 SMALL = dict(input_size=16, patch_size=4, in_channels=3, width=16, depth=3, heads=2, num_classes=10)
 CONFIG = HASTEConfig(depth=2, projector_width=12, student_blocks=(1, 3), teacher_blocks=(4, 5), stop=10)

@@ -12,6 +12,7 @@ import time
 import nbformat
 import pytest
 from conftest import ROOT
+
 from maskalign_lab.base import paths
 from maskalign_lab.workbench import jobs, refresh
 from maskalign_lab.workbench.jobs import run_study, save_figure

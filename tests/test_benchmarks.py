@@ -9,13 +9,13 @@ import torch
 from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
-from maskalign_lab.base import paths
-from maskalign_lab.workbench import benchmarking
-from maskalign_lab.workbench.benchmarking import Comparison, Ratio, bench, from_json, in_turn, ratio, scripts, table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from maskalign_lab.base import paths
 from maskalign_lab.cli import main
+from maskalign_lab.workbench import benchmarking
+from maskalign_lab.workbench.benchmarking import Comparison, Ratio, bench, from_json, in_turn, ratio, scripts, table
 
 NAMES = ["gradient_norms", "import_time", "masked_step", "sampler", "scrub", "training_step"]
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 from browser import chromium, lab, offline_page, page, run_all, settled  # noqa: F401  (fixtures)
+
 from maskalign_lab.base import paths
 from maskalign_lab.workbench.jobs import run_study
 

@@ -9,10 +9,11 @@ import numpy as np
 import papermill
 import pytest
 from browser import messages, run_all, settled
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
 from maskalign_lab.workbench.offline_page import write_page
 from maskalign_lab.workbench.plots import Curve, Panels, Points, filmstrip
 from maskalign_lab.workbench.scrubber import Control, Scrubber, save_film
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 pytestmark = pytest.mark.browser
 pytest_plugins = ["browser"]
@@ -22,6 +23,7 @@ TITLE = "# A demonstration\n\nThe norm $g_i = \\lVert \\partial L / \\partial h_
 
 def demonstration():
     import numpy as np
+
     from maskalign_lab.workbench.plots import Curve, Panels, Picture, TokenMap, filmstrip
     from maskalign_lab.workbench.scrubber import Control, Scrubber, show
 

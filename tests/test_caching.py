@@ -11,6 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.modules.module import register_module_forward_pre_hook
+
 from maskalign_lab.base import paths
 from maskalign_lab.base.checkpoints import load_tensors, step_folder
 from maskalign_lab.data import caching
@@ -19,8 +21,8 @@ from maskalign_lab.data.datasets import load_dataset
 from maskalign_lab.encoders import teachers
 from maskalign_lab.encoders.teachers import cached_features, dataset_features, load_teacher, rows_of
 from maskalign_lab.runs.batches import make_batches
-from maskalign_lab.runs.run import make_recipe, train
-from torch.nn.modules.module import register_module_forward_pre_hook
+from maskalign_lab.runs.presets import make_recipe
+from maskalign_lab.runs.run import train
 
 ROOT = Path(paths.__file__).parents[1]
 OURS = {"data": "d1", "teacher": "t1", "grid": 8, "sizes": (4, 4)}

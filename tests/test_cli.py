@@ -8,11 +8,11 @@ from pathlib import Path
 import nbformat
 import pytest
 from conftest import ROOT
-from maskalign_lab.base import paths
-from maskalign_lab.workbench import commands
 
 from maskalign_lab import cli, network_commands
+from maskalign_lab.base import paths
 from maskalign_lab.cli import main
+from maskalign_lab.workbench import commands
 
 HEAVY = {"torch", "numpy", "matplotlib", "papermill", "nbformat", "jupyter_client", "plotly", "IPython", "timm"}
 

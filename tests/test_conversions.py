@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from maskalign_lab.diffusion.interpolants import INTERPOLANTS, convert, interpolate, velocity
 from maskalign_lab.diffusion.objectives import Objective, denoising_loss
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from scipy.ndimage import binary_dilation
+
 from maskalign_lab.data import shapes
 from maskalign_lab.data.datasets import load_dataset, oracle_features, token_means
 from maskalign_lab.data.image_folder import ordered_files, stratified_places
-from PIL import Image
-from scipy.ndimage import binary_dilation
 
 CARDS = Path(__file__).parents[1] / "data"
 few = settings(max_examples=15, deadline=None)

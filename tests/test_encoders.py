@@ -5,9 +5,10 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save
+
 from maskalign_lab.data.datasets import load_dataset
 from maskalign_lab.encoders import teachers
-from safetensors.torch import save
 
 RANDOM = "timm:vit_tiny_patch16_224?random"
 

@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 
 import pytest
+
 from maskalign_lab.base import paths
 from maskalign_lab.base.checkpoints import steps_of
 from maskalign_lab.runs import experiments
@@ -17,7 +18,7 @@ from maskalign_lab.runs.experiments import (
     save_rows,
     step_flops,
 )
-from maskalign_lab.runs.run import make_recipe
+from maskalign_lab.runs.presets import make_recipe
 
 ARMS = (Arm("narrow", "sit"), Arm("deep", "sit", "network.depth=8"))
 

@@ -6,20 +6,21 @@ from functools import partial
 
 import pytest
 import torch
+
+from maskalign_lab.ahpa import AHPAConfig, Router
 from maskalign_lab.base.seeding import generator
 from maskalign_lab.data.datasets import load_dataset
 from maskalign_lab.diffusion.sampling import SamplerConfig, sample
 from maskalign_lab.encoders.autoencoder_levels import fit_levels
 from maskalign_lab.encoders.teachers import load_teacher, rows_of
+from maskalign_lab.gradient_norms import token_gradient_norms
 from maskalign_lab.measure.metrics import validation_loss
 from maskalign_lab.runs.batches import kept_autoencoder
-from maskalign_lab.runs.run import LATENTS, NAMED, build, ensure_run, load_run, make_recipe, train
+from maskalign_lab.runs.presets import LATENTS, NAMED, make_recipe
+from maskalign_lab.runs.run import build, ensure_run, load_run, train
 from maskalign_lab.studies.shipped_runs import pack, write_card
 from maskalign_lab.training.loop import fit, to_device
 from maskalign_lab.training.methods import METHODS, Batch, State, needs_of
-
-from maskalign_lab.ahpa import AHPAConfig, Router
-from maskalign_lab.gradient_norms import token_gradient_norms
 
 pytestmark = pytest.mark.gpu
 GPU, NAMES = torch.device("cuda"), sorted({*METHODS, *NAMED})

@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from maskalign_lab.training.repa import projector
 
 from maskalign_lab.gradient_norms import (
     check_times,
@@ -16,6 +15,7 @@ from maskalign_lab.gradient_norms import (
     token_gradients,
     top_tokens,
 )
+from maskalign_lab.training.repa import projector
 
 
 def tokens(seed: int, b: int = 3, n: int = 9):

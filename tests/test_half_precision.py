@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from maskalign_lab.base.seeding import generator
 from maskalign_lab.diffusion.objectives import Objective
 from maskalign_lab.diffusion.sit import SiT
+from maskalign_lab.gradient_norms import token_gradient_norms
 from maskalign_lab.training.methods import Batch, State
 from maskalign_lab.training.repa import REPA, REPAConfig, cosine_alignment
-
-from maskalign_lab.gradient_norms import token_gradient_norms
 
 HALVES = (torch.float16, torch.bfloat16)
 

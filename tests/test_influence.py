@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from maskalign_lab.diffusion.layers import patchify, take
 from maskalign_lab.diffusion.objectives import Objective, denoising_loss
 from maskalign_lab.diffusion.sit import SiT

@@ -8,6 +8,10 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from test_parity import close, golden
+from torch import nn
+from torch.testing import assert_close
+
 from maskalign_lab.base.seeding import generator
 from maskalign_lab.diffusion import objectives
 from maskalign_lab.diffusion.interpolants import interpolate
@@ -17,13 +21,11 @@ from maskalign_lab.diffusion.objectives import Objective, denoising_loss, draw_t
 from maskalign_lab.diffusion.sampling import SamplerConfig, last_sample
 from maskalign_lab.diffusion.sit import Output, SiT
 from maskalign_lab.diffusion.taps import taps
-from maskalign_lab.runs.run import PRESETS, make_recipe
-from maskalign_lab.training.baselines import HASTE, IREPA, ConvProjector, HASTEConfig, IREPAConfig
+from maskalign_lab.runs.presets import PRESETS, make_recipe
+from maskalign_lab.training.haste import HASTE, HASTEConfig
+from maskalign_lab.training.irepa import IREPA, ConvProjector, IREPAConfig
 from maskalign_lab.training.methods import Batch, Draw, MethodConfig, PlainSiT, State
 from maskalign_lab.training.repa import REPA, REPAConfig
-from test_parity import close, golden
-from torch import nn
-from torch.testing import assert_close
 
 OFF = dict(bottleneck=0, context_tokens=0, swiglu=False, rms_norm=False, rope=False, qk_norm=False)
 SMALL = dict(input_size=16, patch_size=4, in_channels=3, width=32, depth=4, heads=4, num_classes=10)

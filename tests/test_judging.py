@@ -7,6 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+
+from maskalign_lab import cli, network_commands
 from maskalign_lab.base.paths import data
 from maskalign_lab.base.seeding import generator
 from maskalign_lab.data.datasets import load_dataset
@@ -14,9 +16,8 @@ from maskalign_lab.diffusion.sampling import SamplerConfig
 from maskalign_lab.measure import judge_training, metrics
 from maskalign_lab.measure.judge import ATTRIBUTES, load_judge, pack_judge, soften, to_columns
 from maskalign_lab.runs import evaluation
-from maskalign_lab.runs.run import load_run, make_recipe, train
-
-from maskalign_lab import cli, network_commands
+from maskalign_lab.runs.presets import make_recipe
+from maskalign_lab.runs.run import load_run, train
 
 SHIPPED = data() / "judge" / "shapes"
 SMALL = judge_training.JudgeConfig(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from maskalign_lab.base.seeding import generator
 from maskalign_lab.diffusion.interpolants import interpolate
 from maskalign_lab.measure.verdicts import comparison

@@ -7,19 +7,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from maskalign_lab.base.seeding import generator
 from maskalign_lab.diffusion.interpolants import interpolate
 from maskalign_lab.diffusion.layers import patchify
 from maskalign_lab.diffusion.objectives import Objective
 from maskalign_lab.diffusion.sit import SiT
-from maskalign_lab.runs.batches import load_sources
-from maskalign_lab.runs.recipe import from_json, identity, to_json
-from maskalign_lab.runs.run import build, load_run, make_recipe, train
-from maskalign_lab.training.methods import Batch, MethodConfig, State, method_class, shard
-from maskalign_lab.training.repa import REPAConfig, cosine_alignment
-
 from maskalign_lab.maskalign import MaskAlign, MaskAlignConfig, MaskInput, MaskLoss, count_kept, draw_keep
 from maskalign_lab.reg import REG, REGConfig
+from maskalign_lab.runs.batches import load_sources
+from maskalign_lab.runs.presets import make_recipe
+from maskalign_lab.runs.recipe import from_json, identity, to_json
+from maskalign_lab.runs.run import build, load_run, train
+from maskalign_lab.training.methods import Batch, MethodConfig, State, method_class, shard
+from maskalign_lab.training.repa import REPAConfig, cosine_alignment
 
 REG_INSIDE, REPA_INSIDE = REGConfig(depth=2, projector_width=24), REPAConfig(depth=2, projector_width=24)
 

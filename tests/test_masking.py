@@ -3,9 +3,13 @@
 import numpy as np
 import pytest
 import torch
+
 from maskalign_lab.base.seeding import generator
 from maskalign_lab.diffusion.layers import take
-from maskalign_lab.runs.run import load_run, make_recipe, train
+from maskalign_lab.gradient_norms import concentration, observe
+from maskalign_lab.maskalign import draw_keep
+from maskalign_lab.runs.presets import make_recipe
+from maskalign_lab.runs.run import load_run, train
 from maskalign_lab.studies.maskalign.influence import exact_influence, hidden_outputs, restored
 from maskalign_lab.studies.maskalign.measures import (
     dropped_share,
@@ -17,9 +21,6 @@ from maskalign_lab.studies.maskalign.measures import (
     stability_gap,
 )
 from maskalign_lab.training.repa import cosine_alignment
-
-from maskalign_lab.gradient_norms import concentration, observe
-from maskalign_lab.maskalign import draw_keep
 
 
 @pytest.fixture(scope="module")

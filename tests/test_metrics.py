@@ -7,13 +7,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.linalg import sqrtm
+from torch import nn
+
 from maskalign_lab.base.seeding import generator
 from maskalign_lab.diffusion.objectives import Objective
 from maskalign_lab.diffusion.sit import SiT
 from maskalign_lab.measure import metrics
 from maskalign_lab.measure.metrics import Reading, read
-from scipy.linalg import sqrtm
-from torch import nn
 
 
 class Colours(nn.Module):

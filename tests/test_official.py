@@ -9,19 +9,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from maskalign_lab.diffusion.jit import NAMES, JiT, published_size
-from maskalign_lab.diffusion.objectives import Objective
-from maskalign_lab.diffusion.sampling import SamplerConfig, last_sample, sample
-from maskalign_lab.runs.official import ARGUMENTS, SAMPLERS, arguments, backbone, from_official, settings, to_official
-from maskalign_lab.runs.official_files import export_run, import_run, read_off, read_weights, told_arguments
-from maskalign_lab.runs.official_jit import DENOISER, bare, flat, jit_sampler
-from maskalign_lab.runs.run import build, load_run, make_recipe
 from safetensors.torch import save_file
 from test_jit import OBJECTIVE, Diary, official_stages
 from test_parity import close, golden
 from torch import nn
 
 from maskalign_lab.cli import main
+from maskalign_lab.diffusion.jit import NAMES, JiT, published_size
+from maskalign_lab.diffusion.objectives import Objective
+from maskalign_lab.diffusion.sampling import SamplerConfig, last_sample, sample
+from maskalign_lab.runs.official import ARGUMENTS, SAMPLERS, arguments, backbone, from_official, settings, to_official
+from maskalign_lab.runs.official_files import export_run, import_run, read_off, read_weights, told_arguments
+from maskalign_lab.runs.official_jit import DENOISER, bare, flat, jit_sampler
+from maskalign_lab.runs.presets import make_recipe
+from maskalign_lab.runs.run import build, load_run
 
 
 def recorded_file(folder, name="repa", **words):

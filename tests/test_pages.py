@@ -5,10 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
-from maskalign_lab.workbench import offline_page
-from maskalign_lab.workbench.offline_page import Exporter, mathml, write_page
 from nbformat import read, write
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from maskalign_lab.workbench import offline_page
+from maskalign_lab.workbench.offline_page import Exporter, mathml, write_page
 
 NOTEBOOKS = Path(__file__).parents[1] / "nbs"
 

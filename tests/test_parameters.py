@@ -7,6 +7,7 @@ import sys
 import nbformat
 import pytest
 from conftest import ROOT
+
 from maskalign_lab.workbench.study_parameters import Parameter, check_values, parse_cell, parse_value, study_parameters
 
 CELL = """preset: str = "laptop"  # smoke | laptop

@@ -8,6 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import safe_open
+from torch import nn
+from torch.testing import assert_close
+
 from maskalign_lab.diffusion import sampling
 from maskalign_lab.diffusion.interpolants import coefficients, convert, interpolate, score, velocity
 from maskalign_lab.diffusion.layers import TimestepEmbedder, patchify, sincos_2d
@@ -23,9 +27,6 @@ from maskalign_lab.diffusion.sampling import (
 from maskalign_lab.diffusion.sit import Output
 from maskalign_lab.runs.official import from_official
 from maskalign_lab.training.methods import Batch, Draw, PlainSiT, State
-from safetensors import safe_open
-from torch import nn
-from torch.testing import assert_close
 
 GOLDEN = Path(__file__).parent / "golden"
 PATHS = {"Linear": "linear", "GVP": "cosine", "VP": "vp"}

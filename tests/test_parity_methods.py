@@ -6,25 +6,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from maskalign_lab.diffusion.interpolants import coefficients, interpolate
-from maskalign_lab.diffusion.objectives import Objective, denoising_loss
-from maskalign_lab.diffusion.sit import Output, SiT
-from maskalign_lab.diffusion.taps import taps
-from maskalign_lab.encoders.teachers import qkv_names
-from maskalign_lab.training import baselines
-from maskalign_lab.training.baselines import (
-    HASTE,
-    ConvProjector,
-    HASTEConfig,
-    attention_alignment,
-    spatial_norm,
-    student_logits,
-)
-from maskalign_lab.training.methods import Batch, Draw, State, denoise
-from maskalign_lab.training.repa import cosine_alignment, projector
 from test_parity import close, golden, opened
 from torch import nn
 from torch.testing import assert_close
+
+from maskalign_lab.diffusion.interpolants import coefficients, interpolate
+from maskalign_lab.diffusion.objectives import Objective, denoising_loss
+from maskalign_lab.diffusion.sit import Output, SiT
+from maskalign_lab.diffusion.taps import qkv_names, taps
+from maskalign_lab.training import baselines
+from maskalign_lab.training.haste import HASTE, HASTEConfig, attention_alignment, student_logits
+from maskalign_lab.training.irepa import ConvProjector, spatial_norm
+from maskalign_lab.training.methods import Batch, Draw, State, denoise
+from maskalign_lab.training.repa import cosine_alignment, projector
 
 PATHS = ("linear", "cosine")
 exactly = dict(rtol=1e-5, atol=0)

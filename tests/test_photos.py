@@ -10,9 +10,10 @@ import pytest
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+
 from maskalign_lab.data import photos
 from maskalign_lab.data.datasets import load_dataset
-from PIL import Image
 
 SHIPPED = ROOT / "data" / "photos"
 few = settings(max_examples=6, deadline=None)

@@ -9,9 +9,10 @@ import plotly.graph_objects as go
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+
 from maskalign_lab.workbench import plotly_figure, plots
 from maskalign_lab.workbench.plots import Curve, Panels, Picture, Points, TokenMap
-from PIL import Image
 
 SHOWN = ("norm", "top", "probability", "loss", "cosine")  # as many panels as a study shows
 

@@ -7,22 +7,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.linear_model import LogisticRegression
+
 from maskalign_lab.base.seeding import generator
+from maskalign_lab.base.statistics import cknna, hsic, linear_probe
 from maskalign_lab.diffusion.interpolants import interpolate
 from maskalign_lab.diffusion.objectives import Objective, draw_noise
 from maskalign_lab.diffusion.sit import SiT
-from maskalign_lab.measure.representation import (
-    cknna,
-    cknna_over_depth,
-    gradient_cosine,
-    hsic,
-    linear_probe,
-    pooled_hidden,
-    probe_over_depth,
-)
+from maskalign_lab.measure.representation import cknna_over_depth, gradient_cosine, pooled_hidden, probe_over_depth
 from maskalign_lab.training.methods import Batch, Draw, State
 from maskalign_lab.training.repa import REPA, REPAConfig
-from sklearn.linear_model import LogisticRegression
 
 
 def slow_hsic(K, L):

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from maskalign_lab.workbench.commands import parse
 
 from maskalign_lab.cli import COMMANDS as KNOWN
+from maskalign_lab.workbench.commands import parse
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")

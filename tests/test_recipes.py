@@ -10,12 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from maskalign_lab.base import paths
 from maskalign_lab.base.checkpoints import load_tensors, step_folder
-from maskalign_lab.runs.recipe import from_json, identity, override, to_json
-from maskalign_lab.runs.run import PRESETS, ensure_run, find_run, load_run, make_recipe, train
-
 from maskalign_lab.cli import main
+from maskalign_lab.runs.presets import PRESETS, make_recipe
+from maskalign_lab.runs.recipe import from_json, identity, override, to_json
+from maskalign_lab.runs.run import ensure_run, find_run, load_run, train
 
 TINY = "network.width=16 network.depth=2 network.heads=2 data.n=64 training.batch_size=8 training.warmup=2"
 

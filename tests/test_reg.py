@@ -5,16 +5,17 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
+
 from maskalign_lab.base.seeding import generator
 from maskalign_lab.diffusion.objectives import Objective
 from maskalign_lab.diffusion.sampling import SOLVERS, Field, SamplerConfig, last_sample, pack, sample, unpack
 from maskalign_lab.diffusion.sit import Output, SiT
-from maskalign_lab.runs.run import build, make_recipe
+from maskalign_lab.reg import REG, REGConfig
+from maskalign_lab.runs.presets import make_recipe
+from maskalign_lab.runs.run import build
 from maskalign_lab.training.methods import Batch, State, shard
 from maskalign_lab.training.repa import REPA, REPAConfig
-from torch import nn
-
-from maskalign_lab.reg import REG, REGConfig
 
 
 def setting(n: int = 6, **config):

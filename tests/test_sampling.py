@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from torch import nn
+
 from maskalign_lab.diffusion.objectives import Objective
 from maskalign_lab.diffusion.sampling import SamplerConfig, last_sample, sample, time_grid
 from maskalign_lab.diffusion.sit import Output
-from torch import nn
 
 
 class Growth(nn.Module):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from maskalign_lab.diffusion.sit import SiT, published_size
 from maskalign_lab.diffusion.taps import taps
 

@@ -5,15 +5,17 @@ from dataclasses import replace
 
 import nbformat
 import pytest
+from studies import check_figure, check_first_cells, check_smoke, own_folders, smoke_fixture  # noqa: F401  (fixtures)
+
 from maskalign_lab.base import paths
 from maskalign_lab.data.datasets import load_dataset
 from maskalign_lab.runs.batches import images_of
+from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.recipe import from_json, identity
-from maskalign_lab.runs.run import make_recipe, train
+from maskalign_lab.runs.run import train
 from maskalign_lab.studies.shipped_runs import SHIPPED, shipped_recipe
 from maskalign_lab.workbench.jobs import run_study
 from maskalign_lab.workbench.study_parameters import study_parameters
-from studies import check_figure, check_first_cells, check_smoke, own_folders, smoke_fixture  # noqa: F401  (fixtures)
 
 STUDY = paths.notebooks() / "01_gradient_norms.ipynb"
 
@@ -95,8 +97,9 @@ def test_a_given_run_is_studied(tmp_path):
 
 EDIT = """
 from functools import partial
-from maskalign_lab.training.methods import edit_digest
-from maskalign_lab.runs.run import build, make_recipe
+from maskalign_lab.runs.recipe import edit_digest
+from maskalign_lab.runs.run import build
+from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.recipe import identity
 from maskalign_lab.runs.batches import make_batches
 from maskalign_lab.training.loop import fit

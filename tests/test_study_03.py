@@ -5,14 +5,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from studies import check_figure, check_first_cells, check_smoke, own_folders, smoke_fixture  # noqa: F401  (fixtures)
+
 from maskalign_lab.base import paths
 from maskalign_lab.data.datasets import load_dataset
 from maskalign_lab.diffusion.objectives import Objective
 from maskalign_lab.diffusion.sampling import SamplerConfig, sample
 from maskalign_lab.diffusion.sit import Output
 from maskalign_lab.measure.verdicts import beside, comparison
+from maskalign_lab.prediction_targets import KINDS, SIDE, main_effects
 from maskalign_lab.runs.experiments import load_rows, results_file
-from maskalign_lab.runs.run import make_recipe, train
+from maskalign_lab.runs.presets import make_recipe
+from maskalign_lab.runs.run import train
 from maskalign_lab.studies.prediction_targets.arms import (
     ARMS,
     BY_SIZE,
@@ -30,9 +34,6 @@ from maskalign_lab.studies.prediction_targets.manifold import DATA, LEFT, ToyCon
 from maskalign_lab.studies.prediction_targets.manifold_survey import energies, paired_ratio, pick
 from maskalign_lab.studies.prediction_targets.measures import AXES, JITS_TIMES, versus_x, width_bound, with_jits_times
 from maskalign_lab.workbench.jobs import run_study
-from studies import check_figure, check_first_cells, check_smoke, own_folders, smoke_fixture  # noqa: F401  (fixtures)
-
-from maskalign_lab.prediction_targets import KINDS, SIDE, main_effects
 
 smoke = smoke_fixture("03")
 THREE = AXES | JITS_TIMES  # metric of the rows -> what it is called

@@ -4,6 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from studies import check_figure, check_first_cells, check_smoke, own_folders, smoke_fixture  # noqa: F401  (fixtures)
+from torch import nn
+
 from maskalign_lab.base import paths
 from maskalign_lab.diffusion.objectives import Objective
 from maskalign_lab.diffusion.sampling import Field, SamplerConfig, pack, sample
@@ -12,8 +15,6 @@ from maskalign_lab.runs.run import load_run
 from maskalign_lab.studies.reg.exchange import changed_share, exchange_all, partners, slope
 from maskalign_lab.studies.reg.trace import Trace, class_attention, look, make_reader, settled, trace
 from maskalign_lab.workbench.jobs import run_study
-from studies import check_figure, check_first_cells, check_smoke, own_folders, smoke_fixture  # noqa: F401  (fixtures)
-from torch import nn
 
 STUDY = paths.notebooks() / "04_reg.ipynb"
 FIGURES = (

@@ -4,13 +4,15 @@ from functools import partial
 
 import numpy as np
 import pytest
+from studies import check_figure, check_first_cells, check_smoke, own_folders, smoke_fixture  # noqa: F401  (fixtures)
+
 from maskalign_lab.measure.verdicts import against
 from maskalign_lab.runs.experiments import lengths, load_rows, results_file, run_arms, run_identity
-from maskalign_lab.runs.run import PRESETS, make_recipe, train
+from maskalign_lab.runs.presets import PRESETS, make_recipe
+from maskalign_lab.runs.run import train
 from maskalign_lab.studies.maskalign.measures import ABLATIONS, CLAIMS, CONTROLS, HEADLINE, ON_REPA, TABLE, measure_arm
 from maskalign_lab.training.methods import METHODS
 from maskalign_lab.workbench.jobs import run_study
-from studies import check_figure, check_first_cells, check_smoke, own_folders, smoke_fixture  # noqa: F401  (fixtures)
 
 ARMS = (*HEADLINE, *ABLATIONS, *CONTROLS, *ON_REPA)
 FINDINGS = {  # (metric, budget, arm, other) -> verdict and difference, as the study's findings tell them

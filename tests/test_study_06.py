@@ -5,6 +5,9 @@ from dataclasses import replace
 import nbformat
 import numpy as np
 import pytest
+from studies import check_figure, check_first_cells, check_smoke, own_folders, smoke_fixture  # noqa: F401  (fixtures)
+
+from maskalign_lab.ahpa import AHPAConfig
 from maskalign_lab.base import paths
 from maskalign_lab.measure.verdicts import Paired, beside, by_seed, paired
 from maskalign_lab.runs.experiments import Length, load_rows, results_file, run_identity
@@ -24,9 +27,6 @@ from maskalign_lab.studies.ahpa.arms import (
 from maskalign_lab.studies.ahpa.film import load_film
 from maskalign_lab.studies.ahpa.routing import measure_routing
 from maskalign_lab.workbench.jobs import run_study
-from studies import check_figure, check_first_cells, check_smoke, own_folders, smoke_fixture  # noqa: F401  (fixtures)
-
-from maskalign_lab.ahpa import AHPAConfig
 
 smoke = smoke_fixture("06")
 

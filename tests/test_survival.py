@@ -17,12 +17,13 @@ from pathlib import Path
 import pytest
 import survive
 import torch
+from test_batch import write
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from maskalign_lab.base import checkpoints
 from maskalign_lab.base.checkpoints import load_tensors, step_folder, steps_of
 from maskalign_lab.training.loop import fit
 from maskalign_lab.training.stopping import Guard, NonFinite, notice
-from test_batch import write
-from torch.utils._python_dispatch import TorchDispatchMode
 
 HERE = Path(__file__).parent
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from maskalign_lab.base.seeding import generator
 from maskalign_lab.base.statistics import effective_rank, radial_spectrum
 from maskalign_lab.data.datasets import load_dataset
@@ -22,8 +23,10 @@ from maskalign_lab.diffusion.objectives import (
 )
 from maskalign_lab.diffusion.sampling import SOLVERS, SamplerConfig, last_sample
 from maskalign_lab.measure.metrics import validation_loss
+from maskalign_lab.prediction_targets import KINDS, OneImage, fit_one, main_effects, space_weight
 from maskalign_lab.runs.evaluation import at_side
-from maskalign_lab.runs.run import NAMED, build, load_run, make_recipe, train
+from maskalign_lab.runs.presets import NAMED, make_recipe
+from maskalign_lab.runs.run import build, load_run, train
 from maskalign_lab.studies.prediction_targets import arms, measures
 from maskalign_lab.studies.prediction_targets.arms import SCALES, film_arms, sheet, sheet_arms, target_arm
 from maskalign_lab.studies.prediction_targets.figures import (
@@ -48,8 +51,6 @@ from maskalign_lab.studies.prediction_targets.film import (
 )
 from maskalign_lab.studies.prediction_targets.measures import measure_target, split_error, versus_x
 from maskalign_lab.training.methods import INSTALLED, Batch, State
-
-from maskalign_lab.prediction_targets import KINDS, OneImage, fit_one, main_effects, space_weight
 
 kinds = st.sampled_from(KINDS)
 

@@ -5,11 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
+
 from maskalign_lab.base.seeding import generator
 from maskalign_lab.data.datasets import load_dataset, oracle_features
 from maskalign_lab.encoders import teacher_probes, teacher_training
 from maskalign_lab.encoders.teachers import Features, dataset_features, load_teacher
-from PIL import Image
 
 SMALL = teacher_training.TeachConfig(
     steps=30, batch_size=32, width=32, depth=1, heads=2, warmup=5, n=200, precision="float32"

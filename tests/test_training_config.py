@@ -12,16 +12,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from survive import batches, tiny
+from torch import nn
+
 from maskalign_lab.base.checkpoints import load_tensors, step_folder
 from maskalign_lab.diffusion.jit import JiT
 from maskalign_lab.diffusion.objectives import Objective
-from maskalign_lab.runs.run import load_run, make_recipe, train
+from maskalign_lab.runs.presets import make_recipe
+from maskalign_lab.runs.run import load_run, train
 from maskalign_lab.training import loop
 from maskalign_lab.training.loop import AVERAGES, RANGES, TrainingConfig, fit
 from maskalign_lab.training.methods import MethodConfig, PlainSiT
 from maskalign_lab.training.stopping import NonFinite
-from survive import batches, tiny
-from torch import nn
 
 # ---- settings
 

@@ -9,12 +9,13 @@ import re
 import numpy as np
 import papermill
 import pytest
-from maskalign_lab.workbench import scrubber
-from maskalign_lab.workbench.plots import Curve, Panels, Picture, TokenMap, filmstrip
-from maskalign_lab.workbench.scrubber import Control, Latest, Scrubber, Stage
 from nbformat import read, write
 from nbformat.v4 import new_code_cell, new_notebook
 from PIL import Image
+
+from maskalign_lab.workbench import scrubber
+from maskalign_lab.workbench.plots import Curve, Panels, Picture, TokenMap, filmstrip
+from maskalign_lab.workbench.scrubber import Control, Latest, Scrubber, Stage
 
 TIMES = Control("t", "t", [0.0, 0.5, 1.0], ["none", "half", "all"], 1, "slider")
 KIND = Control("kind", "Kind", ["plain", "double"])

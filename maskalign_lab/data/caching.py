@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from ..base import paths
-from ..base.checkpoints import write_atomic
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
+
+from ..base import paths
+from ..base.files import write_atomic
 
 # %% ../../nbs/lib/data/caching.ipynb #0524ead3
 def place(

@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
+
 from ..base.errors import one_of
 from ..base.seeding import rng
 from . import photos, shapes
 from .image_folder import read_folder, stratified_places
-from PIL import Image
-from torch import Tensor
 
 # %% ../../nbs/lib/data/datasets.ipynb #f13d428f
 @dataclass(frozen=True, eq=False)

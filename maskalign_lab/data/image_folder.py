@@ -13,8 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from ..base.errors import nearest, one_of
 from PIL import Image, ImageOps
+
+from ..base.errors import nearest, one_of
 
 # %% ../../nbs/lib/data/image_folder.ipynb #1353a907
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")

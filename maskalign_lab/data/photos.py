@@ -12,10 +12,11 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
+
 from ..base.errors import one_of
 from ..base.paths import data
 from ..base.seeding import rng
-from PIL import Image
 
 # %% ../../nbs/lib/data/photos.ipynb #caa25b36
 PHOTOGRAPHS = {

@@ -12,6 +12,7 @@ __all__ = ['OUTLINES', 'CLASSES', 'BLOCK', 'PLACEMENTS', 'TEXTURES', 'polygon_di
 from collections.abc import Callable, Mapping
 
 import numpy as np
+
 from ..base.errors import one_of
 from ..base.seeding import rng
 

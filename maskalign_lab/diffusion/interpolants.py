@@ -11,8 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from ..base.errors import one_of
 from torch import Tensor
+
+from ..base.errors import one_of
 
 # %% ../../nbs/lib/diffusion/interpolants.ipynb #c70381ae
 @dataclass(frozen=True)

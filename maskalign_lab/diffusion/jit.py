@@ -9,6 +9,9 @@ __all__ = ['SIZES', 'NAMES', 'norm_layer', 'mlp_layer', 'JiTBlock', 'JiT', 'chec
 from functools import partial
 
 import torch
+from timm.layers import Mlp
+from torch import Tensor, nn
+
 from ..base.errors import one_of
 from maskalign_lab.diffusion.layers import (
     Attention,
@@ -24,8 +27,6 @@ from maskalign_lab.diffusion.layers import (
     unpatchify,
 )
 from .sit import FinalLayer, Output, check_depths, check_sizes, initialize
-from timm.layers import Mlp
-from torch import Tensor, nn
 
 # %% ../../nbs/lib/diffusion/jit.ipynb #7c131855
 def norm_layer(width: int, rms_norm: bool) -> nn.Module:

@@ -10,9 +10,10 @@ __all__ = ['SINGULAR', 'Objective', 'draw_time', 'draw_noise', 'target', 'denois
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from ..base.errors import one_of
 from .interpolants import INTERPOLANTS, convert, interpolate, velocity
-from torch import Tensor
 
 # %% ../../nbs/lib/diffusion/objectives.ipynb #8d907280
 @dataclass(frozen=True)

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+
 from ..base.errors import one_of
 from ..base.seeding import generator
 from .interpolants import Coefficients, coefficients, convert
 from .objectives import Objective, check_velocity, draw_noise, predicted_velocity
-from torch import Tensor, nn
 
 # %% ../../nbs/lib/diffusion/sampling.ipynb #7091ad11
 @dataclass(frozen=True)

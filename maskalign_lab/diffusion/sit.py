@@ -10,6 +10,9 @@ __all__ = ['SIZES', 'NAMES', 'Block', 'FinalLayer', 'Output', 'SiT', 'check_size
 from typing import NamedTuple
 
 import torch
+from timm.layers import Mlp
+from torch import Tensor, nn
+
 from ..base.errors import one_of
 from maskalign_lab.diffusion.layers import (
     Attention,
@@ -22,8 +25,6 @@ from maskalign_lab.diffusion.layers import (
     unpatchify,
     with_class_token,
 )
-from timm.layers import Mlp
-from torch import Tensor, nn
 
 # %% ../../nbs/lib/diffusion/sit.ipynb #01d6f435
 class Block(nn.Module):

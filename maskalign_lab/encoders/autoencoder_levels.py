@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from ..base.errors import one_of
 from ..base.seeding import generator
 from ..data.caching import Cache
 from ..data.datasets import Dataset
 from ..diffusion.layers import patchify
 from .autoencoders import Autoencoder, check_levels, filled
-from torch import Tensor, nn
 
 # %% ../../nbs/lib/encoders/autoencoder_levels.ipynb #317fbaf8
 WAYS = ("detail", "mean", "rotated")

@@ -17,15 +17,18 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from ..base.checkpoints import optimizer_tensors, save_step, step_folder, steps_of, write_atomic
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from ..base.averaging import update_ema
+from ..base.checkpoints import optimizer_tensors, resume, save_step, step_folder, steps_of
+from ..base.devices import resolve_device, resolve_precision
+from ..base.files import write_atomic
 from ..base.seeding import batch_indices, generator
 from ..data.datasets import Dataset, load_dataset
 from .autoencoders import Autoencoder, wrap_autoencoder
 from .reconstruction import all_moments, measure, spread
 from .teacher_training import Lesson, learn, learning_rate, progress, random_colours
-from ..training.loop import resolve_device, resolve_precision, resume, update_ema
-from safetensors.torch import save
-from torch import Tensor, nn
 
 # %% ../../nbs/lib/encoders/autoencoder_training.ipynb #49aeb741
 @dataclass(frozen=True)

@@ -19,14 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.backends import cudnn
+
 from ..base.errors import one_of
 from ..base.paths import data
 from ..data.caching import Cache, fill, place, rows_per_shard
 from ..data.datasets import Dataset
 from ..diffusion.taps import taps
 from .teachers import weights_digest
-from torch import Tensor, nn
-from torch.backends import cudnn
 
 # %% ../../nbs/lib/encoders/autoencoders.ipynb #16de12e5
 def latents_of(

@@ -8,11 +8,12 @@ __all__ = ['all_moments', 'spread', 'psnr', 'coarse', 'divergence', 'decode_all'
 # %% ../../nbs/lib/encoders/reconstruction.ipynb #c3f5336b
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from ..base.seeding import generator
+from ..base.statistics import four_digits
 from ..data.datasets import Dataset
 from .autoencoders import Autoencoder
-from ..measure.metrics import four_digits
-from torch import Tensor
 
 # %% ../../nbs/lib/encoders/reconstruction.ipynb #2dc7270b
 def all_moments(

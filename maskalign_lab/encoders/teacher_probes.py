@@ -10,10 +10,11 @@ import math
 
 import numpy as np
 import torch
+
+from ..base.statistics import linear_probe
 from ..data.datasets import Dataset, load_dataset, token_means
 from ..diffusion.layers import patchify
 from .teachers import Features, Teacher, build_vit
-from ..measure.representation import linear_probe
 
 # %% ../../nbs/lib/encoders/teacher_probes.ipynb #c01a7dd5
 def all_features(

@@ -19,15 +19,16 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from ..base.checkpoints import write_atomic
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from ..base.devices import resolve_device, resolve_precision
+from ..base.files import write_atomic
 from ..base.seeding import batch_indices, generator
 from ..data.datasets import Dataset, load_dataset
 from ..diffusion.layers import patchify
 from .teacher_probes import probe_card
 from .teachers import build_vit, tiny_teacher
-from ..training.loop import resolve_device, resolve_precision
-from safetensors.torch import save
-from torch import Tensor, nn
 
 # %% ../../nbs/lib/encoders/teacher_training.ipynb #ac10ac04
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
+
 from ..base.errors import one_of
 from ..workbench.plots import INK, PALETTE, QUIET, theme
-from matplotlib.figure import Figure
 
 # %% ../../nbs/lib/measure/verdicts.ipynb #6e7baac0
 @dataclass(frozen=True)

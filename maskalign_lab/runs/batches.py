@@ -14,6 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
+
+from ..base.devices import resolve_device
 from ..base.errors import one_of
 from ..base.seeding import batch_indices, generator
 from ..data.caching import Cache
@@ -29,9 +32,8 @@ from maskalign_lab.encoders.teachers import (
     rows_of,
 )
 from .recipe import DataConfig, Recipe
-from ..training.loop import TrainingConfig, resolve_device
+from ..training.loop import TrainingConfig
 from ..training.methods import Batch, MethodConfig, layers_of, method_class, needs_of
-from torch import Tensor
 
 # %% ../../nbs/lib/runs/batches.ipynb #7a2ace08
 def options_of(data: DataConfig) -> dict[str, str]:

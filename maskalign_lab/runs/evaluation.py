@@ -15,16 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ..base.checkpoints import write_atomic
+from torch import Tensor
+
+from ..base.files import write_atomic
 from ..base.seeding import key
+from ..base.statistics import four_digits, mean_interval
 from ..data.datasets import Dataset
 from ..diffusion.sampling import SamplerConfig, last_sample
-from ..measure.judge import Judge, load_judge
-from ..measure.judge_training import real_pair
-from ..measure.metrics import balanced_labels, four_digits, judged, mean_interval, validation_loss
+from ..measure.judge import Judge, load_judge, real_pair
+from ..measure.metrics import balanced_labels, judged, validation_loss
 from .batches import options_of
 from .run import Run
-from torch import Tensor
 
 # %% ../../nbs/lib/runs/evaluation.ipynb #1ecba3b6
 BATCH = 250  # samples at a time; a part of what keys the noise

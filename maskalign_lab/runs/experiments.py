@@ -15,16 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ..base.checkpoints import write_atomic
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
 from ..base.errors import one_of
+from ..base.files import write_atomic
 from ..base.paths import data
 from ..base.seeding import generator
 from .batches import load_sources
+from .presets import make_recipe
 from .recipe import Recipe, identity
-from .run import Run, build, ensure_run, latent_facts, load_run, make_recipe
+from .run import Run, build, ensure_run, latent_facts, load_run
 from ..training.methods import Batch, State, layers_of, needs_of
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 # %% ../../nbs/lib/runs/experiments.ipynb #04630d70
 @dataclass(frozen=True)

@@ -14,11 +14,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor, nn
+
 from ..base.errors import one_of
 from ..diffusion.jit import JiT
 from ..diffusion.objectives import Objective
 from ..diffusion.sampling import SamplerConfig
 from ..diffusion.sit import SiT
+from ..reg import REGConfig
 from maskalign_lab.runs.official_jit import (
     DENOISER,
     NET,
@@ -33,12 +36,10 @@ from maskalign_lab.runs.official_jit import (
     jit_sampler,
     net_arguments,
 )
-from ..training.baselines import HASTEConfig, IREPAConfig
+from ..training.haste import HASTEConfig
+from ..training.irepa import IREPAConfig
 from ..training.methods import Method, MethodConfig, PlainSiT, method_class
 from ..training.repa import REPAConfig
-from torch import Tensor, nn
-
-from ..reg import REGConfig
 
 # %% ../../nbs/lib/runs/official.ipynb #7fd13aa8
 @dataclass

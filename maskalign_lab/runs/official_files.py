@@ -19,8 +19,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from ..base.checkpoints import save_step, write_atomic
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ..base.checkpoints import save_step
 from ..base.errors import one_of
+from ..base.files import write_atomic
 from ..diffusion.sit import SIZES, SiT
 from maskalign_lab.runs.official import (
     ARGUMENTS,
@@ -35,9 +40,6 @@ from .official_jit import bare, flat, jit_config, published_jit, typed
 from .recipe import DataConfig, Recipe, SiTConfig, to_json
 from .run import Run
 from ..training.loop import TrainingConfig
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
 
 # %% ../../nbs/lib/runs/official_files.ipynb #d5e43d7e
 class Checkpoint(NamedTuple):

@@ -11,15 +11,16 @@ __all__ = ['NET', 'DENOISER', 'NAMES', 'SHAPES', 'HAIR', 'flat', 'bare', 'check_
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from ..base.errors import one_of
 from ..diffusion.jit import SIZES, JiT
 from ..diffusion.layers import BottleneckPatchEmbed, RMSNorm, SwiGLU
 from ..diffusion.objectives import Objective
 from ..diffusion.sampling import SamplerConfig
 from .recipe import JiTConfig
-from ..training.baselines import IREPAConfig
+from ..training.irepa import IREPAConfig
 from ..training.methods import MethodConfig
-from torch import Tensor
 
 # %% ../../nbs/lib/runs/official_jit.ipynb #1e9c6387
 NET: dict[str, Any] = dict(

@@ -4,29 +4,33 @@
 
 # %% auto #0
 __all__ = ['NETWORKS', 'DataConfig', 'NetworkConfig', 'SiTConfig', 'JiTConfig', 'Recipe', 'to_json', 'from_json', 'config_class',
-           'override', 'renamed', 'told', 'absolute', 'identity']
+           'override', 'renamed', 'told', 'absolute', 'behaviour', 'edit_digest', 'identity']
 
 # %% ../../nbs/lib/runs/recipe.ipynb #6f708f15
+import ast
 import dataclasses
 import hashlib
+import inspect
 import json
 import shlex
+import textwrap
 import typing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any
 
+from torch import nn
+
+from .. import ahpa, maskalign, reg  # noqa: F401  (importing a module registers its methods)
 from ..base.errors import one_of
 from ..diffusion.jit import JiT
 from ..diffusion.objectives import Objective
 from ..diffusion.sit import SiT
-from ..training import baselines  # noqa: F401  (importing a module registers its methods)
+from ..training import haste, irepa, sra2  # noqa: F401  (importing a module registers its methods)
 from ..training.loop import TrainingConfig
-from ..training.methods import MethodConfig, edit_digest, method_class
+from ..training.methods import INSTALLED, MethodConfig, layers_of, method_class
 from ..workbench.study_parameters import parse_value
-from torch import nn
-
-from .. import ahpa, maskalign, reg  # noqa: F401  (importing a module registers its methods)
 
 # %% ../../nbs/lib/runs/recipe.ipynb #5c494090
 @dataclass(frozen=True)
@@ -202,6 +206,47 @@ def absolute(
     """The same name with an absolute path; names without a path are left alone."""
     kind, colon, path = spec.partition(":")
     return f"{kind}:{Path(path).expanduser().absolute()}" if colon and kind in ("folder", "tiny") else spec
+
+# %% ../../nbs/lib/runs/recipe.ipynb #4d9796f8
+def behaviour(thing: Any, seen: frozenset = frozenset()) -> str:
+    """A digest of what a class or function does: its own code, and that of same-module functions it names."""
+    thing = getattr(thing, "__func__", thing)  # of a class method
+    if isinstance(thing, type):
+        own = {name: value for name, value in vars(thing).items() if not name.startswith("__") or name == "__init__"}
+        parts = [f"{name}={behaviour(value)}" for name, value in sorted(own.items())]
+    elif inspect.isfunction(thing):
+        called = [thing.__globals__.get(name) for name in _names(thing.__code__)]
+        near = [f for f in called if inspect.isfunction(f) and f.__module__ == thing.__module__ and f not in seen]
+        parts = [_tree(thing), *(behaviour(f, seen | {thing, *near}) for f in near)]
+    else:
+        parts = [getattr(thing, "__qualname__", repr(thing))]
+    return hashlib.blake2b("|".join(parts).encode(), digest_size=8).hexdigest()
+
+# %% ../../nbs/lib/runs/recipe.ipynb #ccfd0a51
+def _names(code: CodeType) -> list[str]:
+    inner = [const for const in code.co_consts if isinstance(const, CodeType)]
+    return sorted({*code.co_names, *(name for nested in inner for name in _names(nested))})
+
+# %% ../../nbs/lib/runs/recipe.ipynb #01050971
+def _tree(function: FunctionType) -> str:
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    except OSError:  # generated, like a dataclass's __init__: names and defaults tell all
+        return f"{function.__code__.co_varnames} {function.__defaults__}"
+    tree.name = ""
+    return ast.dump(tree)
+
+# %% ../../nbs/lib/runs/recipe.ipynb #8057a375
+def edit_digest(config: MethodConfig) -> str:
+    """Digest of the notebook's definitions of a method, and of the one inside, where they differ from the installed ones."""
+    return "".join(_edit_digest(each.name) for each in layers_of(config))
+
+
+def _edit_digest(name: str) -> str:
+    current, installed = method_class(name), INSTALLED.get(name)
+    if current is installed or (installed and behaviour(current) == behaviour(installed)):
+        return ""
+    return behaviour(current)
 
 # %% ../../nbs/lib/runs/recipe.ipynb #9b46c7f7
 def identity(recipe: Recipe) -> str:

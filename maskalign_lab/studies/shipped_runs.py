@@ -14,21 +14,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from ..base import paths
-from ..base.checkpoints import load_tensors, step_folder, steps_of, write_atomic
-from ..base.errors import one_of
-from ..diffusion.sampling import SamplerConfig, last_sample
-from ..encoders.autoencoder_training import compress
-from ..measure.metrics import mean_interval, validation_loss
-from ..runs.recipe import Recipe
-from ..runs.run import Run, load_run, make_recipe, train
-from .maskalign.measures import record
-from ..training.methods import innermost
-from ..workbench.plots import loss_per_t, sample_grid, save_png
 from safetensors.torch import save
 from torch import Tensor
 
+from ..base import paths
+from ..base.checkpoints import load_tensors, step_folder, steps_of
+from ..base.errors import one_of
+from ..base.files import write_atomic
+from ..base.statistics import mean_interval
+from ..diffusion.sampling import SamplerConfig, last_sample
+from ..encoders.autoencoder_training import compress
 from ..gradient_norms import observe, save_maps, survey
+from ..measure.metrics import validation_loss
+from ..runs.presets import make_recipe
+from ..runs.recipe import Recipe
+from ..runs.run import Run, load_run, train
+from .maskalign.measures import record
+from ..training.methods import innermost
+from ..workbench.plots import loss_per_t, sample_grid, save_png
 
 # %% ../../nbs/lib/studies/shipped_runs.ipynb #ad25ba91
 SHIPPED = {f"{method}-shapes": (method, "shapes") for method in ("sit", "repa", "reg", "maskalign", "ahpa")}

@@ -4,24 +4,20 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'INSTALLED', 'Batch', 'Draw', 'Losses', 'State', 'shard', 'MethodConfig', 'Method', 'Denoised', 'denoise',
-           'PlainSiT', 'method_class', 'layers_of', 'needs_of', 'innermost', 'behaviour', 'edit_digest']
+           'PlainSiT', 'method_class', 'layers_of', 'needs_of', 'innermost']
 
 # %% ../../nbs/lib/training/methods.ipynb #82687cc6
-import ast
-import hashlib
-import inspect
-import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from types import CodeType, FunctionType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from torch import Tensor, nn
+
 from ..base.errors import one_of
 from ..diffusion.interpolants import interpolate
 from ..diffusion.layers import patchify, take
 from ..diffusion.objectives import Objective, check_trainable, denoising_loss, draw_noise, draw_time
-from torch import Tensor, nn
 
 # %% ../../nbs/lib/training/methods.ipynb #888ae6a8
 @dataclass
@@ -195,44 +191,3 @@ def needs_of(
 def innermost(method: Method) -> Method:
     """The method that has the projector: the one inside, if there is one."""
     return innermost(method.inner) if hasattr(method, "inner") else method
-
-# %% ../../nbs/lib/training/methods.ipynb #4d9796f8
-def behaviour(thing: Any, seen: frozenset = frozenset()) -> str:
-    """A digest of what a class or function does: its own code, and that of same-module functions it names."""
-    thing = getattr(thing, "__func__", thing)  # of a class method
-    if isinstance(thing, type):
-        own = {name: value for name, value in vars(thing).items() if not name.startswith("__") or name == "__init__"}
-        parts = [f"{name}={behaviour(value)}" for name, value in sorted(own.items())]
-    elif inspect.isfunction(thing):
-        called = [thing.__globals__.get(name) for name in _names(thing.__code__)]
-        near = [f for f in called if inspect.isfunction(f) and f.__module__ == thing.__module__ and f not in seen]
-        parts = [_tree(thing), *(behaviour(f, seen | {thing, *near}) for f in near)]
-    else:
-        parts = [getattr(thing, "__qualname__", repr(thing))]
-    return hashlib.blake2b("|".join(parts).encode(), digest_size=8).hexdigest()
-
-# %% ../../nbs/lib/training/methods.ipynb #ccfd0a51
-def _names(code: CodeType) -> list[str]:
-    inner = [const for const in code.co_consts if isinstance(const, CodeType)]
-    return sorted({*code.co_names, *(name for nested in inner for name in _names(nested))})
-
-# %% ../../nbs/lib/training/methods.ipynb #01050971
-def _tree(function: FunctionType) -> str:
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
-    except OSError:  # generated, like a dataclass's __init__: names and defaults tell all
-        return f"{function.__code__.co_varnames} {function.__defaults__}"
-    tree.name = ""
-    return ast.dump(tree)
-
-# %% ../../nbs/lib/training/methods.ipynb #8057a375
-def edit_digest(config: MethodConfig) -> str:
-    """Digest of the notebook's definitions of a method, and of the one inside, where they differ from the installed ones."""
-    return "".join(_edit_digest(each.name) for each in layers_of(config))
-
-
-def _edit_digest(name: str) -> str:
-    current, installed = method_class(name), INSTALLED.get(name)
-    if current is installed or (installed and behaviour(current) == behaviour(installed)):
-        return ""
-    return behaviour(current)

@@ -22,12 +22,13 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from ..base import paths
-from ..base.checkpoints import write_atomic
-from ..base.errors import one_of
-from ..training.loop import native_bfloat16, resolve_device
-from .doctor import git_state, versions
 from scipy.stats import binom
+
+from ..base import paths
+from ..base.devices import native_bfloat16, resolve_device
+from ..base.errors import one_of
+from ..base.files import write_atomic
+from .doctor import git_state, versions
 
 # %% ../../nbs/lib/workbench/benchmarking.ipynb #7dba1dfc
 def wait_for(

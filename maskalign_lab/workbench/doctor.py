@@ -131,7 +131,8 @@ def data_problems(
 def device() -> str:
     """The device that "auto" takes, and its precision."""
     import torch
-    from maskalign_lab.training.loop import native_bfloat16, resolve_device
+
+    from maskalign_lab.base.devices import native_bfloat16, resolve_device
 
     place = resolve_device("auto")
     name = {"cpu": f"{torch.get_num_threads()} threads", "mps": "Apple GPU"}.get(place.type, "")

@@ -65,7 +65,7 @@ class Job:
         return Path(self.folder) / (self.study + suffix)
 
     def save(self) -> None:
-        from maskalign_lab.base.checkpoints import write_atomic
+        from maskalign_lab.base.files import write_atomic
 
         write_atomic(Path(self.folder) / "job.json", json.dumps(asdict(self), indent=1))
 
@@ -131,7 +131,7 @@ def keep_notebook(
     job: Job,
 ) -> None:
     """The partial notebook becomes the final one, without the widgets' state, which is large and useless in a file."""
-    from maskalign_lab.base.checkpoints import write_atomic
+    from maskalign_lab.base.files import write_atomic
 
     partial = job.path(".partial.ipynb")
     if partial.is_file():
@@ -235,7 +235,7 @@ def save_figure(
     """Write a figure as a PNG of at most 100 KB, and beside it a JSON file that tells where it comes from."""
     if not out_dir:
         return None
-    from maskalign_lab.base.checkpoints import write_atomic
+    from maskalign_lab.base.files import write_atomic
     from maskalign_lab.workbench.plots import save_png
 
     path = save_png(figure, Path(out_dir) / f"{name}.png")

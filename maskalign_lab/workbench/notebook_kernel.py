@@ -22,10 +22,11 @@ from typing import Any
 import papermill
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
-from ..base import paths
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError  # noqa: F401  for those who call `execute`
+
+from ..base import paths
 
 # %% ../../nbs/lib/workbench/notebook_kernel.ipynb #2fe75e41
 class OwnKernel(AsyncKernelManager):

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
+from PIL import Image
+
 from maskalign_lab.workbench.plots import (
     FONT,
     INK,
@@ -35,7 +37,6 @@ from maskalign_lab.workbench.plots import (
     colours,
     rgb,
 )
-from PIL import Image
 
 # %% ../../nbs/lib/workbench/plotly_figure.ipynb #25647550
 WIDTH, LEFT, RIGHT, GAP = 980, 58, 20, 24  # of the figure, its margins, between panels

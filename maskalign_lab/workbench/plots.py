@@ -20,9 +20,10 @@ import matplotlib as mpl
 import numpy as np
 import seaborn as sns
 from IPython import get_ipython
-from ..base.errors import one_of
 from matplotlib.figure import Figure
 from PIL import Image
+
+from ..base.errors import one_of
 
 # %% ../../nbs/lib/workbench/plots.ipynb #31b2976d
 @dataclass(frozen=True)

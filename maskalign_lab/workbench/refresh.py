@@ -81,7 +81,7 @@ def transplant(
     notebook: Path,  # its original, which is rewritten
 ) -> None:
     """Put the outputs of an executed copy into the original; a `ValueError` lists what may not be committed."""
-    from maskalign_lab.base.checkpoints import write_atomic
+    from maskalign_lab.base.files import write_atomic
 
     ran, book = (json.loads(Path(path).read_text(encoding="utf-8")) for path in (executed, notebook))
     if code_digest(ran) != code_digest(book):

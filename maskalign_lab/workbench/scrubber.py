@@ -24,11 +24,12 @@ import ipywidgets as w
 import plotly.graph_objects as go
 from IPython import get_ipython
 from IPython.display import display
+from matplotlib.figure import Figure
+from traitlets import Unicode
+
 from ..base.errors import one_of
 from .plotly_figure import figure, film, update
 from .plots import Panels, png
-from matplotlib.figure import Figure
-from traitlets import Unicode
 
 # %% ../../nbs/lib/workbench/scrubber.ipynb #1ef8d9ed
 @dataclass(frozen=True)

@@ -15,14 +15,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from ...measure.metrics import four_digits, validation_loss
+
+from ...ahpa import AHPAConfig, closed_form, schedule
+from ...base.statistics import four_digits
+from ...measure.metrics import validation_loss
 from ...measure.verdicts import Paired, beside, by_seed, paired
 from ...runs.evaluation import judge_samples
 from ...runs.experiments import Arm
-from ...runs.run import LATENTS, Recipe, Run, ensure_run
+from ...runs.presets import LATENTS
+from ...runs.run import Recipe, Run, ensure_run
 from .routing import TIMES, Routing, has_losses, measure_routing, trace_router
-
-from ...ahpa import AHPAConfig, closed_form, schedule
 
 # %% ../../../nbs/lib/studies/ahpa/arms.ipynb #beea1382
 LEVELS = AHPAConfig().levels

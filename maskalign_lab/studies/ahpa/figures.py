@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import seaborn as sns
+from matplotlib.figure import Figure
+from torch import Tensor
+
 from ...measure.verdicts import paired
 from .arms import LEVELS, WINDOWS
 from .routing import Routing
 from ...workbench.plots import INK, PALETTE, theme
-from matplotlib.figure import Figure
-from torch import Tensor
 
 # %% ../../../nbs/lib/studies/ahpa/figures.ipynb #350ebb77
 def area_figure(

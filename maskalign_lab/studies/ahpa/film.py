@@ -14,6 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from torch import Tensor
+
 from ...base.seeding import generator
 from ...data.datasets import Dataset
 from ...diffusion.interpolants import interpolate
@@ -22,10 +27,6 @@ from ...runs.run import Run
 from .routing import check_ahpa, shown_levels
 from ...workbench.plots import Bars, Curve, Panels, Picture, filmstrip
 from ...workbench.scrubber import Control, Scrubber
-from matplotlib.figure import Figure
-from safetensors import safe_open
-from safetensors.numpy import save_file
-from torch import Tensor
 
 # %% ../../../nbs/lib/studies/ahpa/film.ipynb #2819fecc
 def level_colours(

@@ -9,13 +9,13 @@ __all__ = ['level_power', 'kept_detail', 'centroid', 'level_contents', 'asked']
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from ...base.seeding import generator
-from ...base.statistics import radial_spectrum
+from ...base.statistics import cknna, linear_probe, radial_spectrum
 from ...data.datasets import Dataset
 from ...diffusion.layers import unpatchify
 from ...encoders.autoencoder_levels import Levels
-from ...measure.representation import cknna, linear_probe
-from torch import Tensor
 
 # %% ../../../nbs/lib/studies/ahpa/level_contents.ipynb #f6753679
 @torch.no_grad()

@@ -14,17 +14,17 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from ...base.checkpoints import steps_of
-from ...base.seeding import generator
-from ...data.datasets import Dataset
-from ...diffusion.interpolants import interpolate
-from ...encoders.autoencoder_levels import Levels
-from ...measure.metrics import four_digits
-from ...runs.batches import levels_of
-from ...runs.run import Run, load_run
 from torch import Tensor
 
 from ...ahpa import AHPA, REVISION, closed_form, schedule
+from ...base.checkpoints import steps_of
+from ...base.seeding import generator
+from ...base.statistics import four_digits
+from ...data.datasets import Dataset
+from ...diffusion.interpolants import interpolate
+from ...encoders.autoencoder_levels import Levels
+from ...runs.batches import levels_of
+from ...runs.run import Run, load_run
 
 # %% ../../../nbs/lib/studies/ahpa/routing.ipynb #3d6f8104
 def run_levels(

@@ -12,16 +12,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+
 from ...base.seeding import generator
 from ...data.datasets import Dataset
+from ...gradient_norms import Observed
+from ...maskalign import count_kept, draw_keep
 from .influence import at_positions, hidden_outputs, probed_influence
 from .measures import look, masked_norms, preference, stability_gap
 from ...workbench.plots import QUIET, Curve, Panels, Picture, TokenMap, filmstrip, theme
 from ...workbench.scrubber import Control, Scrubber
-from matplotlib.figure import Figure
-
-from ...gradient_norms import Observed
-from ...maskalign import count_kept, draw_keep
 
 # %% ../../../nbs/lib/studies/maskalign/film.ipynb #53b03669
 @dataclass(frozen=True)

@@ -15,15 +15,16 @@ from typing import NamedTuple
 
 import seaborn as sns
 import torch
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
 from ...base.seeding import generator
 from ...diffusion.layers import patchify, take
 from ...diffusion.objectives import Objective, denoising_loss
 from ...diffusion.sit import SiT, check_depths
 from ...training.repa import cosine_alignment
 from ...workbench.plots import MISSING, PALETTE, theme
-from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
-from torch import Tensor, nn
 
 # %% ../../../nbs/lib/studies/maskalign/influence.ipynb #9ecd07ea
 @dataclass(frozen=True)

@@ -16,11 +16,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from ...base.errors import one_of
 from ...base.seeding import generator
 from ...data.datasets import Dataset
 from ...diffusion.interpolants import interpolate
 from ...diffusion.layers import take, with_class_token
+from maskalign_lab.gradient_norms import (
+    Observed,
+    check_times,
+    concentration,
+    observe,
+    token_gradient_norms,
+    top_tokens,
+)
+from ...maskalign import count_kept, draw_keep
 from ...measure.metrics import validation_loss
 from ...runs.experiments import Arm
 from ...runs.run import Run
@@ -36,17 +47,6 @@ from maskalign_lab.studies.maskalign.influence import (
 )
 from ...training.methods import innermost
 from ...training.repa import cosine_alignment
-from torch import Tensor
-
-from maskalign_lab.gradient_norms import (
-    Observed,
-    check_times,
-    concentration,
-    observe,
-    token_gradient_norms,
-    top_tokens,
-)
-from ...maskalign import count_kept, draw_keep
 
 # %% ../../../nbs/lib/studies/maskalign/measures.ipynb #3288c368
 @dataclass

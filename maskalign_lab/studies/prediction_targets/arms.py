@@ -15,16 +15,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from ...base.errors import one_of
+from ...base.statistics import four_digits
 from ...diffusion.sampling import SamplerConfig
-from ...measure.metrics import four_digits
+from ...prediction_targets import KINDS, SIDE, OneImage, fit_one
 from ...runs.evaluation import at_side, sample_batches
 from ...runs.experiments import Arm, load_rows, save_rows
 from ...runs.recipe import Recipe
 from ...runs.run import Run
-from torch import Tensor
-
-from ...prediction_targets import KINDS, SIDE, OneImage, fit_one
 
 # %% ../../../nbs/lib/studies/prediction_targets/arms.ipynb #561dd77f
 SIZES = (16, 32, 64, 128)  # pixels along a side, hence patches of 4, 8, 16, 32

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import seaborn as sns
 import torch
-from .arms import DETAILS, SIZES, target_arm
-from .film import NAMES
-from .measures import AXES, width_bound
-from ...workbench.plots import INK, PALETTE, theme
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from ...prediction_targets import KINDS, SIDE, space_weight
+from .arms import DETAILS, SIZES, target_arm
+from .film import NAMES
+from .measures import AXES, width_bound
+from ...workbench.plots import INK, PALETTE, theme
 
 # %% ../../../nbs/lib/studies/prediction_targets/figures.ipynb #472c1260
 COLOURS = dict(zip(KINDS, PALETTE, strict=False))

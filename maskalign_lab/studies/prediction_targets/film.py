@@ -15,21 +15,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from ...base.seeding import generator
-from ...data.datasets import Dataset
-from ...diffusion.interpolants import convert, interpolate, velocity
-from ...diffusion.objectives import Objective
-from ...runs.evaluation import at_side
-from ...runs.recipe import Recipe
-from ...runs.run import Run, ensure_run
-from ...workbench.plots import Curve, Panels, Picture, TokenMap, filmstrip
-from ...workbench.scrubber import Control, Scrubber
 from matplotlib.figure import Figure
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ...base.seeding import generator
+from ...data.datasets import Dataset
+from ...diffusion.interpolants import convert, interpolate, velocity
+from ...diffusion.objectives import Objective
 from ...prediction_targets import KINDS
+from ...runs.evaluation import at_side
+from ...runs.recipe import Recipe
+from ...runs.run import Run, ensure_run
+from ...workbench.plots import Curve, Panels, Picture, TokenMap, filmstrip
+from ...workbench.scrubber import Control, Scrubber
 
 # %% ../../../nbs/lib/studies/prediction_targets/film.ipynb #a048b430
 TIMES = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95)

@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from functools import cache, partial
 
 import torch
+from torch import Tensor, nn
+
 from ...base.errors import one_of
 from ...base.seeding import generator, key
 from ...diffusion.interpolants import convert, interpolate
 from ...diffusion.objectives import Objective, denoising_loss, draw_noise, draw_time
 from ...diffusion.sampling import SamplerConfig, sample
 from ...diffusion.sit import Output
-from torch import Tensor, nn
 
 # %% ../../../nbs/lib/studies/prediction_targets/manifold.ipynb #d7b7f4d6
 def spiral(n: int, draw: torch.Generator) -> Tensor:  # (n, 2)

@@ -16,6 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+
 from ...base.errors import one_of
 from ...base.seeding import generator
 from maskalign_lab.studies.prediction_targets.manifold import (
@@ -50,8 +53,6 @@ from maskalign_lab.workbench.plots import (
     theme,
 )
 from ...workbench.scrubber import Control, Scrubber
-from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
 
 # %% ../../../nbs/lib/studies/prediction_targets/manifold_film.ipynb #571a096e
 COLOURS, NAMES = dict(zip(PREDICTIONS, PALETTE)), {"x": "x", "eps": "ε", "v": "v"}

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from ...measure.verdicts import paired
 from ...runs.experiments import load_rows, save_rows
 from .manifold import DATA, Flow, ToyConfig, least_energy, measure, trained

@@ -13,20 +13,20 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from ...base.errors import one_of
 from ...base.seeding import generator
-from ...base.statistics import effective_rank, radial_spectrum
+from ...base.statistics import effective_rank, four_digits, radial_spectrum
 from ...diffusion.interpolants import convert, interpolate
 from ...diffusion.layers import patchify
 from ...diffusion.objectives import Objective
-from ...measure.metrics import four_digits
 from ...measure.verdicts import Paired, beside
-from ...runs.evaluation import judge_samples
-from ...runs.run import Run, make_recipe
-from .arms import BY_SIZE, MATCHED, WIDER, target_arm
-from torch import Tensor
-
 from ...prediction_targets import KINDS, SIDE, space_weight
+from ...runs.evaluation import judge_samples
+from ...runs.presets import make_recipe
+from ...runs.run import Run
+from .arms import BY_SIZE, MATCHED, WIDER, target_arm
 
 # %% ../../../nbs/lib/studies/prediction_targets/measures.ipynb #cf9d5001
 TIMES = tuple(round(0.05 + 0.1 * k, 2) for k in range(10))

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 
 import pandas as pd
 import torch
+from torch import Tensor
+
 from ...base.seeding import generator
+from ...base.statistics import mean_interval, share_half
 from ...diffusion.interpolants import interpolate
 from ...diffusion.objectives import draw_noise
 from ...diffusion.sampling import TABLEAUS, Field, one_step, pack, unpack
-from ...measure.metrics import mean_interval, share_half
 from .trace import Reader, Trace
-from torch import Tensor
 
 # %% ../../../nbs/lib/studies/reg/exchange.ipynb #4666e73c
 def finish(

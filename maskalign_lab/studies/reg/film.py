@@ -13,6 +13,10 @@ from functools import partial
 
 import numpy as np
 import torch
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from torch import Tensor
+
 from ...base.errors import one_of
 from ...diffusion.sampling import SamplerConfig
 from .exchange import Exchanged
@@ -30,9 +34,6 @@ from maskalign_lab.workbench.plots import (
     theme,
 )
 from ...workbench.scrubber import Control, Scrubber
-from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
-from torch import Tensor
 
 # %% ../../../nbs/lib/studies/reg/film.ipynb #3c2c7a5b
 EXPECTED = ("class token, expected", "image, expected")  # what the scrubber's curves show

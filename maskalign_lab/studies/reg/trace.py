@@ -12,6 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
+
 from ...diffusion.interpolants import convert
 from ...diffusion.layers import Attention
 from ...diffusion.objectives import Objective
@@ -19,10 +24,6 @@ from ...diffusion.sampling import Field, SamplerConfig, pack, sample, unpack
 from ...diffusion.taps import taps
 from ...encoders.teachers import Teacher, load_teacher
 from ...measure.judge import Judge, load_judge
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
-from torch import Tensor, nn
 
 # %% ../../../nbs/lib/studies/reg/trace.ipynb #a0bba55d
 def class_attention(
