@@ -1,24 +1,11 @@
-"""What the tests share: where the project is, and copies of it that a test may spoil."""
+"""What all tests share: a cache of their own, a copy of the clone, and an order that keeps both workers busy."""
 
-import shutil
 from pathlib import Path
 
 import pytest
+from shared.clone import copied
 
-ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("maskalign_lab", "nbs", "data", "tests", "benchmarks")
-
-
-def copied(target: Path) -> Path:
-    """A copy of the clone at `target`, without what running leaves behind."""
-    junk = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
-    target.mkdir()
-    for path in ROOT.iterdir():
-        if path.name in FOLDERS:
-            shutil.copytree(path, target / path.name, ignore=junk)
-        elif path.is_file():
-            shutil.copy2(path, target)
-    return target
+pytest_plugins = ["shared.browser"]
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import ROOT
+from shared.clone import ROOT
 
 from maskalign_lab import cli, network_commands
 from maskalign_lab.base import paths

@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, copied
+from shared.clone import ROOT, copied
 
 import maskalign_lab
 

@@ -1,0 +1,549 @@
+"""Published checkpoints come in through one door, and nothing else does."""
+
+import argparse
+import json
+import os
+import pickle
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from shared.golden import close, golden
+from shared.jit import OBJECTIVE, Diary, official_stages
+from torch import nn
+
+from maskalign_lab.cli import main
+from maskalign_lab.diffusion.jit import NAMES, JiT, published_size
+from maskalign_lab.diffusion.objectives import Objective
+from maskalign_lab.diffusion.sampling import SamplerConfig, last_sample, sample
+from maskalign_lab.runs.official import ARGUMENTS, SAMPLERS, arguments, backbone, from_official, settings, to_official
+from maskalign_lab.runs.official_files import export_run, import_run, read_off, read_weights, told_arguments
+from maskalign_lab.runs.official_jit import DENOISER, bare, flat, jit_sampler
+from maskalign_lab.runs.presets import make_recipe
+from maskalign_lab.runs.run import build, load_run
+
+
+def recorded_file(folder, name="repa", **words):
+    """A recorded network as an official file with a description."""
+    record = golden(name)
+    path = folder / f"{name}.safetensors"
+    save_file(record.weights, path, {"family": name, "config": json.dumps(record.config), **words})
+    return path
+
+
+def test_a_file_that_describes_itself_becomes_a_run(tmp_path):
+    run = load_run(import_run(recorded_file(tmp_path, step="400000"), tmp_path / "run"))
+    record = golden("repa")
+    assert run.step == 400_000 and run.method.config.depth == 2
+    for name, value in {**run.net.state_dict(), **run.method.state_dict()}.items():
+        assert torch.equal(value, record.weights[name])
+    torch.testing.assert_close(
+        run.net(*(record.inputs[k] for k in "xty")).prediction, record.out["pred"], rtol=1e-4, atol=2e-5
+    )
+
+
+@pytest.mark.parametrize("name", ["sit_ls1", "repa", "reg", "haste", "irepa", "jit"])
+def test_import_and_export_by_command_lose_no_bit(name, tmp_path, capsys):
+    record, family = golden(name), name.split("_")[0]
+    save_file(record.weights, tmp_path / "in.safetensors")
+    words = ["--family", family, "--config", json.dumps(record.config)]
+    assert main(["import", str(tmp_path / "in.safetensors"), "--out", str(tmp_path / "run"), *words]) == 0
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out.safetensors")]) == 0
+    back, metadata, _ = read_weights(tmp_path / "out.safetensors")
+    assert metadata["family"] == family and back.keys() == record.weights.keys()
+    assert all(torch.equal(back[key], record.weights[key]) for key in back)
+    given, again = flat(record.config), flat(json.loads(metadata["config"]))
+    told = {name: value for name, value in given.items() if name in again}
+    assert {name: again[name] for name in told} == told
+    assert load_run(tmp_path / "run").method.config.name == {"jit": "irepa"}.get(family, family)
+
+
+def test_an_imported_reg_has_its_class_token_and_can_be_sampled(tmp_path):
+    run = load_run(import_run(recorded_file(tmp_path, "reg"), tmp_path / "run"))
+    record = golden("reg")
+    out = run.net(*(record.inputs[k] for k in ("x", "t", "y", "cls")))
+    torch.testing.assert_close(out.class_prediction, record.out["cls_pred"], rtol=1e-4, atol=2e-5)
+    config = SamplerConfig("euler", steps=3, guidance=2.3, guidance_high=0.85)
+    *_, last = sample(run.net, run.recipe.objective, torch.tensor([3, 7]), config)
+    assert last.x.shape == (2, 4, 16, 16) and last.cls.shape == (2, 48) and last.x.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["reg", "irepa", "jit"])
+def test_a_bare_file_tells_its_family(name):
+    record = golden(name)
+    family, config = read_off(record.weights)
+    assert family == name and {"num_heads", "encoder_depth", "in_context_start"}.isdisjoint(config)
+    assert all(flat(record.config)[key] == value for key, value in config.items())
+    silent = {"num_heads": 4, "encoder_depth": 2} | ({"in_context_start": 2} if name == "jit" else {})
+    official = from_official(family, config | silent, record.weights)
+    assert (official.method.config.name, official.method.config.depth) == ({"jit": "irepa"}.get(name, name), 2)
+
+
+def test_a_bare_file_of_haste_is_told_by_the_caller(tmp_path):
+    save_file(golden("haste").weights, tmp_path / "bare.safetensors")
+    config = {"num_heads": 4, "encoder_depth": 3}
+    runs = [load_run(import_run(tmp_path / "bare.safetensors", tmp_path / f"as {f}", f, config)) for f in ("", "haste")]
+    assert [run.method.config.name for run in runs] == ["repa", "haste"]
+    assert runs[1].method.config.student_blocks == (1, 2, 3)
+    assert runs[1].method.config.teacher_blocks == (10, 11, 12)
+
+
+def test_haste_at_the_papers_size_has_the_papers_blocks():
+    config = settings("haste", arguments("haste", {}))
+    assert (config.depth, config.stop, config.weight, config.attention_weight) == (8, 250_000, 0.5, 0.5)
+    assert (config.student_blocks, config.teacher_blocks) == ((5, 6, 7, 8), (9, 10, 11, 12))
+
+
+def test_a_file_of_reg_without_projectors_names_what_is_missing():
+    record = golden("reg")
+    rest = {name: value for name, value in record.weights.items() if not name.startswith("projectors.")}
+    with pytest.raises(ValueError, match="missing projectors.0.0.bias"):
+        from_official("reg", record.config, rest)
+
+
+@pytest.mark.parametrize(
+    ("family", "layout", "change", "kind"),
+    [
+        ("irepa", "projection_layer.0.weight", {}, "'mlp' of irepa"),
+        ("irepa", "projection_layer.weight", {}, "'linear' of irepa"),
+        ("irepa", "0.weight", {"old_projector_version": True, "z_dims": [48]}, "'mlp, old version' of irepa"),
+        ("jit", "projection_layer.0.weight", {"in_context_start": 2}, "'mlp' of jit"),
+        ("jit", "projection_layer.weight", {"in_context_start": 2}, "'linear' of jit"),
+    ],
+)
+def test_other_projectors_of_irepa_are_refused_by_name(family, layout, change, kind):
+    weights = {name: value for name, value in bare(golden(family).weights).items() if "projectors." not in name}
+    weights[f"projectors.0.{layout}"] = torch.zeros(48, 64)
+    config = {name: value for name, value in read_off(weights)[1].items() if name != "projector_dim"}
+    with pytest.raises(ValueError, match=f"projection_layer_type {kind}.*projectors"):
+        from_official(family, config | change | {"num_heads": 4}, weights)
+
+
+def test_what_is_left_of_irepa_without_its_projector_is_plain_sit():
+    record = golden("irepa")
+    weights = {name: value for name, value in record.weights.items() if not name.startswith("projectors.")}
+    official = from_official("irepa", record.config | {"eval_mode": True, "projection_layer_type": "mlp"}, weights)
+    out = official.net(*(record.inputs[k] for k in "xty")).prediction
+    torch.testing.assert_close(out, record.out["pred"], rtol=1e-4, atol=2e-5)
+    assert official.method.config.name == "sit"
+
+
+def test_a_mixer_has_no_official_layout():
+    recipe = make_recipe("repa", "smoke", overrides="network.mixer_depth=1")
+    with pytest.raises(ValueError, match="method 'repa' with a mixer"):
+        to_official(*build(recipe, 10, 16), recipe.objective)
+
+
+def test_an_official_pickle_with_settings_gives_its_average(tmp_path):
+    record = golden("sit_ls1")
+    other = {name: torch.zeros_like(value) for name, value in record.weights.items()}
+    content = {
+        "model": other,
+        "ema": record.weights,
+        "opt": {"state": {}},
+        "args": argparse.Namespace(lr=1e-4),
+        "steps": 7,
+    }
+    torch.save(content, tmp_path / "0000007.pt")
+    weights, words, second = read_weights(tmp_path / "0000007.pt")
+    assert words["step"] == "7" and second is None and all(torch.equal(weights[k], record.weights[k]) for k in weights)
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, ("hacked",)
+
+
+def test_a_pickle_that_holds_code_is_refused_and_not_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"ema": golden("sit_ls1").weights, "args": Hostile()}, "bad.pt")
+    assert main(["import", "bad.pt", "--out", "run"]) == 2
+    said = capsys.readouterr().err
+    assert "could run code" in said and "weights_only=False" in said and "mkdir" in said
+    assert not (tmp_path / "hacked").exists() and not (tmp_path / "run").exists()
+
+
+def test_a_bare_pickle_is_refused_too(tmp_path):
+    (tmp_path / "bad.pt").write_bytes(pickle.dumps(Hostile()))
+    with pytest.raises(ValueError, match="could run code"):
+        read_weights(tmp_path / "bad.pt")
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "weights.pt"])
+@pytest.mark.parametrize("kept", [0, 100, 5000])
+def test_a_file_that_is_cut_off_says_so(name, kept, tmp_path):
+    path = tmp_path / name
+    (save_file if path.suffix == ".safetensors" else torch.save)(golden("sit_ls1").weights, path)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=name):
+        read_weights(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ([torch.zeros(2)], "the file is a list"),
+        (torch.zeros(2), "the file is a Tensor"),
+        ({"ema": [1, 2]}, "entry 'ema' is a list"),
+        ({"loss": 0.5}, "the file is a dict"),
+        ({"model": {"net.w": torch.zeros(2)}, "model_ema1": [torch.zeros(2)]}, "entry 'model_ema1' is a list"),
+        ({"model_ema1": {"w": torch.zeros(2)}, "model_ema2": [torch.zeros(2)]}, "entry 'model_ema2' is a list"),
+    ],
+)
+def test_a_pickle_without_a_state_dict_says_so(content, found, tmp_path):
+    torch.save(content, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=f"no state dict: {found}; expected names and tensors"):
+        read_weights(tmp_path / "other.pt")
+
+
+def test_old_names_of_the_later_blocks_are_understood():
+    record = golden("repa")
+
+    def old(name):
+        head, *rest = name.split(".")
+        late = head == "blocks" and int(rest[0]) >= 2
+        return ".".join(["decoder_blocks", str(int(rest[0]) - 2), *rest[1:]]) if late else name
+
+    official = from_official("repa", record.config, {old(k): v for k, v in record.weights.items()})
+    assert torch.equal(official.net.blocks[3].mlp.fc1.weight, record.weights["blocks.3.mlp.fc1.weight"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hiden_size": 64}, "hidden_size"),
+        ({"depth": 5}, "missing blocks.4.adaLN_modulation"),
+        ({"depth": 3}, "unknown blocks.3.adaLN_modulation"),
+        ({"num_classes": 11}, r"embedding_table.weight has shape \(11, 64\), expected \(12, 64\)"),
+        ({"z_dims": [48, 48]}, "one teacher"),
+        ({"class_dropout_prob": 0}, "null class"),
+        ({"path_type": "edm"}, "path_type"),
+        ({"path_type": "GVP"}, "path_type of repa"),
+        ({"decoder_hidden_size": 768}, "decoder_hidden_size"),
+    ],
+)
+def test_what_does_not_fit_is_named(change, message):
+    record = golden("repa")
+    with pytest.raises(ValueError, match=message):
+        from_official("repa", record.config | change, record.weights)
+
+
+def test_an_unknown_family_names_the_nearest():
+    with pytest.raises(ValueError, match="'repa'"):
+        from_official("rpea", {}, {})
+
+
+def test_shapes_tell_what_they_can_and_heads_are_asked_for(tmp_path, capsys):
+    record = golden("sit_ls1")
+    family, config = read_off(record.weights)
+    assert family == "sit" and all(record.config[name] == value for name, value in config.items())
+    save_file(record.weights, tmp_path / "bare.safetensors")
+    assert main(["import", str(tmp_path / "bare.safetensors"), "--out", str(tmp_path / "run")]) == 2
+    assert "num_heads" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "assumed", "silent"),
+    [
+        ({"path_type": "cosine", "encoder_depth": 2}, [], ["path_type", "encoder_depth"]),
+        ({"encoder_depth": 2}, ["path_type 'linear'"], ["encoder_depth"]),
+    ],
+)
+def test_what_leaves_no_trace_is_assumed_aloud_or_given(given, assumed, silent, tmp_path, capsys):
+    save_file(golden("repa").weights, tmp_path / "bare.safetensors")
+    words = [str(tmp_path / "bare.safetensors"), "--config", json.dumps({"num_heads": 4} | given)]
+    assert main(["import", *words, "--out", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert all(f"assumed {word}" in said for word in assumed) and not any(word in said for word in silent)
+    run = load_run(tmp_path / "run")
+    assert run.recipe.objective.interpolant == given.get("path_type", "linear") and run.method.config.depth == 2
+
+
+@pytest.mark.parametrize("size", ["S", "B", "L", "XL"])
+@pytest.mark.parametrize("patch", [2, 4, 8])
+@pytest.mark.parametrize("learn_sigma", [True, False])
+def test_published_sizes_are_read_off_completely(size, patch, learn_sigma):
+    from maskalign_lab.diffusion.sit import SIZES
+
+    numbers = SIZES[size]
+    config = dict(hidden_size=numbers["width"], depth=numbers["depth"], num_heads=numbers["heads"], patch_size=patch)
+    family = "sit" if learn_sigma else "repa"
+    with torch.device("meta"):
+        net = backbone(family, {**ARGUMENTS[family], **config})
+    found_family, found = read_off(net.state_dict())
+    assert found_family == family and all(found[name] == value for name, value in config.items())
+
+
+def test_a_run_is_not_overwritten(tmp_path):
+    import_run(recorded_file(tmp_path), tmp_path / "run")
+    with pytest.raises(FileExistsError, match="another folder"):
+        import_run(recorded_file(tmp_path), tmp_path / "run")
+
+
+def test_an_objective_without_an_official_layout_is_refused(tmp_path, capsys):
+    run = load_run("sit-shapes")
+    recipe = json.loads((run.path / "recipe.json").read_text())
+    recipe["objective"]["prediction"] = "x"
+    folder = tmp_path / "x"
+    shutil.copytree(run.path, folder)
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+    assert main(["export", str(folder), "--out", str(tmp_path / "x.safetensors")]) == 2
+    assert "x-prediction" in capsys.readouterr().err
+
+
+# --- how families sample ----------------------------------------------------------------------------------------------
+
+
+def test_families_sample_as_their_papers_say():
+    told = {name: (s.solver, s.steps, s.guidance, s.guidance_low, s.guidance_high) for name, s in SAMPLERS.items()}
+    assert told == {
+        "sit": ("euler-maruyama", 250, 1.5, 0, 1), "repa": ("euler-maruyama", 250, 1.8, 0, 0.7),
+        "reg": ("euler-maruyama", 250, 2.3, 0, 0.85), "haste": ("euler-maruyama", 250, 1.65, 0, 0.72),
+        "irepa": ("euler-maruyama", 250, 1.8, 0, 0.7),
+    }  # fmt: skip
+    sit = SAMPLERS["sit"]
+    assert (sit.diffusion, sit.last, sit.last_step, sit.guided_channels) == ("sigma", "mean", 0.04, 3)
+    for name in SAMPLERS.keys() - {"sit"}:  # w = t, all channels, the class token guided as the image
+        sampler = SAMPLERS[name]
+        assert (sampler.diffusion, sampler.guided_channels, sampler.class_guidance) == ("linear", None, None)
+        assert (sampler.last, sampler.last_step, sampler.guide_stages) == ("mean", 0.04, False)
+
+
+@pytest.mark.parametrize("name", ["sit_ls1", "repa", "reg", "haste", "irepa", "jit"])
+def test_an_imported_run_knows_how_it_is_sampled(name, tmp_path):
+    family, config = name.split("_")[0], golden(name).config
+    save_file(golden(name).weights, tmp_path / "file.safetensors")
+    run = load_run(import_run(tmp_path / "file.safetensors", tmp_path / "run", family, config))
+    assert run.sampler == (jit_sampler(ARGUMENTS["jit"] | flat(config)) if family == "jit" else SAMPLERS[family])
+
+
+def test_a_run_of_the_lab_has_no_sampler_of_its_own():
+    assert load_run("repa-shapes").sampler is None
+
+
+@pytest.mark.parametrize(
+    ("words", "change"),
+    [
+        ([], {}),
+        (["--guidance", "1.5"], {"guidance": 1.5}),
+        (["--steps", "2", "--solver", "euler"], {"steps": 2, "solver": "euler"}),
+    ],
+)
+def test_the_command_samples_as_the_authors_do_unless_told_otherwise(words, change, tmp_path, monkeypatch):
+    used = []
+
+    def noted(net, objective, y, config, seed):
+        used.append(config)
+        return torch.zeros(len(y), 3, 32, 32)
+
+    monkeypatch.setattr("maskalign_lab.diffusion.sampling.last_sample", noted)
+    run = import_run(recorded_file(tmp_path, "jit"), tmp_path / "run")
+    for name in (str(run), "repa-shapes"):
+        assert main(["sample", name, "--n", "1", "--classes", "0", "--out", str(tmp_path / "grid.png"), *words]) == 0
+    assert used == [replace(sampler, **change) for sampler in (load_run(run).sampler, SamplerConfig("heun", 25, 2.0))]
+
+
+# --- JiT --------------------------------------------------------------------------------------------------------------
+
+
+def opened_jit(weights=None, **change):
+    record = golden("jit")
+    return from_official("jit", flat(record.config) | change, record.weights if weights is None else weights)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("prefixed", [True, False])
+def test_jit_comes_through_the_door(nested, prefixed):
+    record = golden("jit")
+    config, weights = record.config, record.weights
+    official = from_official("jit", config if nested else flat(config), weights if prefixed else bare(weights))
+    z, t, y = (record.inputs[k] for k in "zty")
+    out = official.net(z, 1 - t, y, collect=(3,))
+    close(out.prediction, record.out["x_pred"])
+    close(official.method.projectors[0](out.hidden[3]), record.out["zs.0"])
+    method = official.method.config
+    assert (method.name, method.depth, method.kernel, method.weight, method.gamma) == ("irepa", 3, 3, 0.5, 0.8)
+    law = dict(time_law="logit-normal", time_mean=0.8, time_std=0.8)
+    assert official.objective == Objective("linear", "x", "v", **law, noise_scale=1.0, clamp=0.05)
+    family, back, weights_back = to_official(*vars(official).values())
+    assert family == "jit" and config["den"].items() <= back["den"].items()
+    unused = {"projector_dim"}  # of a convolution
+    assert all(back["net"][name] == config["net"][name] for name in config["net"].keys() - unused)
+    assert weights_back.keys() == weights.keys() and all(torch.equal(weights_back[k], weights[k]) for k in weights)
+
+
+def test_the_doors_sampler_reproduces_the_recorded_samples():
+    record, official = golden("jit"), opened_jit()
+    start = official.objective.noise_scale * record.inputs["gen_noise_unit"]
+    drawn = last_sample(official.net, official.objective, record.inputs["labels"], official.sampler, start=start)
+    close(drawn, record.out["generate.heun.cfg_interval"])
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "steps"),
+    [(0.1, 1.0, 50), (0.1, 1.0, 20), (0.0, 1.0, 8), (0.25, 0.75, 8), (0.0, 0.5, 8), (0.125, 1.0, 16)],
+)
+def test_an_interval_that_is_turned_guides_the_same_stages(low, high, steps):
+    given = {"interval_min": low, "interval_max": high, "num_sampling_steps": steps}
+    diary, sampler = Diary(), jit_sampler(DENOISER | given)
+    last_sample(diary, OBJECTIVE, torch.zeros(1, dtype=torch.long), sampler)
+    assert diary.asked == official_stages(steps, low, high)
+    _, config, _ = to_official(*vars(opened_jit(**given)).values())
+    assert {name: config["den"][name] for name in given} == given
+
+
+def test_a_jit_without_projectors_is_trained_by_denoising():
+    weights = {name: value for name, value in golden("jit").weights.items() if "projectors." not in name}
+    official = opened_jit(weights)
+    assert official.method.config.name == "sit"
+    _, config, back = to_official(*vars(official).values())
+    assert config["net"]["z_dims"] == [] and back.keys() == weights.keys() and "proj_coeff" not in config["den"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hiden_size": 64}, "unknown jit argument 'hiden_size'. Did you mean 'hidden_size'"),
+        ({"P_men": 0.0}, "Did you mean 'P_mean'"),
+        ({"class_dropout_prob": 0.1}, "unknown jit argument"),
+        ({"attn_drop": 0.1}, "attn_drop 0.1 and proj_drop 0.0"),
+        ({"label_drop_prob": 0}, "null class"),
+        ({"proj_coeff": "0.5,0.5"}, "proj_coeff '0.5,0.5'.*one weight"),
+        ({"z_dims": [40, 40]}, "one teacher"),
+        ({"depth": 5}, "missing blocks.4"),
+        ({"in_context_start": 4}, "context_start 4 is outside"),
+        ({"bottleneck_dim": 25}, r"proj1.weight has shape \(24, 3, 4, 4\), expected \(25, 3, 4, 4\)"),
+        ({"interval_min": 0.8, "interval_max": 0.2}, "guidance interval"),
+        ({"sampling_method": "heum"}, "Did you mean 'heun'"),
+    ],
+)
+def test_what_does_not_fit_a_jit_is_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        opened_jit(**change)
+
+
+def training_checkpoint(path, averages, **typed):
+    """A file as JiT's training writes it: raw weights, optimiser, settings, averages as state dicts of parameters."""
+    net = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(net.parameters())
+    net(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    raw = {name: torch.zeros_like(value) for name, value in golden("jit").weights.items()}
+    content = {"model": raw, "optimizer": optimizer.state_dict(), "epoch": 199}
+    content["args"] = argparse.Namespace(model="JiT-B/16", lr=2e-4, attn_dropout=0.0, proj_dropout=0.2, **typed)
+    for name, weights in averages.items():
+        content[name] = {key: nn.Parameter(value) for key, value in weights.items()}
+    torch.save(content, path)
+    return path
+
+
+def test_both_averages_of_a_jit_are_kept(tmp_path, capsys):
+    first = golden("jit").weights
+    second = {name: 0.5 * value for name, value in first.items()}
+    typed = {"P_mean": -0.4, "noise_scale": 2.0, "encoder_depth": 3, "cfg": 3.5, "projection_layer_type": "mlp"}
+    file = training_checkpoint(tmp_path / "checkpoint-last.pth", {"model_ema1": first, "model_ema2": second}, **typed)
+    config = json.dumps({"num_heads": 4, "in_context_start": 2})
+    assert main(["import", str(file), "--out", str(tmp_path / "run"), "--config", config]) == 0
+    said = capsys.readouterr().out
+    assert "assumed P_std 0.8, t_eps 0.05, proj_coeff '0.5'" in said
+    assert not any(name in said for name in ("P_mean", "noise_scale", "encoder_depth", "num_heads"))  # told
+    for average, weights in {"ema": first, "second_ema": second}.items():
+        run = load_run(tmp_path / "run", average=average)
+        assert all(torch.equal(value, weights[f"net.{name}"]) for name, value in run.net.state_dict().items())
+        back = read_weights(export_run(run, tmp_path / f"{average}.safetensors")).weights
+        own = [name for name in back if average == "ema" or "projectors" not in name]
+        assert back.keys() == first.keys() and all(torch.equal(back[name], weights[name]) for name in own)
+    training, objective = run.recipe.training, run.recipe.objective
+    assert (training.ema, training.second_ema) == (0.9999, 0.9996)
+    assert (objective.time_mean, objective.noise_scale, run.sampler.guidance) == (0.4, 2.0, 3.5)
+    assert (run.method.config.name, run.method.config.depth) == ("irepa", 3)
+
+
+def test_a_jit_with_one_average_says_so(tmp_path):
+    config = {"num_heads": 4, "in_context_start": 2}
+    file = training_checkpoint(tmp_path / "checkpoint-0.pth", {"model_ema1": golden("jit").weights})
+    run = load_run(import_run(file, tmp_path / "run", config=config))
+    assert run.recipe.training.second_ema is None
+    with pytest.raises(ValueError, match="'second_ema'"):
+        load_run(tmp_path / "run", average="second_ema")
+
+
+def test_a_second_average_must_fit_too(tmp_path):
+    first = golden("jit").weights
+    second = {name: value for name, value in first.items() if name != "net.pos_embed"}
+    file = training_checkpoint(tmp_path / "checkpoint-0.pth", {"model_ema1": first, "model_ema2": second})
+    with pytest.raises(ValueError, match="missing pos_embed"):
+        import_run(file, tmp_path / "run", config={"num_heads": 4, "in_context_start": 2})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bare_jit_asks_for_what_neither_shapes_nor_papers_tell(tmp_path, capsys):
+    save_file(golden("jit").weights, tmp_path / "bare.safetensors")
+    words = ["import", str(tmp_path / "bare.safetensors"), "--out", str(tmp_path / "run")]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "num_heads and in_context_start" in said and not (tmp_path / "run").exists()
+    assert main([*words, "--config", '{"num_heads": 4}']) == 2
+    said = capsys.readouterr().err
+    assert "in_context_start" in said and "num_heads" not in said
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_published_sizes_of_jit_are_read_off_completely(name, capsys):
+    size = published_size(name)
+    with torch.device("meta"):
+        net = JiT(**size)
+    family, told = told_arguments({f"net.{key}": value for key, value in net.state_dict().items()}, {}, "", {})
+    full = arguments(family, told)
+    assert family == "jit" and (full["input_size"], full["patch_size"]) == (size["input_size"], size["patch_size"])
+    assert (full["hidden_size"], full["depth"], full["num_heads"]) == (size["width"], size["depth"], size["heads"])
+    assert (full["bottleneck_dim"], full["in_context_len"]) == (size["bottleneck"], 32)
+    assert full["in_context_start"] == size["context_start"]
+    assert full["noise_scale"] == size["input_size"] / 256
+    said = capsys.readouterr().out
+    assert all(
+        word in said for word in ("num_heads", "in_context_start", "P_mean -0.8", "P_std", "t_eps", "noise_scale")
+    )
+
+
+def lab_jit(overrides):
+    recipe = make_recipe("jit", "smoke", overrides=f"network.data_at_one=true {overrides}")
+    return *build(recipe, 10, 16), recipe.objective
+
+
+@pytest.mark.parametrize(
+    "overrides", ["", "network.context_tokens=0", "network.mlp_ratio=3.3 network.dropout=0.1", "method.name=irepa"]
+)
+def test_a_jit_of_the_lab_has_an_official_layout(overrides):
+    net, method, objective = lab_jit(overrides)
+    family, config, weights = to_official(net, method, objective)
+    official = from_official(family, config, weights)
+    assert official.objective == objective and official.method.config.name == method.config.name
+    mine, theirs = ({**n.state_dict(), **m.state_dict()} for n, m in ((net, method), (official.net, official.method)))
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert to_official(official.net, official.method, official.objective)[1] == config
+    x, t, y = torch.randn(2, 3, 32, 32), torch.rand(2), torch.tensor([1, 10])
+    assert torch.equal(net.eval()(x, t, y).prediction, official.net(x, t, y).prediction)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("network.data_at_one=false", "train with network.data_at_one=true"),
+        ("network.bottleneck=0", "network.bottleneck is switched off"),
+        ("network.swiglu=false", "network.swiglu is switched off"),
+        ("network.rms_norm=false", "network.rms_norm is switched off"),
+        ("network.rope=false", "network.rope is switched off"),
+        ("network.qk_norm=false", "network.qk_norm is switched off"),
+        ("objective.prediction=v", "objective.prediction in JiT's official layout 'v'. Valid: x"),
+        ("objective.loss_space=x", "objective.loss_space in JiT's official layout 'x'. Valid: v"),
+        ("objective.time_law=uniform", "objective.time_law"),
+        ("objective.interpolant=cosine", "objective.interpolant"),
+        ("method.name=repa", "method in JiT's official layout 'repa'.*Valid: sit, irepa"),
+    ],
+)
+def test_a_jit_without_an_official_layout_is_refused(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        to_official(*lab_jit(overrides))
