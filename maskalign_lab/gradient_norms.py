@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
 from .base.seeding import batch_indices, generator, key
-from .data.datasets import Dataset
+from .data.datasets import Dataset, to_pixels
 from .diffusion.interpolants import interpolate
 from .diffusion.sit import SiT
 from .training.methods import innermost
@@ -315,8 +315,7 @@ def _survey_of(observed: Observed, images: Dataset, sizes: Sizes) -> Survey:
 def _noised_pixels(run: "Run", dataset: Dataset, t: float) -> np.ndarray:  # noqa: F821  (k, h, w, 3) uint8
     x = run.inputs(dataset)
     noise = torch.randn(x.shape, generator=generator(0, 0, "analysis noise")).to(x)
-    x_t = run.pictures(interpolate(x, noise, torch.full((len(x),), float(t), device=x.device))).cpu()
-    return ((x_t.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    return to_pixels(run.pictures(interpolate(x, noise, torch.full((len(x),), float(t), device=x.device))))
 
 # %% ../nbs/01_gradient_norms.ipynb #8be2ea9e
 def view(film: Film, run: int, image: int, time: int, token: tuple[int, int] | None = None) -> Panels:

@@ -152,9 +152,9 @@ def run_sample(options: Sample) -> int:
     import torch
 
     from maskalign_lab.base.devices import resolve_device
+    from maskalign_lab.data.datasets import to_pixels
     from maskalign_lab.diffusion.sampling import last_sample
     from maskalign_lab.runs.run import load_run
-    from maskalign_lab.studies.shipped_runs import to_pixels
     from maskalign_lab.workbench.plots import sample_grid, save_png
 
     device = resolve_device(options.device)
@@ -168,7 +168,7 @@ def run_sample(options: Sample) -> int:
     classes = chosen_classes(options.classes, run.net.num_classes)
     y = torch.tensor(classes, device=device).repeat_interleave(options.n)
     x = last_sample(run.net, run.recipe.objective, y, config, options.seed)  # (b, c, h, w)
-    pixels = to_pixels(run.pictures(x).cpu())
+    pixels = to_pixels(run.pictures(x))
     title = f"{run.name}, step {run.step:,}, guidance {config.guidance:g}"
     print(save_png(sample_grid(pixels, options.n, [f"class {k}" for k in classes], title), Path(options.out)))
     return 0

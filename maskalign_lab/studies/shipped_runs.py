@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHIPPED', 'LONG', 'TIMES', 'CARD', 'LATENT', 'TOLD', 'shipped_recipe', 'pack', 'map_steps', 'make_maps', 'samples_of',
-           'to_pixels', 'write_card', 'card_text', 'make']
+           'write_card', 'card_text', 'make']
 
 # %% ../../nbs/lib/studies/shipped_runs.ipynb #6029610b
 import dataclasses
@@ -22,6 +22,7 @@ from ..base.checkpoints import load_tensors, step_folder, steps_of
 from ..base.errors import one_of
 from ..base.files import write_atomic
 from ..base.statistics import mean_interval
+from ..data.datasets import to_pixels
 from ..diffusion.sampling import SamplerConfig, last_sample
 from ..encoders.autoencoder_training import compress
 from ..gradient_norms import observe, save_maps, survey
@@ -94,11 +95,6 @@ def samples_of(
     """Samples of every class, class by class: (classes * per_class, 3, h, w) in [-1, 1]."""
     y = torch.arange(run.net.num_classes).repeat_interleave(per_class).to(run.net.pos_embed.device)
     return run.pictures(last_sample(run.net, run.recipe.objective, y, config, seed)).clamp(-1, 1).cpu()
-
-# %% ../../nbs/lib/studies/shipped_runs.ipynb #7f1cf9e8
-def to_pixels(images: Tensor) -> np.ndarray:  # (n, h, w, 3) uint8
-    """Images in [-1, 1] as bytes."""
-    return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
 
 # %% ../../nbs/lib/studies/shipped_runs.ipynb #cb6b970f
 def write_card(run: Run, out: Path, command: str, config: SamplerConfig = SamplerConfig(guidance=2.0)) -> None:

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from ...base.seeding import generator
-from ...data.datasets import Dataset
+from ...data.datasets import Dataset, to_pixels
 from ...diffusion.interpolants import interpolate
 from ...encoders.autoencoder_levels import Levels
 from ...runs.run import Run
@@ -34,8 +34,7 @@ def level_colours(
 ) -> np.ndarray:  # (..., side, side, 3) uint8
     """The first three components of every token as a colour; two deviations from the mean are full."""
     side = round(tokens.shape[-2] ** 0.5)
-    shown = (tokens[..., :3].float() / 2).clamp(-1, 1)
-    return ((shown + 1) * 127.5).round().to(torch.uint8).unflatten(-2, (side, side)).cpu().numpy()
+    return to_pixels(tokens[..., :3].float().mT.unflatten(-1, (side, side)) / 2)
 
 # %% ../../../nbs/lib/studies/ahpa/film.ipynb #ffd42ee0
 @dataclass
@@ -97,7 +96,7 @@ def noised_pixels(run: Run, images: Dataset, t: float) -> np.ndarray:  # (k, h, 
     x = run.inputs(images)
     noise = torch.randn(x.shape, generator=generator(0, 0, "routing film")).to(x)
     seen = run.pictures(interpolate(x, noise, torch.full((len(x),), float(t), device=x.device)))
-    return ((seen.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return to_pixels(seen)
 
 # %% ../../../nbs/lib/studies/ahpa/film.ipynb #67b6d452
 def save_film(film: Film, path: str | Path) -> Path:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...base.errors import one_of
 from ...base.statistics import four_digits
+from ...data.datasets import to_pixels
 from ...diffusion.sampling import SamplerConfig
 from ...prediction_targets import KINDS, SIDE, OneImage, fit_one
 from ...runs.evaluation import at_side, sample_batches
@@ -183,7 +184,7 @@ def sheet(
     """Samples of a network; networks of one size start from the same noise."""
     x = torch.cat(list(sample_batches(run, torch.arange(min(n, run.net.num_classes)), sampler))).cpu()
     x = at_side(x.nan_to_num(0), min(64, x.shape[-1]))
-    return ((x + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return to_pixels(x)
 
 # %% ../../../nbs/lib/studies/prediction_targets/arms.ipynb #99b1a4ce
 def one_image_rows(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TIMES', 'LARGEST', 'NAMES', 'limit', 'Film', 'to_levels', 'from_levels', 'noise_of', 'make_film', 'one_objective',
-           'looked_at', 'said_at', 'film_of_run', 'trained_film', 'save_film', 'load_film', 'to_pixels', 'seen', 'view',
-           'scrubber', 'strip']
+           'looked_at', 'said_at', 'film_of_run', 'trained_film', 'save_film', 'load_film', 'seen', 'view', 'scrubber',
+           'strip']
 
 # %% ../../../nbs/lib/studies/prediction_targets/film.ipynb #cdc6c71c
 import json
@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...base.seeding import generator
-from ...data.datasets import Dataset
+from ...data.datasets import Dataset, to_pixels
 from ...diffusion.interpolants import convert, interpolate, velocity
 from ...diffusion.objectives import Objective
 from ...prediction_targets import KINDS
@@ -198,14 +198,6 @@ def load_film(path: str | Path) -> Film:
     plain = {name: words[name] for name in ("seed", "noise_scale", "clamp")}
     return Film(clean, words["labels"], outputs, wrong, errors, patches, tuple(words["times"]), **plain)
 
-# %% ../../../nbs/lib/studies/prediction_targets/film.ipynb #0a145963
-def to_pixels(
-    x: Tensor,  # (3, h, w)
-    reach: float = 1.0,  # values -reach and reach become black and white
-) -> np.ndarray:  # (h, w, 3) uint8
-    """A tensor as a picture."""
-    return ((x / reach).clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).permute(1, 2, 0)).numpy()
-
 # %% ../../../nbs/lib/studies/prediction_targets/film.ipynb #3f999212
 def seen(
     film: Film, image: int, time: int, prediction: str, trained: tuple[str, int]
@@ -231,7 +223,7 @@ def view(film: Film, image: int, time: int, prediction: str, trained: tuple[str,
     reach = {"x": 1, "eps": 3 * film.noise_scale, "v": 1 + 2 * film.noise_scale}
     pictures = [Picture(f"{film.labels[image]}, t = {t:.2f}", to_pixels(found["x_t"]))]
     pictures += [
-        Picture(f"{NAMES[kind]}̂, error {errors[kind]:.3g}", to_pixels(found[f"{kind}-hat"], reach[kind]))
+        Picture(f"{NAMES[kind]}̂, error {errors[kind]:.3g}", to_pixels(found[f"{kind}-hat"] / reach[kind]))
         for kind in KINDS
     ]
     wrong = (found["x-hat"] - found["x"]).square().mean(0)  # (h, h)
