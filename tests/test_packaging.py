@@ -226,7 +226,7 @@ def test_wheel_carries_data_and_notebooks(built):
 def test_paths_in_a_wheel_and_in_a_clone(built, tmp_path):
     with zipfile.ZipFile(next((built / "dist").glob("*.whl"))) as archive:
         archive.extractall(built / "site")
-    code = "from maskalign_lab import paths; print(paths.data(), paths.notebooks(), paths.output(), sep='|')"
+    code = "from maskalign_lab.base import paths; print(paths.data(), paths.notebooks(), paths.output(), sep='|')"
     package = built / "site" / "maskalign_lab"
     wheel = [package / "_shipped" / "data", package / "_shipped" / "nbs", tmp_path / "runs"]
     assert python(code, cwd=tmp_path, path=built / "site").split("|") == [str(path) for path in wheel]

@@ -196,7 +196,7 @@ def test_the_command_on_the_card_makes_the_same_photographs(tmp_path):
 
 
 def test_scikit_image_is_not_imported_for_crops():
-    code = "import sys; from maskalign_lab import photos; photos.cut(9); print('skimage' in sys.modules)"
+    code = "import sys; from maskalign_lab.data import photos; photos.cut(9); print('skimage' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -135,7 +135,7 @@ def start(path, folder, grace=20.0):
     code = f"""import sys
 from maskalign_lab.workbench import notebook_kernel
 from maskalign_lab.workbench.jobs import run_study
-kernels.GRACE = {grace}
+notebook_kernel.GRACE = {grace}
 sys.exit(run_study({str(path)!r}, out={str(folder)!r}).exit_code)"""
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     for line in process.stdout:
