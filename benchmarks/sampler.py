@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from maskalign_lab.diffusion import layers, sampling
+from maskalign_lab.diffusion.guidance import Field
 from maskalign_lab.diffusion.objectives import Objective
-from maskalign_lab.diffusion.sampling import Field, SamplerConfig, last_sample
+from maskalign_lab.diffusion.sampling import SamplerConfig, last_sample
 from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.run import build
 from maskalign_lab.workbench.benchmarking import Comparison, in_turn, run_script

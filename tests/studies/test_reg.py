@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from maskalign_lab.base.seeding import generator
+from maskalign_lab.diffusion.guidance import Field, pack, unpack
 from maskalign_lab.diffusion.objectives import Objective
-from maskalign_lab.diffusion.sampling import SOLVERS, Field, SamplerConfig, last_sample, pack, sample, unpack
+from maskalign_lab.diffusion.sampling import SamplerConfig, last_sample, sample
 from maskalign_lab.diffusion.sit import Output, SiT
+from maskalign_lab.diffusion.solvers import SOLVERS
 from maskalign_lab.reg import REG, REGConfig
 from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.run import build

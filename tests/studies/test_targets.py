@@ -21,7 +21,8 @@ from maskalign_lab.diffusion.objectives import (
     draw_time,
     predicted_velocity,
 )
-from maskalign_lab.diffusion.sampling import SOLVERS, SamplerConfig, last_sample
+from maskalign_lab.diffusion.sampling import SamplerConfig, last_sample
+from maskalign_lab.diffusion.solvers import SOLVERS
 from maskalign_lab.measure.metrics import validation_loss
 from maskalign_lab.prediction_targets import KINDS, OneImage, fit_one, main_effects, space_weight
 from maskalign_lab.runs.evaluation import at_side
