@@ -100,12 +100,12 @@ def target(
     x: Tensor,  # (b, ...) data
     noise: Tensor,  # (b, ...)
     t: Tensor,  # (b,)
+    x_t: Tensor,  # (b, ...) of `interpolate`
 ) -> Tensor:
     """What a perfect network gives in the loss space."""
     if objective.loss_space == "v" and objective.prediction == "v":
         return velocity(x, noise, t, objective.interpolant)
     # With a clamp the target must be clamped like the prediction, or a perfect network would have a loss.
-    x_t = interpolate(x, noise, t, objective.interpolant)
     truth = {"x": x, "eps": noise, "v": velocity(x, noise, t, objective.interpolant)}[objective.prediction]
     return convert(truth, objective.prediction, objective.loss_space, x_t, t, objective.interpolant, objective.clamp)
 
@@ -116,14 +116,16 @@ def denoising_loss(
     x: Tensor,  # (b, ...) data, shaped alike
     noise: Tensor,  # (b, ...)
     t: Tensor,  # (b,)
+    x_t: Tensor | None = None,  # (b, ...) of `interpolate`, if it is at hand
 ) -> Tensor:  # (b,)
     """Mean squared error per sample in the objective's loss space, in float32 or better."""
     prediction = prediction.to(x.dtype)
-    x_t = interpolate(x, noise, t, objective.interpolant)
+    if x_t is None:
+        x_t = interpolate(x, noise, t, objective.interpolant)
     given = convert(
         prediction, objective.prediction, objective.loss_space, x_t, t, objective.interpolant, objective.clamp
     )
-    return (given - target(objective, x, noise, t)).square().flatten(1).mean(1)
+    return (given - target(objective, x, noise, t, x_t)).square().flatten(1).mean(1)
 
 # %% ../../nbs/lib/diffusion/objectives.ipynb #f26535da
 SINGULAR = {"x": (0.0, "sigma"), "eps": (1.0, "alpha")}  # prediction -> the time where its divisor is zero, the divisor

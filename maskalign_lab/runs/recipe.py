@@ -28,7 +28,7 @@ from ..diffusion.jit import JiT
 from ..diffusion.objectives import Objective
 from ..diffusion.sit import SiT
 from ..training import haste, irepa, sra2  # noqa: F401  (importing a module registers its methods)
-from ..training.loop import TrainingConfig
+from ..training.config import TrainingConfig
 from ..training.methods import INSTALLED, MethodConfig, layers_of, method_class
 from ..workbench.study_parameters import parse_value
 
