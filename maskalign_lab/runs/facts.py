@@ -33,6 +33,8 @@ def to_plain(facts: Facts) -> dict[str, Any]:
     """Facts as JSON holds them."""
     plain = {name: value for name, value in asdict(facts).items() if value not in ("", None)}
     dims = plain.pop("teacher_dims")
+    if facts.data_digest:  # of a run that was trained here the file says that it had no teacher
+        plain["teacher_digest"] = facts.teacher_digest
     if not facts.autoencoder_digest:
         plain = {name: value for name, value in plain.items() if (name, value) not in (("channels", 3), ("factor", 1))}
     return plain | {"teacher_dim": list(dims) if len(dims) > 1 else sum(dims)}

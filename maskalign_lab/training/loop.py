@@ -147,7 +147,8 @@ def make_trainer(
     start = resume(run, model, averages, method, optimizer) if run else 0
     guard = Guard(optimizer, accelerator.device)
     wrapped, optimizer = accelerator.prepare(trainee, optimizer)
-    weights = {"network": list(model.parameters()), "method": list(method.parameters())}
+    parts = {"network": list(model.parameters()), "method": list(method.parameters())}
+    weights = {name: part for name, part in parts.items() if part}  # a method may have none
     averaged = {name: list(average.parameters()) for name, average in averages.items()}
     built = Trainer(config, batches, trainee, wrapped, weights, averages, averaged, optimizer, accelerator, guard, run)
     return built, start
