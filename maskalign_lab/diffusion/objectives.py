@@ -131,7 +131,7 @@ def denoising_loss(
 # %% ../../nbs/lib/diffusion/objectives.ipynb #f26535da
 def singular_end(prediction: str) -> tuple[float | None, str]:
     """The end, 0 or 1, at which a prediction implies nothing else because its divisor is 0, and the divisor's name."""
-    target, ends = TARGETS[prediction], torch.tensor([0.0, 1.0])
+    target, ends = TARGETS[prediction], torch.tensor([0.0, 1.0], device="cpu")
     zero = ends[target.divides_by(coefficients("linear", ends, ends)) == 0].tolist()
     return (zero[0] if zero else None), target.divisor
 

@@ -27,12 +27,13 @@ class Facts:
     channels: int = 3  # of the images or latents
     factor: int = 1  # pixels along a side that make one latent
     sampler: dict[str, Any] | None = None  # how its authors sample, of an imported run
+    classes: tuple[str, ...] = ()  # of a folder, in the order of the labels
 
 # %% ../../nbs/lib/runs/facts.ipynb #e3a2feae
 def to_plain(facts: Facts) -> dict[str, Any]:
     """Facts as JSON holds them."""
-    plain = {name: value for name, value in asdict(facts).items() if value not in ("", None)}
-    dims = plain.pop("teacher_dims")
+    plain = {name: value for name, value in asdict(facts).items() if value not in ("", None, ())}
+    dims = plain.pop("teacher_dims", ())
     if facts.data_digest:  # of a run that was trained here the file says that it had no teacher
         plain["teacher_digest"] = facts.teacher_digest
     if not facts.autoencoder_digest:
@@ -44,6 +45,7 @@ def from_plain(plain: dict[str, Any]) -> Facts:
     """Facts from a file's content."""
     told = dict(plain)
     dims = told.pop("teacher_dim")
+    told["classes"] = tuple(told.get("classes", ()))
     return Facts(**told, teacher_dims=tuple(dims) if isinstance(dims, list) else (dims,) if dims else ())
 
 # %% ../../nbs/lib/runs/facts.ipynb #71d00e2c

@@ -26,11 +26,12 @@ from ..data.datasets import STREAMS, Dataset
 from ..diffusion.sampling import SamplerConfig
 from ..diffusion.sit import SiT
 from ..encoders.autoencoders import Autoencoder
-from ..encoders.teachers import Features
+from ..encoders.teachers import Features, Teacher
 from maskalign_lab.runs.batches import (
     kept_autoencoder,
     kept_features,
     kept_images,
+    kept_teacher,
     load_sources,
     make_batches,
     mean_latents,
@@ -120,9 +121,24 @@ class Run:
         """Images (b, 3, h, w), about in [-1, 1], of what a network gives or is given."""
         return self.autoencoder.decode(x) if self.autoencoder else x
 
+    @cached_property
+    def teacher(self) -> Teacher | None:
+        """The run's first teacher, the one that it was trained with; None is the oracle."""
+        name = teacher_names(self.recipe.data)[0]
+        if name == "oracle":
+            return None
+        found = kept_teacher(name, self.recipe.data.size, self.device, self.net.side)
+        before = read_facts(self.path).teacher_digest.split(",")[0]
+        if before and found.digest != before:
+            raise ValueError(
+                f"run {self.name!r} was aligned with a teacher {name!r} with digest {before}, and what goes by that name now has "
+                f"{found.digest}; bring back the first, or train the run again"
+            )
+        return found
+
     def teacher_view(self, dataset: Dataset) -> Features:
         """What the run's first teacher says about images: tokens (n, tokens, d) and class tokens (n, d), float16 on the CPU."""
-        return kept_features(teacher_names(self.recipe.data)[0], dataset, self.net.side, self.device)
+        return kept_features(self.teacher, dataset, self.net.side)
 
     def class_tokens(self, dataset: Dataset) -> Tensor | None:
         """Clean class tokens (n, d) on the run's device, if its network denoises them."""
@@ -131,7 +147,20 @@ class Run:
     def images(self, split: str = "validation", n: int | None = None) -> Dataset:
         """Images of the dataset that the run was trained on."""
         n = self.recipe.data.n if split == "train" and n is None else n
-        return kept_images(self.recipe.data, split, n)
+        found = kept_images(self.recipe.data, split, n)
+        self.check_classes(found)
+        return found
+
+    def check_classes(self, dataset: Dataset) -> None:
+        """Refuse images whose labels mean something else today: in a folder that grew a class every later label moves."""
+        facts = read_facts(self.path)
+        if len(dataset.classes) != facts.num_classes or (facts.classes and dataset.classes != facts.classes):
+            new = sorted(set(dataset.classes) - set(facts.classes)) if facts.classes else []
+            raise ValueError(
+                f"run {self.name!r} was trained on {facts.num_classes} classes, and {dataset.name!r} has {len(dataset.classes)} now"
+                + (f", {', '.join(new[:3])} among them" if new else "")
+                + "; labels would mean something else. Bring back the folder as it was, or train the run again"
+            )
 
     def survey_images(self, n: int) -> Dataset:
         """About n images: held-out ones if there are enough, else the training images."""

@@ -384,6 +384,6 @@ def test_other_data_another_grid_and_other_code_have_folders_of_their_own(monkey
 
 
 def test_the_oracle_is_not_kept():
-    features = make_batches(recipe("data.teacher=oracle")).features
+    (features,) = make_batches(recipe("data.teacher=oracle")).features
     assert torch.equal(features, rows_of(dataset_features("oracle", load_dataset("shapes", n=64), 8)))
     assert not (paths.cache() / "features").exists()
