@@ -183,7 +183,7 @@ def to_json(
     ]
     return json.dumps({"made_by": command, "machine": facts, "comparisons": rows}, indent=1) + "\n"
 
-
+# %% ../../nbs/lib/workbench/benchmarking.ipynb #08f3f8bf
 def from_json(text: str) -> tuple[list[Comparison], dict[str, Any]]:
     """The comparisons and the machine that `to_json` wrote."""
     tree = json.loads(text)

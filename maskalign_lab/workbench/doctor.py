@@ -112,8 +112,10 @@ def expected_size(
 
 # %% ../../nbs/lib/workbench/doctor.ipynb #9231f6e0
 SHIPPED = (
-    "shapes/card.md", "digits/card.md", "teacher/shapes/teacher.safetensors", "teacher/shapes/card.json",
-    *(f"runs/{method}-shapes/recipe.json" for method in ("sit", "repa", "reg", "maskalign", "ahpa")),
+    "shapes/card.md", "digits/card.md", "photos/card.md",
+    "teacher/shapes/teacher.safetensors", "teacher/shapes/card.json", "judge/shapes/card.json", "autoencoder/card.json",
+    *(f"runs/{name}/recipe.json" for name in paths.SHIPPED_RUNS),
+    "results/03_targets_shapes.json", "results/03_film.safetensors",
     "results/05_maskalign_shapes.json", "results/06_ahpa_shapes.json", "results/06_film.safetensors",
 )  # fmt: skip
 

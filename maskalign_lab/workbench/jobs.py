@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['find_study', 'Job', 'job_folder', 'command_of', 'new_job', 'describe', 'to_text', 'keep_notebook', 'changed',
-           'perform', 'run_study', 'summary', 'plain', 'save_figure', 'origin', 'figures_of']
+           'carry_out', 'perform', 'run_study', 'summary', 'plain', 'save_figure', 'origin', 'figures_of']
 
 # %% ../../nbs/lib/workbench/jobs.ipynb #07b97962
 import json
@@ -149,22 +149,33 @@ def changed(
     return {name: value for name, value in values.items() if value != known[name].default}
 
 # %% ../../nbs/lib/workbench/jobs.ipynb #99b1a54f
+def carry_out(
+    job: Job,
+    notebook: Path,  # its study
+    values: Mapping[str, Any],  # of the parameters
+) -> None:
+    """Execute the study, keep the notebook whatever happens, and make the page."""
+    from maskalign_lab.workbench import notebook_kernel
+    from maskalign_lab.workbench.offline_page import write_page
+
+    try:
+        notebook_kernel.execute(notebook, job.path(".partial.ipynb"), dict(values))
+    finally:
+        keep_notebook(job)
+    write_page(job.path(".ipynb"), job.path(".html"))
+
+# %% ../../nbs/lib/workbench/jobs.ipynb #d32e06da
 def perform(
     job: Job,
     notebook: Path,  # its study
     values: Mapping[str, Any],  # of the parameters
 ) -> None:
-    """Execute the study, keep the notebook, make the page, and note in the ledger how it went."""
+    """Carry the job out, and note in the ledger how it went."""
     from maskalign_lab.workbench import notebook_kernel
-    from maskalign_lab.workbench.offline_page import write_page
 
     began = time.perf_counter()
     try:
-        try:
-            notebook_kernel.execute(notebook, job.path(".partial.ipynb"), dict(values))
-        finally:
-            keep_notebook(job)
-        write_page(job.path(".ipynb"), job.path(".html"))
+        carry_out(job, notebook, values)
         job.end("ok", 0)
     except notebook_kernel.Stopped as stop:
         job.end("preempted", stop.exit_code, str(stop))
