@@ -875,6 +875,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'maskalign_lab/network_commands.py'),
                                                 'maskalign_lab.network_commands.folder_for': ( 'lib/network_commands.html#folder_for',
                                                                                                'maskalign_lab/network_commands.py'),
+                                                'maskalign_lab.network_commands.must_make_images': ( 'lib/network_commands.html#must_make_images',
+                                                                                                     'maskalign_lab/network_commands.py'),
                                                 'maskalign_lab.network_commands.run_export': ( 'lib/network_commands.html#run_export',
                                                                                                'maskalign_lab/network_commands.py'),
                                                 'maskalign_lab.network_commands.run_import': ( 'lib/network_commands.html#run_import',

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 from tyro.conf import Positional, UseAppendAction, arg
 
 from . import network_commands  # noqa: F401  (importing a module registers its commands)
-from .base import paths  # noqa: F401  (importing a module registers its commands)
+from .base import paths
 from .base.errors import one_of
 from .workbench.commands import COMMANDS, command, overview, parse
 
@@ -206,3 +206,7 @@ def run_bench(options: Bench) -> int:
 
     bench([options.name] if options.name else [], options.short, options.device, options.out)
     return 0
+
+# %% ../nbs/lib/cli.ipynb #7d60bfda
+if __name__ == "__main__" and "__file__" in globals():
+    sys.exit(main())
