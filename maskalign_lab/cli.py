@@ -89,8 +89,8 @@ class Open:
 
 # %% ../nbs/lib/cli.ipynb #fb5d9137
 def copy_notebooks(
-    source: Path,
-    target: Path,
+    source: Path,  # folder of the shipped ones
+    target: Path,  # folder of the copies, in the same order of folders
 ) -> tuple[list[Path], list[Path]]:
     """Copy notebooks that are not there yet; returns those copied, and those that exist with other content."""
     shipped = [path for path in sorted(source.rglob("*.ipynb")) if ".ipynb_checkpoints" not in path.parts]
@@ -104,8 +104,8 @@ def copy_notebooks(
 
 # %% ../nbs/lib/cli.ipynb #46a7859e
 def start_lab(
-    folder: Path,
-    browser: bool,
+    folder: Path,  # its root
+    browser: bool,  # let it open one
 ) -> int:
     """JupyterLab of this interpreter, until it ends."""
     options = [] if browser else ["--no-browser"]

@@ -135,7 +135,7 @@ def chosen_classes(
 
 # %% ../nbs/lib/network_commands.ipynb #5d0a7c31
 def chosen_sampler(
-    options: Sample,
+    options: Sample,  # as typed; what was not typed is None
     known: Any,  # SamplerConfig of an imported run, or None
 ) -> Any:  # SamplerConfig
     """How to sample: as typed, else as the run's authors do, else Heun in 25 steps with guidance 2."""

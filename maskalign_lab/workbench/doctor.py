@@ -32,7 +32,9 @@ def requirements() -> list[str]:
     return [line.split(";")[0].strip() for line in declared if "extra ==" not in line]
 
 # %% ../../nbs/lib/workbench/doctor.ipynb #e5f4d32f
-def name_of(requirement: str) -> str:
+def name_of(
+    requirement: str,  # as in settings.ini
+) -> str:
     """`torch` of `torch>=2.9`."""
     return re.match(r"[\w.-]+", requirement)[0]
 
@@ -56,7 +58,10 @@ def versions() -> dict[str, str]:
     return {"python": ".".join(map(str, sys.version_info[:3]))} | {name: found[name] for name in found if found[name]}
 
 # %% ../../nbs/lib/workbench/doctor.ipynb #8517341c
-def too_old(version: str, requirement: str) -> bool:
+def too_old(
+    version: str,  # that is installed
+    requirement: str,  # such as `torch>=2.9`
+) -> bool:
     """Whether a version does not satisfy a requirement."""
     from packaging.requirements import Requirement
 
@@ -182,7 +187,7 @@ class Report:
 
 # %% ../../nbs/lib/workbench/doctor.ipynb #21a74b35
 def attempt(
-    function: Callable[[], list[str] | str],
+    function: Callable[[], list[str] | str],  # an examination; its name stands in the report
 ) -> list[str] | str:
     """What an examination finds, or why it could not look."""
     try:

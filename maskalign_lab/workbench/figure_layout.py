@@ -39,8 +39,8 @@ class Place:
 
 # %% ../../nbs/lib/workbench/figure_layout.ipynb #ae97f1e8
 def wrapped(
-    title: str,
-    size: float,  # pixels
+    title: str,  # of a panel
+    size: float,  # width of the panel in pixels
 ) -> str:
     """A title broken into as few lines as fit a panel, all about equally long."""
     widest = max(8, int((size + GAP / 2) / 7.6))
@@ -119,7 +119,7 @@ def titles(
 
 # %% ../../nbs/lib/workbench/figure_layout.ipynb #59d07207
 def colour_bar(
-    quantity: Quantity,
+    quantity: Quantity,  # what the map shows
     i: int,  # which panel it stands below
     at: Place,
 ) -> dict[str, Any]:

@@ -31,7 +31,7 @@ SIZED = re.compile(
 
 
 def mathml(
-    tex: str,
+    tex: str,  # without the dollars
     display: str = "inline",  # inline | block
 ) -> str:
     """An equation as MathML, or as code if it cannot be translated."""

@@ -128,7 +128,7 @@ def rgb(
 
 # %% ../../nbs/lib/workbench/plots.ipynb #8afe795a
 def png(
-    figure: Figure,
+    figure: Figure,  # is left as it is
     max_bytes: int = 100_000,  # of the file
 ) -> bytes:
     """The figure as a PNG of at most `max_bytes`, with fewer colours and then fewer pixels if it must be."""
@@ -149,9 +149,9 @@ def png(
 
 # %% ../../nbs/lib/workbench/plots.ipynb #04c91cca
 def save_png(
-    figure: Figure,
+    figure: Figure,  # is left as it is
     path: str | Path,  # of the file; its folder is made
-    max_bytes: int = 100_000,
+    max_bytes: int = 100_000,  # of the file
 ) -> Path:
     """Write the figure as a PNG of at most `max_bytes`."""
     path = Path(path)

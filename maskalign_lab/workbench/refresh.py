@@ -56,13 +56,17 @@ def output_problems(
     return problems
 
 # %% ../../nbs/lib/workbench/refresh.ipynb #c2d68155
-def code_cells(book: dict) -> list[dict]:
+def code_cells(
+    book: dict,  # a notebook
+) -> list[dict]:
     """A notebook's own code cells, in order, without the one that papermill adds."""
     own = (cell for cell in book["cells"] if cell["cell_type"] == "code")
     return [cell for cell in own if "injected-parameters" not in cell["metadata"].get("tags", ())]
 
 # %% ../../nbs/lib/workbench/refresh.ipynb #8cfb0888
-def code_digest(book: dict) -> str:
+def code_digest(
+    book: dict,  # a notebook
+) -> str:
     """A short digest of all code in a notebook."""
     sources = [joined(cell["source"]) for cell in code_cells(book)]
     return hashlib.blake2b("\0".join(sources).encode(), digest_size=8).hexdigest()
@@ -114,7 +118,7 @@ def transplant(
 
 # %% ../../nbs/lib/workbench/refresh.ipynb #b6713564
 def laptop_job(
-    study: str | Path,
+    study: str | Path,  # see `find_study`
 ) -> Job:
     """A study with the preset that its committed outputs and figures show."""
     return run_study(study, {"preset": "laptop"})

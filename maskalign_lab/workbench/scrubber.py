@@ -110,7 +110,7 @@ class Stage:
 
 # %% ../../nbs/lib/workbench/scrubber.ipynb #bbff5285
 def complaint(
-    error: Exception,
+    error: Exception,  # with its traceback
     state: dict[str, Any],  # what was asked for
 ) -> str:
     """An error as HTML: what, at which state, and where in the code."""
@@ -216,7 +216,7 @@ EARLIER: dict[str, tuple[str, list[w.Widget]]] = {}  # cell -> which run of it, 
 
 
 def replace_earlier(
-    widget: w.Widget,
+    widget: w.Widget,  # what this run displays
     parent: dict[str, Any],  # the message that asked the kernel to run the cell
 ) -> None:
     """Close what an earlier run of the same cell displayed, and remember the widget for its next run."""
@@ -231,7 +231,9 @@ def replace_earlier(
     EARLIER[cell] = run, [*shown, widget]
 
 # %% ../../nbs/lib/workbench/scrubber.ipynb #0fefbeda
-def close(widget: w.Widget) -> None:
+def close(
+    widget: w.Widget,  # and whatever it holds
+) -> None:
     """Remove a widget and all that it holds from kernel and browser."""
     for child in getattr(widget, "children", ()):
         close(child)
