@@ -28,7 +28,7 @@ from ..base import paths
 from ..base.devices import native_bfloat16, resolve_device
 from ..base.errors import one_of
 from ..base.files import write_atomic
-from .doctor import git_state, versions
+from .provenance import git_state, versions
 
 # %% ../../nbs/lib/workbench/benchmarking.ipynb #7dba1dfc
 def wait_for(

@@ -23,7 +23,7 @@ from typing import Any
 
 from ..base import paths
 from ..base.errors import one_of
-from .doctor import git_state, versions
+from .provenance import git_state, versions
 from .study_parameters import Parameter, check_values, study_parameters
 
 # %% ../../nbs/lib/workbench/jobs.ipynb #da941a04
