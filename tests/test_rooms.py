@@ -53,6 +53,8 @@ IDLE: set[str] = {
     "maskalign",
     "measure.judge",
     "reg",
+    "runs.official_files",
+    "runs.official_shapes",
     "runs.run",
     "studies.maskalign.measures",
     "studies.prediction_targets.measures",
