@@ -33,6 +33,7 @@ from maskalign_lab.workbench.benchmarking import Comparison, Ratio, in_turn, rat
 
 REG, RATIOS, BAR = "REG, all tokens", (0.0, 0.25, 0.5, 0.75), 0.04
 CLASSES, CHANNELS, SIDE, TEACHER, INSIDE = 1000, 4, 16, 768, 2048  # ImageNet's latents, DINOv2-B, projector
+FACTS = Facts(CLASSES, (TEACHER,), channels=CHANNELS)
 MIXER, ALIGNED = 2, {"S": 4, "B": 4, "XL": 8}  # blocks of the mixer; depth that is aligned, of the whole network
 PLANS = {  # size -> blocks, batch
     "short": {"S": (6, 1)},
@@ -78,7 +79,7 @@ def flops(recipe: Recipe, shares: tuple[float, ...] = (0.0,)) -> list[int]:
     """
     meta, batch, counted = torch.device("meta"), batch_for(recipe), []
     with meta:
-        net, method = build(recipe, Facts(CLASSES, (TEACHER,), channels=CHANNELS))
+        net, method = build(recipe, FACTS)
     for share in shares:
         drop(method, share)
         drawn = vars(method.draw(batch, 0, partial(generator, 0)))
@@ -112,7 +113,7 @@ def by_hand(size: str, share: float) -> float:
 
 def stepper(recipe: Recipe, batch: Batch) -> Callable[[float], object]:
     """The next step of `fit` that drops a share. All shares use one network, since a step's time does not depend on weights."""
-    model, method = build(recipe, Facts(CLASSES, (TEACHER,), channels=CHANNELS))
+    model, method = build(recipe, FACTS)
     steps = fit(model, method, lambda step: batch, recipe.training, device=str(batch.x.device))
 
     def step(share: float) -> object:
