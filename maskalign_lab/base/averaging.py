@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['update_ema']
 
-# %% ../../nbs/lib/base/averaging.ipynb #016fdb2b
+# %% ../../nbs/lib/base/averaging.ipynb #91b5725c
 import torch
 from torch import Tensor
 

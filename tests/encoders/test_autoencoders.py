@@ -322,10 +322,10 @@ def one_thread():
 def test_it_learns_and_is_repeatable(one_thread):
     pictures, before = autoencoder_training.mixture(SHORT), torch.random.get_rng_state()
     config = replace(SHORT, steps=30)
-    runs = [list(autoencoder_training.compressions(pictures, config, device="cpu")) for _ in range(2)]
-    losses = [float(lesson.losses["pixels"]) for lesson in runs[0]]
+    runs = [list(autoencoder_training.autoencoder_steps(pictures, config, device="cpu")) for _ in range(2)]
+    losses = [float(step.losses["pixels"]) for step in runs[0]]
     assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
-    first, second = (run[-1].pupil.state_dict() for run in runs)
+    first, second = (run[-1].model.state_dict() for run in runs)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert torch.equal(torch.random.get_rng_state(), before)
 
@@ -334,14 +334,14 @@ def test_it_learns_and_is_repeatable(one_thread):
 def test_a_training_that_was_stopped_goes_on(stop, one_thread, tmp_path):
     """From the last checkpoint, to the same bits."""
     pictures = autoencoder_training.mixture(SHORT)
-    *_, whole = autoencoder_training.compressions(pictures, SHORT, device="cpu")
-    for lesson in autoencoder_training.compressions(pictures, SHORT, tmp_path, "cpu"):
-        if lesson.step == stop:
+    *_, whole = autoencoder_training.autoencoder_steps(pictures, SHORT, device="cpu")
+    for step in autoencoder_training.autoencoder_steps(pictures, SHORT, tmp_path, "cpu"):
+        if step.step == stop:
             break
-    rest = list(autoencoder_training.compressions(pictures, SHORT, tmp_path, "cpu"))
-    assert [lesson.step for lesson in rest] == list(range(4 * (stop // 4), 13))
-    for name, value in rest[-1].pupil.state_dict().items():
-        assert torch.equal(value, whole.pupil.state_dict()[name]), name
+    rest = list(autoencoder_training.autoencoder_steps(pictures, SHORT, tmp_path, "cpu"))
+    assert [step.step for step in rest] == list(range(4 * (stop // 4), 13))
+    for name, value in rest[-1].model.state_dict().items():
+        assert torch.equal(value, whole.model.state_dict()[name]), name
 
 
 def test_a_finished_training_is_measured_and_saved(tmp_path):
@@ -359,9 +359,9 @@ def test_a_finished_training_is_measured_and_saved(tmp_path):
     again = autoencoder_training.compress(tmp_path / "again", tmp_path / "work", SHORT, "cpu", n=20, print_every=0)
     assert (again / names[3]).read_bytes() == (out / names[3]).read_bytes()  # nothing was left to train
     with pytest.raises(FileExistsError, match="trained with config"):
-        next(autoencoder_training.compressions(pictures, replace(SHORT, lr=1.0), tmp_path / "work", "cpu"))
+        next(autoencoder_training.autoencoder_steps(pictures, replace(SHORT, lr=1.0), tmp_path / "work", "cpu"))
     with pytest.raises(FileExistsError, match=f"trained with data '{pictures.digest}'"):
-        next(autoencoder_training.compressions(load_dataset("digits", n=30), SHORT, tmp_path / "work", "cpu"))
+        next(autoencoder_training.autoencoder_steps(load_dataset("digits", n=30), SHORT, tmp_path / "work", "cpu"))
 
 
 def test_variations_keep_what_they_should(photos):
