@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from ..encoders.autoencoder_latents import cached_latents
+from ..encoders.teacher_features import cached_features, dataset_features, rows_of
 from torch import Tensor
 
 from ..base.devices import resolve_device
@@ -22,15 +24,8 @@ from ..base.seeding import batch_indices, generator
 from ..data.caching import Cache
 from ..data.datasets import STREAMS, Dataset, load_dataset
 from ..encoders.autoencoder_levels import Levels, cached_level_tokens, fit_levels
-from ..encoders.autoencoders import Autoencoder, cached_latents, check_side, latents_of, load_autoencoder
-from maskalign_lab.encoders.teachers import (
-    Teacher,
-    cached_features,
-    check_attention,
-    dataset_features,
-    load_teacher,
-    rows_of,
-)
+from ..encoders.autoencoders import Autoencoder, check_side, latents_of, load_autoencoder
+from ..encoders.teachers import Teacher, check_attention, load_teacher
 from .recipe import DataConfig, Recipe
 from ..training.loop import TrainingConfig
 from ..training.methods import Batch, MethodConfig, layers_of, method_class, needs_of

@@ -15,8 +15,9 @@ from maskalign_lab.base import paths
 from maskalign_lab.base.seeding import generator
 from maskalign_lab.data import caching
 from maskalign_lab.data.datasets import load_dataset
-from maskalign_lab.encoders import autoencoder_training, autoencoders, reconstruction
-from maskalign_lab.encoders.autoencoders import Autoencoder, cached_latents, latents_of, load_autoencoder
+from maskalign_lab.encoders import autoencoder_latents, autoencoder_training, autoencoders, reconstruction
+from maskalign_lab.encoders.autoencoder_latents import cached_latents
+from maskalign_lab.encoders.autoencoders import Autoencoder, latents_of, load_autoencoder
 from maskalign_lab.studies import shipped_runs
 
 SD_VAE = {  # config.json of stabilityai/sd-vae-ft-mse; without scaling_factor, so that diffusers takes 0.18215
@@ -220,7 +221,7 @@ def test_what_is_cached_is_not_encoded_again(small, photos, own_cache, monkeypat
 def test_a_cache_of_another_autoencoder_is_refused(small, photos, own_cache):
     """In the folder of one autoencoder lies what another one made, as after a copy by hand."""
     other = autoencoders.wrap_autoencoder(make_vae(seed=1, **SMALL), "other")
-    folder = caching.place("latents", autoencoders.description(other, photos))
+    folder = caching.place("latents", autoencoder_latents.description(other, photos))
     assert cached_latents(small, photos).folder != folder
     shutil.copytree(cached_latents(small, photos).folder, folder)
     with pytest.raises(ValueError, match=f"autoencoder '{small.digest}', wanted is autoencoder '{other.digest}'"):

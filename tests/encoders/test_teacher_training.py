@@ -11,7 +11,8 @@ from maskalign_lab.base.seeding import generator
 from maskalign_lab.data import augmentation
 from maskalign_lab.data.datasets import load_dataset, oracle_features
 from maskalign_lab.encoders import teacher_probes, teacher_training
-from maskalign_lab.encoders.teachers import Features, dataset_features, load_teacher
+from maskalign_lab.encoders.teacher_features import dataset_features
+from maskalign_lab.encoders.teachers import Features, load_teacher
 
 SMALL = teacher_training.TeachConfig(
     steps=30, batch_size=32, width=32, depth=1, heads=2, warmup=5, n=200, precision="float32"
