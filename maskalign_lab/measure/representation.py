@@ -94,7 +94,7 @@ def gradient_cosine(
     batch: Batch,
     times: Sequence[float],
     depths: Sequence[int],  # blocks, counted from 1
-    parts: tuple[str, str] = ("velocity", "alignment"),
+    parts: tuple[str, str] = ("denoising", "alignment"),
     seed: int = 0,  # of the noise
 ) -> Tensor:  # (times, depths), NaN where one of the gradients is zero
     """Cosine between the gradients of two losses with respect to a block's parameters."""

@@ -4,18 +4,16 @@
 
 # %% auto #0
 __all__ = ['kept_images', 'kept_features', 'kept_autoencoder', 'kept_levels', 'FEW', 'HELD_OUT', 'options_of', 'images_of',
-           'mean_latents', 'layer_that_needs', 'Sources', 'load_sources', 'token_side', 'check_needs', 'Batches',
-           'make_batches', 'levels_of']
+           'mean_latents', 'teacher_names', 'Sources', 'load_sources', 'found_facts', 'oracle_dim', 'token_side',
+           'check_needs', 'Batches', 'side_by_side', 'make_batches', 'rows_by', 'levels_of']
 
 # %% ../../nbs/lib/runs/batches.ipynb #9ec05747
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from ..encoders.autoencoder_latents import cached_latents
-from ..encoders.teacher_features import cached_features, dataset_features, rows_of
 from torch import Tensor
 
 from ..base.devices import resolve_device
@@ -23,12 +21,15 @@ from ..base.errors import one_of
 from ..base.seeding import batch_indices, generator
 from ..data.caching import Cache
 from ..data.datasets import STREAMS, Dataset, load_dataset
+from ..encoders.autoencoder_latents import cached_latents
 from ..encoders.autoencoder_levels import Levels, cached_level_tokens, fit_levels
 from ..encoders.autoencoders import Autoencoder, check_side, latents_of, load_autoencoder
+from ..encoders.teacher_features import cached_features, dataset_features, rows_of
 from ..encoders.teachers import Teacher, check_attention, load_teacher
+from .facts import Facts
 from .recipe import DataConfig, Recipe
-from ..training.loop import TrainingConfig
-from ..training.methods import Batch, MethodConfig, layers_of, method_class, needs_of
+from ..training.config import TrainingConfig
+from ..training.methods import Batch, Plan
 
 # %% ../../nbs/lib/runs/batches.ipynb #7a2ace08
 def options_of(data: DataConfig) -> dict[str, str]:
@@ -63,44 +64,57 @@ def mean_latents(
     return latents_of(mean, std, autoencoder.scale, autoencoder.shift)
 
 # %% ../../nbs/lib/runs/batches.ipynb #0e1fe7e4
-def layer_that_needs(
-    config: MethodConfig,
-    need: str,  # a field of `Batch`
-) -> MethodConfig:
-    """The settings, among a method's and those of the method inside of it, that say what is needed."""
-    return next(each for each in layers_of(config) if need in method_class(each.name).needs)
+def teacher_names(data: DataConfig) -> list[str]:
+    """The teachers that a recipe names, separated by commas."""
+    return [name.strip() for name in data.teacher.split(",")]
 
 # %% ../../nbs/lib/runs/batches.ipynb #a56fee62
 class Sources(NamedTuple):
-    """Images, teacher and autoencoder of a recipe, and what identifies them."""
+    """Images, teachers and autoencoder of a recipe, and what was found about them."""
 
     dataset: Dataset
-    teacher: Teacher | None  # None for the oracle, and for methods that do not align with a teacher
+    teachers: tuple[Teacher | None, ...]  # None is the oracle; empty for methods that do not align with a teacher
     autoencoder: Autoencoder | None  # None for training on pixels
-    facts: dict[str, Any]  # num_classes, digests; of latents their channels and factor
+    facts: Facts
+
+    @property
+    def teacher(self) -> Teacher | None:
+        """The first one, whose class token and attention are used."""
+        return self.teachers[0] if self.teachers else None
 
 # %% ../../nbs/lib/runs/batches.ipynb #c6359322
 def load_sources(recipe: Recipe, device: str = "cpu") -> Sources:
-    """Load the training images, the autoencoder and the teacher that a recipe needs; all must fit each other."""
-    data, needs, place = recipe.data, needs_of(recipe.method), resolve_device(device)
+    """Load the training images, the autoencoder and the teachers that a recipe needs; all must fit each other."""
+    data, plan, place = recipe.data, Plan(recipe.method), resolve_device(device)
     dataset = (kept_images if data.name in STREAMS else images_of)(data, "train", data.n)  # a folder may have changed
     load = kept_autoencoder if data.autoencoder == "tiny" else load_autoencoder  # likewise
     autoencoder = load(data.autoencoder, place) if data.autoencoder else None
     if autoencoder:
         check_side(autoencoder, data.size)
-    aligned, teacher = "features" in needs, None
-    if aligned and data.teacher != "oracle":
-        teacher = load_teacher(data.teacher, data.size, place, token_side(recipe, autoencoder))
-    check_needs(recipe, dataset, teacher, autoencoder)
-    digest = teacher.digest if teacher else data.teacher if aligned else ""
-    facts = {"num_classes": len(dataset.classes), "data_digest": dataset.digest, "teacher_digest": digest}
-    if autoencoder:
-        facts |= {
-            "autoencoder_digest": autoencoder.digest,
-            "channels": autoencoder.channels,
-            "factor": autoencoder.factor,
-        }
-    return Sources(dataset, teacher, autoencoder, facts)
+    names, side = teacher_names(data) if "features" in plan.needs else [], token_side(recipe, autoencoder)
+    teachers = tuple(None if name == "oracle" else load_teacher(name, data.size, place, side) for name in names)
+    sources = Sources(dataset, teachers, autoencoder, Facts(len(dataset.classes)))
+    check_needs(recipe, plan, sources)
+    return sources._replace(facts=found_facts(sources, side))
+
+# %% ../../nbs/lib/runs/batches.ipynb #40d3fe90
+def found_facts(sources: Sources, side: int) -> Facts:
+    """What `build` needs to know, and what identifies everything that was loaded."""
+    dataset, teachers, autoencoder, facts = sources
+    digests = [teacher.digest if teacher else "oracle" for teacher in teachers]
+    facts = replace(facts, data_digest=dataset.digest, teacher_digest=",".join(digests))
+    facts = replace(
+        facts, teacher_dims=tuple(teacher.dim if teacher else oracle_dim(dataset, side) for teacher in teachers)
+    )
+    if not autoencoder:
+        return facts
+    sizes = {"channels": autoencoder.channels, "factor": autoencoder.factor}
+    return replace(facts, autoencoder_digest=autoencoder.digest, **sizes)
+
+
+def oracle_dim(dataset: Dataset, side: int) -> int:
+    """Channels of the oracle's features."""
+    return dataset_features("oracle", dataset.subset(np.arange(1)), side).tokens.shape[-1]
 
 # %% ../../nbs/lib/runs/batches.ipynb #303812ea
 def token_side(recipe: Recipe, autoencoder: Autoencoder | None) -> int:
@@ -111,9 +125,10 @@ def token_side(recipe: Recipe, autoencoder: Autoencoder | None) -> int:
 HELD_OUT = 8  # one in so many images is kept from the network, if a method asks for that
 
 
-def check_needs(recipe: Recipe, dataset: Dataset, teacher: Teacher | None, autoencoder: Autoencoder | None) -> None:
-    """Refuse images, a teacher or a training on pixels that cannot give what the method asks for."""
-    data, method, needs = recipe.data, recipe.method.name, needs_of(recipe.method)
+def check_needs(recipe: Recipe, plan: Plan, sources: Sources) -> None:
+    """Refuse images, teachers or a training on pixels that cannot give what the method asks for."""
+    data, method, needs, teacher = recipe.data, recipe.method.name, plan.needs, sources.teacher
+    dataset, autoencoder = sources.dataset, sources.autoencoder
     if "class_token" in needs and not (teacher and teacher.has_class_token):
         raise ValueError(
             f"method {method!r} denoises the teacher's class token, and teacher {data.teacher!r} has none; "
@@ -125,7 +140,7 @@ def check_needs(recipe: Recipe, dataset: Dataset, teacher: Teacher | None, autoe
                 f"method {method!r} aligns attention, and teacher {data.teacher!r} has none; take a network, "
                 "such as tiny, or method repa, which needs features only"
             )
-        check_attention(teacher, layer_that_needs(recipe.method, "attention").teacher_blocks)
+        check_attention(teacher, plan.settings("attention").teacher_blocks)
     if "held_out" in needs and len(dataset) < HELD_OUT:
         raise ValueError(
             f"method {method!r} keeps one in {HELD_OUT} images from the network, and there are {len(dataset)}; "
@@ -144,26 +159,24 @@ class Batches:
 
     dataset: Dataset
     training: TrainingConfig
-    method: MethodConfig = MethodConfig()
-    features: Tensor | Cache | None = None  # (n, 1 + tokens, d) float16, the class token first
+    plan: Plan
+    facts: Facts
+    features: tuple[Tensor | Cache, ...] = ()  # of each teacher (n, 1 + tokens, d) float16, the class token first
     teacher: Teacher | None = None  # of methods that need its attention
     latents: Cache | None = None  # (n, 2, c, h, w) mean and deviation, instead of pixels
     scaling: tuple[float, float] = (1.0, 0.0)  # scale and shift of latents
     levels: Cache | None = None  # (n, K, tokens, d) float16, of methods that need them
 
     def __call__(self, step: int) -> Batch:
-        needs, trained = needs_of(self.method, step), len(self.dataset) - self.aside
+        needs, trained = self.plan.at(step), len(self.dataset) - self.aside
         batch = self.clean(index := self.drawn(trained, step), step)
-        if self.features is not None:
-            rows = self.features[index].float()
-            batch = replace(batch, features=rows[:, 1:], class_token=rows[:, 0])
+        if self.features:
+            rows = [features[index].float() for features in self.features]
+            batch = replace(batch, features=side_by_side([each[:, 1:] for each in rows]), class_token=rows[0][:, 0])
         if self.levels is not None:
             batch = replace(batch, levels=self.levels[index].float())
         if "attention" in needs:
-            blocks = layer_that_needs(self.method, "attention").teacher_blocks
-            images = batch.x if self.latents is None else self.dataset.images(index)
-            images = images.to(self.teacher.mean.device)
-            batch = replace(batch, attention=self.teacher.attention(images, blocks))
+            batch = replace(batch, attention=self.attention(batch, index))
         if "held_out" in needs:
             batch = replace(batch, held_out=self.clean(trained + self.drawn(self.aside, step), step, "held out "))
         return batch
@@ -171,7 +184,7 @@ class Batches:
     @property
     def aside(self) -> int:
         """How many images, from the end, the network is never trained on."""
-        return len(self.dataset) // HELD_OUT if "held_out" in needs_of(self.method) else 0
+        return len(self.dataset) // HELD_OUT if "held_out" in self.plan.needs else 0
 
     def drawn(self, n: int, step: int) -> np.ndarray:  # (b,)
         """Which of n images make a step."""
@@ -186,29 +199,44 @@ class Batches:
         noise = torch.randn(mean.shape, generator=generator(self.training.seed, step, f"{name}posterior"))
         return Batch(latents_of(mean, std, *self.scaling, noise), labels)
 
+    def attention(self, batch: Batch, index: np.ndarray) -> Tensor:
+        """What the teacher's blocks attend to in the images of a batch."""
+        images = batch.x if self.latents is None else self.dataset.images(index)
+        return self.teacher.attention(
+            images.to(self.teacher.mean.device), self.plan.settings("attention").teacher_blocks
+        )
+
+
+def side_by_side(features: list[Tensor]) -> Tensor:  # (b, n, d) each -> (b, n, sum of d)
+    """Features of several teachers in one tensor; of one they are not copied."""
+    return features[0] if len(features) == 1 else torch.cat(features, -1)
+
 # %% ../../nbs/lib/runs/batches.ipynb #5a09cafd
 def make_batches(
     recipe: Recipe,
-    device: str = "cpu",  # where teacher and autoencoder look at the images
+    device: str = "cpu",  # where teachers and autoencoder look at the images
     sources: Sources | None = None,  # None loads them
 ) -> Batches:
     """The batches of a recipe; features, latents and levels are computed unless they are in the cache."""
-    dataset, teacher, autoencoder, facts = sources or load_sources(recipe, device)
-    batches = Batches(dataset, recipe.training, recipe.method)
-    if teacher:
-        batches.features = cached_features(teacher, dataset)
-    elif facts["teacher_digest"] == "oracle":
-        batches.features = rows_of(dataset_features("oracle", dataset, token_side(recipe, autoencoder)))
-    if "attention" in needs_of(recipe.method):
-        batches.teacher = teacher
+    sources = sources or load_sources(recipe, device)
+    dataset, teachers, autoencoder, facts = sources
+    batches = Batches(dataset, recipe.training, Plan(recipe.method), facts)
+    batches.features = tuple(rows_by(teacher, dataset, token_side(recipe, autoencoder)) for teacher in teachers)
+    if "attention" in batches.plan.needs:
+        batches.teacher = sources.teacher
     if autoencoder:
         batches.latents, batches.scaling = cached_latents(autoencoder, dataset), (autoencoder.scale, autoencoder.shift)
-    if "levels" in needs_of(recipe.method):
+    if "levels" in batches.plan.needs:
         batches.levels = cached_level_tokens(levels_of(recipe, dataset, autoencoder), dataset)
     return batches
+
+
+def rows_by(teacher: Teacher | None, dataset: Dataset, side: int) -> Tensor | Cache:
+    """What a teacher says about every image, from the cache; None is the oracle."""
+    return cached_features(teacher, dataset) if teacher else rows_of(dataset_features("oracle", dataset, side))
 
 # %% ../../nbs/lib/runs/batches.ipynb #17a90ea8
 def levels_of(recipe: Recipe, dataset: Dataset, autoencoder: Autoencoder) -> Levels:
     """The levels that a recipe's method aligns with, reduced as its training images ask for."""
-    asked = layer_that_needs(recipe.method, "levels")
+    asked = Plan(recipe.method).settings("levels")
     return kept_levels(autoencoder, dataset, asked.levels, token_side(recipe, autoencoder), asked.dim, asked.way)

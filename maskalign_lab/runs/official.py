@@ -179,7 +179,7 @@ def family_method(
         return PlainSiT(net, objective, MethodConfig())
     check_projector(family, full)
     config = settings(family, full)
-    return method_class(config.name)(net, objective, config, teacher_dim=one_teacher(full))
+    return method_class(config.name)(net, objective, config, teacher_dims=(one_teacher(full),))
 
 # %% ../../nbs/lib/runs/official.ipynb #114edc16
 def from_official(

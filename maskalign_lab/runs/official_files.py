@@ -27,6 +27,7 @@ from ..base.checkpoints import save_step
 from ..base.errors import one_of
 from ..base.files import write_atomic
 from ..diffusion.sit import SIZES, SiT
+from .facts import Facts, write_facts
 from maskalign_lab.runs.official import (
     ARGUMENTS,
     Official,
@@ -39,7 +40,7 @@ from maskalign_lab.runs.official import (
 from .official_jit import bare, flat, jit_config, published_jit, typed
 from .recipe import DataConfig, Recipe, SiTConfig, to_json
 from .run import Run
-from ..training.loop import TrainingConfig
+from ..training.config import TrainingConfig
 
 # %% ../../nbs/lib/runs/official_files.ipynb #d5e43d7e
 class Checkpoint(NamedTuple):
@@ -260,10 +261,8 @@ def describe(
     net, method = official.net, official.method
     network = jit_config(full) if family == "jit" else sit_config(net, full)
     recipe = Recipe(DataConfig(dataset, size=full["input_size"]), network, official.objective, method.config, training)
-    teacher_dim = one_teacher(full) if method.config.name != "sit" else 0
-    facts = {"num_classes": net.num_classes, "teacher_dim": teacher_dim, "channels": net.in_channels}
-    facts["sampler"] = asdict(official.sampler)
-    write_atomic(out / "facts.json", json.dumps(facts, indent=1))
+    dims = (one_teacher(full),) if method.config.name != "sit" else ()
+    write_facts(out, Facts(net.num_classes, dims, channels=net.in_channels, sampler=asdict(official.sampler)))
     write_atomic(out / "recipe.json", to_json(recipe))
 
 # %% ../../nbs/lib/runs/official_files.ipynb #2a7ff4aa

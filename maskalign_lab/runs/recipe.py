@@ -28,7 +28,7 @@ from ..diffusion.jit import JiT
 from ..diffusion.objectives import Objective
 from ..diffusion.sit import SiT
 from ..training import haste, irepa, sra2  # noqa: F401  (importing a module registers its methods)
-from ..training.loop import TrainingConfig
+from ..training.config import TrainingConfig
 from ..training.methods import INSTALLED, MethodConfig, layers_of, method_class
 from ..workbench.study_parameters import parse_value
 
@@ -185,7 +185,8 @@ def renamed(config: Any, name: str) -> Any:
     """Settings of another method or network, with what was set of those that both have."""
     new = config_class(type(config), name)()
     known = {f.name for f in dataclasses.fields(new)} - {"name"}
-    return replace(new, **{field: getattr(config, field) for field in told(config) if field in known})
+    kept = {field: getattr(config, field) for field in told(config) if field in known}
+    return replace(new, name=name, **kept)  # a class may share the settings of another
 
 
 def told(settings: Any) -> dict[str, Any]:

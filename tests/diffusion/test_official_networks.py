@@ -6,19 +6,14 @@ from shared.golden import close, golden, opened
 from torch import nn
 from torch.testing import assert_close
 
-from maskalign_lab.diffusion import sampling
+from maskalign_lab.diffusion import solvers
+from maskalign_lab.diffusion.guidance import Field
 from maskalign_lab.diffusion.interpolants import coefficients, convert, interpolate, score, velocity
 from maskalign_lab.diffusion.layers import TimestepEmbedder, patchify, sincos_2d
 from maskalign_lab.diffusion.objectives import Objective, denoising_loss
-from maskalign_lab.diffusion.sampling import (
-    Field,
-    SamplerConfig,
-    denoise_last,
-    euler_maruyama,
-    runge_kutta,
-    stochastic_heun,
-)
+from maskalign_lab.diffusion.sampling import SamplerConfig, sample
 from maskalign_lab.diffusion.sit import Output
+from maskalign_lab.diffusion.solvers import denoise_last, euler_maruyama, runge_kutta, stochastic_heun
 from maskalign_lab.training.methods import Batch, Draw, PlainSiT, State
 
 PATHS = {"Linear": "linear", "GVP": "cosine", "VP": "vp"}
@@ -94,7 +89,7 @@ def repa_losses(path, t=None):
 def test_the_losses_of_repa(path):
     _, _, losses = repa_losses(path)
     out = golden("repa").out
-    assert_close(losses.parts["velocity"], out[f"loss.{path}.denoising"].mean(), rtol=1e-5, atol=0)
+    assert_close(losses.parts["denoising"], out[f"loss.{path}.denoising"].mean(), rtol=1e-5, atol=0)
     assert_close(losses.parts["alignment"], out[f"loss.{path}.proj"].squeeze(), rtol=1e-5, atol=0)
     assert_close(losses.total, out[f"loss.{path}.total_coeff0.5"].squeeze(), rtol=1e-5, atol=0)
 
@@ -104,7 +99,7 @@ def test_the_losses_of_repa_at_lognormal_noise_levels(path):
     sigma, out = golden("repa").inputs["lognormal_z"].exp(), golden("repa").out
     t = sigma / (1 + sigma) if path == "linear" else 2 / torch.pi * torch.atan(sigma)
     _, _, losses = repa_losses(path, t)
-    assert_close(losses.parts["velocity"], out[f"loss_lognormal.{path}.denoising"].mean(), rtol=1e-5, atol=0)
+    assert_close(losses.parts["denoising"], out[f"loss_lognormal.{path}.denoising"].mean(), rtol=1e-5, atol=0)
     assert_close(losses.parts["alignment"], out[f"loss_lognormal.{path}.proj"].squeeze(), rtol=1e-5, atol=0)
 
 
@@ -137,10 +132,8 @@ MODES = {
 def test_the_deterministic_samplers_of_repa(solver, mode):
     record, official = golden("repa_sampler"), opened("repa_sampler")
     config = SamplerConfig(solver, record.config["num_steps"], **MODES[mode])
-    assert_close(torch.tensor(sampling.time_grid(config)), record.out["euler.t_steps"].float())
-    *_, last = sampling.sample(
-        official.net, official.objective, record.inputs["y"], config, start=record.inputs["latents"]
-    )
+    assert_close(torch.tensor(solvers.SOLVERS[config.solver].times(config)), record.out["euler.t_steps"].float())
+    *_, last = sample(official.net, official.objective, record.inputs["y"], config, start=record.inputs["latents"])
     close(last.x, record.out[f"{solver}.{mode}"])
 
 
@@ -149,12 +142,10 @@ def test_the_deterministic_samplers_of_repa(solver, mode):
 def test_the_stochastic_sampler_of_repa(path, mode, monkeypatch):
     record, official = golden("repa_sampler"), opened("repa_sampler")
     config = SamplerConfig("euler-maruyama", record.config["num_steps"], **MODES[mode])
-    assert_close(torch.tensor(sampling.time_grid(config)), record.out["em.t_steps"].float())
+    assert_close(torch.tensor(solvers.SOLVERS[config.solver].times(config)), record.out["em.t_steps"].float())
     noises = iter(record.inputs["em_noises"])
-    monkeypatch.setattr(sampling.torch, "randn", lambda *_, **__: next(noises))
-    *_, last = sampling.sample(
-        official.net, Objective(path), record.inputs["y"], config, start=record.inputs["latents"]
-    )
+    monkeypatch.setattr(solvers.torch, "randn", lambda *_, **__: next(noises))
+    *_, last = sample(official.net, Objective(path), record.inputs["y"], config, start=record.inputs["latents"])
     close(last.x, record.out[f"em.{path}.{mode}"])
 
 
@@ -223,7 +214,7 @@ def test_the_drift_of_sit(path):
     t, x = 1 - given["t"], given["x"]
     c = coefficients(PATHS[path], t, x)
     close((c.d_alpha / c.alpha * x).float(), out[f"{path}.drift_mean"])
-    variance = sampling.DIFFUSIONS["sbdm"](t.view(-1, 1, 1, 1), c)
+    variance = solvers.DIFFUSIONS["sbdm"](t.view(-1, 1, 1, 1), c)
     close(variance.expand_as(x).float(), out[f"{path}.drift_var"].expand_as(x))
 
 
@@ -233,7 +224,7 @@ def test_the_diffusions_of_sit(key):
     _, given, out, _ = transport(path, "velocity")
     form = {"SBDM": "sbdm", "inccreasing-decreasing": "increasing-decreasing"}.get(form, form)
     mine = [
-        sampling.diffusion(form, PATHS[path], 1 - t.item(), torch.zeros(1, dtype=torch.float64)).item()
+        solvers.diffusion(form, PATHS[path], 1 - t.item(), torch.zeros(1, dtype=torch.float64)).item()
         for t in given["t"]
     ]
     close(torch.tensor(mine), out[key].flatten().expand(3))
@@ -269,7 +260,7 @@ def test_the_losses_of_sit_transport(key):
     losses = denoising_loss(Objective(PATHS[path], field.objective.prediction, space), prediction, x, noise, t)
     if weight == "likelihood":
         c = coefficients(PATHS[path], t, t)
-        losses = losses * sampling.DIFFUSIONS["sbdm"](t, c) / c.sigma**2
+        losses = losses * solvers.DIFFUSIONS["sbdm"](t, c) / c.sigma**2
     assert_close(losses.float(), out[key], rtol=1e-3, atol=1e-6)
 
 
@@ -279,7 +270,7 @@ def test_the_ode_solvers_of_sit(key):
     field, given, out, config = transport(path, kind)
     start, end = out[f"{path}.interval.{kind}"][2:4].double().tolist()
     if solver == "dopri5":
-        *_, (_, x) = sampling.dopri5(field, given["init"], 1 - start, 1 - end)
+        *_, (_, x) = solvers.dopri5(field, given["init"], 1 - start, 1 - end)
         error = (x - out[key]).norm() / out[key].norm()  # adaptive: two implementations agree to the solver's own error
         assert error < (1e-3 if kind == "velocity" else 5e-2)
         return

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from maskalign_lab.diffusion.objectives import Objective
-from maskalign_lab.diffusion.sampling import SamplerConfig, last_sample, sample, time_grid
+from maskalign_lab.diffusion.sampling import SamplerConfig, last_sample, sample
 from maskalign_lab.diffusion.sit import Output
+from maskalign_lab.diffusion.solvers import even_times
 
 
 class Growth(nn.Module):
@@ -57,7 +58,7 @@ def test_network_evaluations(solver, calls):
 
 def test_the_sampler_yields_every_time_and_can_be_stopped():
     times = [step.t for step in sample(Growth(), Objective(), Y, SamplerConfig("euler", 4))]
-    assert times == time_grid(SamplerConfig("euler", 4)) == [1, 0.75, 0.5, 0.25, 0]
+    assert times == even_times(SamplerConfig("euler", 4)) == [1, 0.75, 0.5, 0.25, 0]
     for step in sample(Growth(), Objective(), Y, SamplerConfig("euler", 4)):
         break
     assert step.t == 1

@@ -18,6 +18,7 @@ from maskalign_lab.cli import main
 from maskalign_lab.diffusion.jit import NAMES, JiT, published_size
 from maskalign_lab.diffusion.objectives import Objective
 from maskalign_lab.diffusion.sampling import SamplerConfig, last_sample, sample
+from maskalign_lab.runs.facts import Facts
 from maskalign_lab.runs.official import ARGUMENTS, SAMPLERS, arguments, backbone, from_official, settings, to_official
 from maskalign_lab.runs.official_files import export_run, import_run, read_off, read_weights, told_arguments
 from maskalign_lab.runs.official_jit import DENOISER, bare, flat, jit_sampler
@@ -133,7 +134,7 @@ def test_what_is_left_of_irepa_without_its_projector_is_plain_sit():
 def test_a_mixer_has_no_official_layout():
     recipe = make_recipe("repa", "smoke", overrides="network.mixer_depth=1")
     with pytest.raises(ValueError, match="method 'repa' with a mixer"):
-        to_official(*build(recipe, 10, 16), recipe.objective)
+        to_official(*build(recipe, Facts(10, (16,))), recipe.objective)
 
 
 def test_an_official_pickle_with_settings_gives_its_average(tmp_path):
@@ -510,7 +511,7 @@ def test_published_sizes_of_jit_are_read_off_completely(name, capsys):
 
 def lab_jit(overrides):
     recipe = make_recipe("jit", "smoke", overrides=f"network.data_at_one=true {overrides}")
-    return *build(recipe, 10, 16), recipe.objective
+    return *build(recipe, Facts(10, (16,))), recipe.objective
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ from shared.studies import check_figure, check_first_cells, check_smoke, own_fol
 from torch import nn
 
 from maskalign_lab.base import paths
+from maskalign_lab.diffusion.guidance import Field, pack
 from maskalign_lab.diffusion.objectives import Objective
-from maskalign_lab.diffusion.sampling import Field, SamplerConfig, pack, sample
+from maskalign_lab.diffusion.sampling import SamplerConfig, sample
 from maskalign_lab.diffusion.sit import Output, SiT
 from maskalign_lab.runs.run import load_run
 from maskalign_lab.studies.reg.exchange import changed_share, exchange_all, partners, slope

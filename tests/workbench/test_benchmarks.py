@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from maskalign_lab.base import paths
 from maskalign_lab.cli import main
-from maskalign_lab.diffusion import sampling
+from maskalign_lab.diffusion import guidance
 from maskalign_lab.workbench import benchmarking
 from maskalign_lab.workbench.benchmarking import Comparison, Ratio, bench, from_json, in_turn, ratio, scripts, table
 
@@ -125,7 +125,7 @@ def test_guidance_in_two_calls_is_guidance_in_one():
     config = found["SamplerConfig"]("euler", steps=2, guidance=2.0)
     draws = [found["drawer"](net, y, config, field=field)() for field in (found["Field"], found["TwoCalls"])]
     torch.testing.assert_close(*draws, rtol=1e-4, atol=1e-5)
-    assert found["Field"] is sampling.Field
+    assert found["Field"] is guidance.Field
 
 
 @pytest.mark.parametrize(("size", "published"), [("S", 0.867), ("B", 0.896), ("XL", 0.815)])

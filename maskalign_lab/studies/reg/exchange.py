@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ...base.seeding import generator
 from ...base.statistics import mean_interval, share_half
+from ...diffusion.guidance import Field, pack, unpack
 from ...diffusion.interpolants import interpolate
 from ...diffusion.objectives import draw_noise
-from ...diffusion.sampling import TABLEAUS, Field, one_step, pack, unpack
+from ...diffusion.solvers import SOLVERS, TABLEAUS
 from .trace import Reader, Trace
 
 # %% ../../../nbs/lib/studies/reg/exchange.ipynb #4666e73c
@@ -30,13 +31,11 @@ def finish(
 ) -> tuple[Tensor, Tensor]:  # (m, c, h, w), (m, z) float32
     """Continue from given states to the end, with the trace's own sampler."""
     field = Field(trace.field.net, trace.field.objective, trace.field.y[rows], trace.field.config)
-    if field.config.solver not in TABLEAUS:
-        raise ValueError(
-            f"solver {field.config.solver!r}: an exchange needs one without noise, of {', '.join(TABLEAUS)}"
-        )
+    if (name := field.config.solver) not in TABLEAUS:
+        raise ValueError(f"solver {name!r}: an exchange needs one without noise, of {', '.join(TABLEAUS)}")
     with torch.no_grad():
         for t, t_next in zip(trace.times[step:], trace.times[step + 1 :]):
-            states = one_step(field, states, t, t_next, torch.Generator())
+            states = SOLVERS[name].step(field, states, t, t_next, torch.Generator())
     return trace.parts(states)
 
 # %% ../../../nbs/lib/studies/reg/exchange.ipynb #251c31af

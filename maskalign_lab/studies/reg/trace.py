@@ -17,10 +17,11 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
+from ...diffusion.guidance import Field, pack, unpack
 from ...diffusion.interpolants import convert
 from ...diffusion.layers import Attention
 from ...diffusion.objectives import Objective
-from ...diffusion.sampling import Field, SamplerConfig, pack, sample, unpack
+from ...diffusion.sampling import SamplerConfig, sample
 from ...diffusion.taps import taps
 from ...encoders.teachers import Teacher, load_teacher
 from ...measure.judge import Judge, load_judge
