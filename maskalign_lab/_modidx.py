@@ -777,6 +777,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'maskalign_lab/measure/judge.py'),
                                              'maskalign_lab.measure.judge.pack_judge': ( 'lib/measure/judge.html#pack_judge',
                                                                                          'maskalign_lab/measure/judge.py'),
+                                             'maskalign_lab.measure.judge.read_card': ( 'lib/measure/judge.html#read_card',
+                                                                                        'maskalign_lab/measure/judge.py'),
                                              'maskalign_lab.measure.judge.real_pair': ( 'lib/measure/judge.html#real_pair',
                                                                                         'maskalign_lab/measure/judge.py'),
                                              'maskalign_lab.measure.judge.soften': ( 'lib/measure/judge.html#soften',

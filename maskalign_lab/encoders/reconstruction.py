@@ -26,7 +26,7 @@ def all_moments(
     parts = [autoencoder.moments(dataset.images(slice(k, k + batch_size), autoencoder.device)) for k in starts]
     return tuple(torch.cat(each).cpu() for each in zip(*parts))
 
-
+# %% ../../nbs/lib/encoders/reconstruction.ipynb #e9117814
 def spread(
     mean: Tensor,  # (n, c, h, w) of the posterior
     std: Tensor,  # (n, c, h, w)
@@ -54,8 +54,11 @@ def coarse(
     means = F.avg_pool2d(images, factor)
     return F.interpolate(means, images.shape[2:], mode="bicubic")
 
-
-def divergence(mean: Tensor, std: Tensor) -> Tensor:  # (n, c, h, w) both -> (n,) nats
+# %% ../../nbs/lib/encoders/reconstruction.ipynb #b7aca954
+def divergence(
+    mean: Tensor,  # (n, c, h, w) of the posterior
+    std: Tensor,  # (n, c, h, w)
+) -> Tensor:  # (n,) nats
     """Of the posterior of each image from a standard normal."""
     return 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).sum((1, 2, 3))
 
@@ -70,7 +73,7 @@ def decode_all(
     parts = scaled.to(autoencoder.device).split(batch_size)
     return torch.cat([autoencoder.decode(part).cpu() for part in parts])
 
-
+# %% ../../nbs/lib/encoders/reconstruction.ipynb #32a9b145
 def measure(
     autoencoder: Autoencoder,
     dataset: Dataset,  # held out

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ATTRIBUTES', 'OTHER_SEED', 'build_resnet', 'to_columns', 'from_columns', 'columns_of', 'soften', 'grain', 'Judge',
-           'pack_judge', 'unpack_judge', 'judge_folder', 'load_judge', 'real_pair']
+           'pack_judge', 'unpack_judge', 'judge_folder', 'read_card', 'load_judge', 'real_pair']
 
 # %% ../../nbs/lib/measure/judge.ipynb #d62521d6
 import hashlib
@@ -138,15 +138,13 @@ def judge_folder(
     shipped = paths.data() / "judge" / name
     return shipped if shipped.is_dir() else paths.output() / "judges" / name
 
-# %% ../../nbs/lib/measure/judge.ipynb #0f815d17
-def load_judge(
+# %% ../../nbs/lib/measure/judge.ipynb #7a8fe765
+def read_card(
     spec: str,  # the data set that will be judged
-    size: int = 32,  # pixels a side of its images
-    folder: Path | None = None,  # holds judge.safetensors and card.json; None: `judge_folder`
-    device: str | torch.device = "cpu",
-) -> Judge:
-    """The judge of a data set."""
-    folder = judge_folder(spec, size) if folder is None else Path(folder).expanduser()
+    size: int,  # pixels a side of its images
+    folder: Path,  # holds judge.safetensors and card.json
+) -> dict[str, Any]:
+    """The card of a judge; refuses a folder without one, and a judge of other images."""
     command = f"`maskalign-lab judge {spec}{'' if size == 32 else f' --size {size}'} --out {folder}`"
     for part in ("judge.safetensors", "card.json"):
         if not (folder / part).is_file():
@@ -158,7 +156,18 @@ def load_judge(
             f"the judge in {folder} is of {found[0]!r} at {found[1]} pixels, not of {spec!r} at {size}; "
             f"{command}, with another folder, makes one"
         )
-    content = (folder / "judge.safetensors").read_bytes()
+    return card
+
+# %% ../../nbs/lib/measure/judge.ipynb #0f815d17
+def load_judge(
+    spec: str,  # the data set that will be judged
+    size: int = 32,  # pixels a side of its images
+    folder: Path | None = None,  # holds judge.safetensors and card.json; None: `judge_folder`
+    device: str | torch.device = "cpu",
+) -> Judge:
+    """The judge of a data set."""
+    folder = judge_folder(spec, size) if folder is None else Path(folder).expanduser()
+    card, content = read_card(spec, size, folder), (folder / "judge.safetensors").read_bytes()
     judge = unpack_judge(content, card["classes"], card["config"]["channels"])
     if judge.digest != card["weights"]:
         raise ValueError(f"judge in {folder}: the weights are {judge.digest}, its card is of {card['weights']}")
