@@ -12,7 +12,8 @@ from maskalign_lab.base.seeding import generator
 from maskalign_lab.data.datasets import load_dataset
 from maskalign_lab.diffusion.sampling import SamplerConfig, sample
 from maskalign_lab.encoders.autoencoder_levels import fit_levels
-from maskalign_lab.encoders.teachers import load_teacher, rows_of
+from maskalign_lab.encoders.teacher_features import rows_of
+from maskalign_lab.encoders.teachers import load_teacher
 from maskalign_lab.gradient_norms import token_gradient_norms
 from maskalign_lab.measure.metrics import validation_loss
 from maskalign_lab.runs.batches import kept_autoencoder

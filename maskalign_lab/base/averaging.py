@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['decay_at', 'update_ema']
 
-# %% ../../nbs/lib/base/averaging.ipynb #016fdb2b
+# %% ../../nbs/lib/base/averaging.ipynb #91b5725c
 import torch
 from torch import Tensor
 
-# %% ../../nbs/lib/base/averaging.ipynb #f8ed61bf
+# %% ../../nbs/lib/base/averaging.ipynb #b3ef6d7a
 def decay_at(
     decay: float,  # d, which is asked for
     step: int,  # steps done so far
@@ -17,7 +17,7 @@ def decay_at(
     """The decay of one step: warmed up, so that early averages forget the initial weights."""
     return min(decay, (1 + step) / (10 + step))
 
-# %% ../../nbs/lib/base/averaging.ipynb #8fdef37b
+# %% ../../nbs/lib/base/averaging.ipynb #f8ed61bf
 @torch.no_grad()
 def update_ema(
     ema: list[Tensor],  # averaged parameters

@@ -21,18 +21,11 @@ from ..base.errors import one_of
 from ..base.seeding import batch_indices, generator
 from ..data.caching import Cache
 from ..data.datasets import STREAMS, Dataset, load_dataset
+from ..encoders.autoencoder_latents import cached_latents
 from ..encoders.autoencoder_levels import Levels, cached_level_tokens, fit_levels
-from ..encoders.autoencoders import Autoencoder, cached_latents, check_side, latents_of, load_autoencoder
-from maskalign_lab.encoders.teachers import (
-    Features,
-    Teacher,
-    cached_features,
-    check_attention,
-    dataset_features,
-    encode,
-    load_teacher,
-    rows_of,
-)
+from ..encoders.autoencoders import Autoencoder, check_side, latents_of, load_autoencoder
+from ..encoders.teacher_features import cached_features, dataset_features, encode, rows_of
+from ..encoders.teachers import Features, Teacher, check_attention, load_teacher
 from .facts import Facts
 from .recipe import DataConfig, Recipe
 from ..training.config import TrainingConfig
