@@ -656,6 +656,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'maskalign_lab/encoders/teachers.py'),
                                                  'maskalign_lab.encoders.teachers.create_vit': ( 'lib/encoders/teachers.html#create_vit',
                                                                                                  'maskalign_lab/encoders/teachers.py'),
+                                                 'maskalign_lab.encoders.teachers.load_own': ( 'lib/encoders/teachers.html#load_own',
+                                                                                               'maskalign_lab/encoders/teachers.py'),
                                                  'maskalign_lab.encoders.teachers.load_teacher': ( 'lib/encoders/teachers.html#load_teacher',
                                                                                                    'maskalign_lab/encoders/teachers.py'),
                                                  'maskalign_lab.encoders.teachers.load_timm': ( 'lib/encoders/teachers.html#load_timm',
