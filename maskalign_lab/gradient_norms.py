@@ -126,7 +126,7 @@ def observe(run: "Run") -> Observed:  # noqa: F821
     """Look at a run through its own projector, or through an observer if it has none."""
     method = innermost(run.method)
     if hasattr(method, "projectors"):
-        return Observed(run.name, run, method.projectors[0], method.config.depth)
+        return Observed(run.name, run, method.projectors[0], method.collect[0])
     depth = min(4, run.net.depth)
     observer = load_observer(run, depth) or fit_observer(run, depth)
     return Observed(run.name, run, observer, depth)
