@@ -120,7 +120,7 @@ def start_lab(
 @command("open", Open)
 def run_open(options: Open) -> int:
     """Copy, tell what was kept, start."""
-    target = Path(options.folder).expanduser().absolute()
+    target = paths.home_of(options.folder).absolute()
     copied, kept = copy_notebooks(paths.notebooks(), target)
     print(f"{target}: {len(copied)} notebooks copied")
     for path in kept:
@@ -204,7 +204,12 @@ def run_bench(options: Bench) -> int:
     """Run the benchmarks and print one table."""
     from maskalign_lab.workbench.benchmarking import bench
 
-    bench([options.name] if options.name else [], options.short, options.device, options.out)
+    bench(
+        [options.name] if options.name else [],
+        options.short,
+        options.device,
+        options.out and str(paths.home_of(options.out)),
+    )
     return 0
 
 # %% ../nbs/lib/cli.ipynb #7d60bfda

@@ -40,7 +40,7 @@ def folder_for(
 ) -> Path:
     """Where results go."""
     name = "-".join(Path(each).name.replace(":", "-") for each in names)
-    return Path(out).expanduser() if out else paths.output() / kind / name
+    return paths.home_of(out) if out else paths.output() / kind / name
 
 # %% ../nbs/lib/network_commands.ipynb #a8286d84
 @command("train", Train)
@@ -99,9 +99,8 @@ class TrainJudge:
 def run_judge(options: TrainJudge) -> int:
     """Train a judge and name its card."""
     from maskalign_lab.measure.judge_training import JudgeConfig, train_judge
-    from maskalign_lab.runs.recipe import absolute
 
-    spec = absolute(options.dataset)
+    spec = paths.absolute(options.dataset)
     folder = folder_for(options.out, "judges", spec, *([] if options.size == 32 else [str(options.size)]))
     config = JudgeConfig(steps=options.steps, size=options.size, seed=options.seed)
     train_judge(spec, folder, config, options.device)
@@ -177,7 +176,7 @@ def run_sample(options: Sample) -> int:
     x = last_sample(run.net, run.recipe.objective, y, config, options.seed)  # (b, c, h, w)
     title = f"{run.name}, step {run.step:,}, guidance {config.guidance:g}"
     grid = sample_grid(to_pixels(run.pictures(x)), options.n, [f"class {k}" for k in classes], title)
-    print(save_png(grid, Path(options.out)))
+    print(save_png(grid, paths.home_of(options.out)))
     return 0
 
 # %% ../nbs/lib/network_commands.ipynb #d85920d0
@@ -205,7 +204,7 @@ def run_measure(options: Measure) -> int:
 
     run = load_run(options.run, device=options.device)
     config = SamplerConfig(options.solver, options.steps, options.guidance)
-    found = measure(run, options.n, config, options.seed, Path(options.judge) if options.judge else None)
+    found = measure(run, options.n, config, options.seed, paths.home_of(options.judge) if options.judge else None)
     name = f"{run.name}-step-{run.step}-guidance-{options.guidance:g}.json"
     print(measured_text(found))
     print(save_measure(found, folder_for(options.out, "measured", name)))
@@ -278,5 +277,5 @@ def run_export(options: Export) -> int:
     from maskalign_lab.runs.official_files import export_run
     from maskalign_lab.runs.run import load_run
 
-    print(export_run(load_run(options.run), options.out))
+    print(export_run(load_run(options.run), paths.home_of(options.out)))
     return 0

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..base.devices import autocast, resolve_device
 from ..base.files import write_atomic, write_card
+from ..base.paths import home_of
 from ..base.seeding import batch_indices, generator
 from ..base.small_training import Schedule, Step, complete, train
 from ..data.datasets import STREAMS, Dataset, load_dataset
@@ -144,7 +145,7 @@ def train_judge(
     """Train a judge on a data set and save it with its card."""
     if config.steps < 1 or config.batch_size < 2:
         raise ValueError(f"steps={config.steps}, batch_size={config.batch_size}: expected at least 1 and 2")
-    dataset, out = training_images(spec, config), Path(out).expanduser()
+    dataset, out = training_images(spec, config), home_of(out)
     out.mkdir(parents=True, exist_ok=True)
     last = complete(judge_steps(dataset, config, device), print_every)
     size = "" if config.size == 32 else f" --size {config.size}"

@@ -32,9 +32,9 @@ def find_study(
 ) -> Path:
     """The notebook of a study; the error names the nearest one."""
     if Path(name).suffix == ".ipynb":
-        if not Path(name).is_file():
+        if not (path := paths.home_of(name)).is_file():
             raise FileNotFoundError(f"no notebook {str(name)!r}")
-        return Path(name).absolute()
+        return path.absolute()
     studies = {path.stem: path for path in sorted(paths.notebooks().glob("[0-9][0-9]_*.ipynb"))}
     for stem, path in studies.items():
         if str(name) in (stem, stem[:2], stem[3:]):
@@ -81,7 +81,7 @@ def job_folder(
 ) -> Path:
     """An empty folder for a job. A folder in which something lies is refused."""
     name = f"{study}-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-    folder = Path(out).expanduser().absolute() if out else paths.output() / name
+    folder = paths.home_of(out).absolute() if out else paths.output() / name
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise FileExistsError(f"folder {str(folder)!r} is not empty; a job wants a folder of its own")
