@@ -20,6 +20,7 @@ from torch import Tensor
 from ..base.files import write_atomic
 from ..base.seeding import key
 from ..base.statistics import four_digits, mean_interval
+from ..base.terminal import say
 from ..data.datasets import Dataset
 from ..diffusion.sampling import SamplerConfig, last_sample
 from ..measure.judge import Judge, load_judge, real_pair
@@ -119,9 +120,7 @@ def with_progress(
         done, seconds = done + len(batch), time.perf_counter() - began
         if print_every and (seconds - printed >= print_every or done == total):
             printed, left = seconds, int(seconds / done * (total - done))
-            print(
-                f"{done}/{total} samples  {done / seconds:.1f} a second  {left // 60}:{left % 60:02d} left", flush=True
-            )
+            say(f"{done}/{total} samples  {done / seconds:.1f} a second  {left // 60}:{left % 60:02d} left")
         yield batch
 
 # %% ../../nbs/lib/runs/evaluation.ipynb #4d8be532
