@@ -6,6 +6,7 @@
 __all__ = ['write_atomic', 'write_card', 'table_rows']
 
 # %% ../../nbs/lib/base/files.ipynb #a9270cdd
+import contextlib
 import json
 import os
 from collections.abc import Iterable
@@ -20,11 +21,16 @@ def write_atomic(
     """Write a file so that its name always stands for complete content."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:  # a full disk does not say of which file
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) if error.errno else error
 
 # %% ../../nbs/lib/base/files.ipynb #5064e0d1
 def write_card(
