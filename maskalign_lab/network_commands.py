@@ -199,9 +199,10 @@ class Measure:
 def run_measure(options: Measure) -> int:
     """Sample, judge, print and write."""
     from maskalign_lab.diffusion.sampling import SamplerConfig
-    from maskalign_lab.runs.evaluation import measure, measured_text, save_measure
+    from maskalign_lab.runs.evaluation import check_number, measure, measured_text, save_measure
     from maskalign_lab.runs.run import load_run
 
+    check_number(options.n)
     run = load_run(options.run, device=options.device)
     config = SamplerConfig(options.solver, options.steps, options.guidance)
     found = measure(run, options.n, config, options.seed, paths.home_of(options.judge) if options.judge else None)
