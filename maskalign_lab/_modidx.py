@@ -2497,6 +2497,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                   'maskalign_lab/workbench/study_parameters.py'),
                                                           'maskalign_lab.workbench.study_parameters.Parameter.choices': ( 'lib/workbench/study_parameters.html#parameter.choices',
                                                                                                                           'maskalign_lab/workbench/study_parameters.py'),
+                                                          'maskalign_lab.workbench.study_parameters.cells_of': ( 'lib/workbench/study_parameters.html#cells_of',
+                                                                                                                 'maskalign_lab/workbench/study_parameters.py'),
                                                           'maskalign_lab.workbench.study_parameters.check_parameters': ( 'lib/workbench/study_parameters.html#check_parameters',
                                                                                                                          'maskalign_lab/workbench/study_parameters.py'),
                                                           'maskalign_lab.workbench.study_parameters.check_type': ( 'lib/workbench/study_parameters.html#check_type',
