@@ -10,11 +10,19 @@ from maskalign_lab.measure.verdicts import against
 from maskalign_lab.runs.experiments import lengths, load_rows, results_file, run_arms, run_identity
 from maskalign_lab.runs.presets import PRESETS, make_recipe
 from maskalign_lab.runs.run import train
-from maskalign_lab.studies.maskalign.measures import ABLATIONS, CLAIMS, CONTROLS, HEADLINE, ON_REPA, TABLE, measure_arm
+from maskalign_lab.studies.maskalign.arms import (
+    ABLATIONS,
+    ARMS,
+    CLAIMS,
+    CONTROLS,
+    HEADLINE,
+    ON_REPA,
+    SCALES,
+    measure_arm,
+)
 from maskalign_lab.training.methods import METHODS
 from maskalign_lab.workbench.jobs import run_study
 
-ARMS = (*HEADLINE, *ABLATIONS, *CONTROLS, *ON_REPA)
 FINDINGS = {  # (metric, budget, arm, other) -> verdict and difference, as the study's findings tell them
     ("gap", "steps", "MaskAlign", "REG"): ("reproduced", -0.0010),
     ("gap", "steps", "REPA + MaskAlign", "REPA"): ("reproduced", -0.0022),
@@ -81,10 +89,10 @@ def test_the_table_that_ships_is_paired(shipped):
 @pytest.mark.parametrize(("group", "baseline"), [((*HEADLINE, *ABLATIONS, *CONTROLS), "REG"), (ON_REPA, "REPA")])
 def test_the_table_that_ships_is_what_todays_recipes_would_train(group, baseline, shipped):
     """`-p seeds 5` finds the rows by the identity of their runs: nothing is trained again."""
-    plan = lengths({arm.name: arm.recipe(overrides=TABLE["laptop"]) for arm in group}, baseline)
+    plan = lengths({arm.name: arm.recipe(overrides=SCALES["laptop"].overrides) for arm in group}, baseline)
     for arm in group:
         rows = [row for row in shipped if row["arm"] == arm.name]
-        recipes = {row["seed"]: arm.recipe(seed=row["seed"], overrides=TABLE["laptop"]) for row in rows}
+        recipes = {row["seed"]: arm.recipe(seed=row["seed"], overrides=SCALES["laptop"].overrides) for row in rows}
         assert {row["identity"] for row in rows} == {
             run_identity(recipe, plan[arm.name]) for recipe in recipes.values()
         }
@@ -107,7 +115,7 @@ def test_every_arm_trains_and_is_measured(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_arms_differ_by_the_same_at_every_preset(preset):
-    recipes = {arm.name: arm.recipe(preset, overrides=TABLE[preset]) for arm in ARMS}
+    recipes = {arm.name: arm.recipe(preset, overrides=SCALES[preset].overrides) for arm in ARMS}
     base, haste = recipes["REG"], recipes["HASTE"]
     assert recipes["two blocks behind"].network.depth == base.network.depth + 2
     assert recipes["aligned two deeper"].method.depth == base.method.depth + 2 <= base.network.depth
