@@ -12,10 +12,10 @@ from maskalign_lab.base import paths
 from maskalign_lab.measure.verdicts import Paired, beside, by_seed, paired
 from maskalign_lab.runs.experiments import Length, load_rows, results_file, run_identity
 from maskalign_lab.runs.run import load_run
-from maskalign_lab.studies.ahpa.arms import (
-    LEVELS,
-    SCALES,
-    TRACED,
+from maskalign_lab.studies.ahpa.arms import LEVELS, SCALES, TRACED
+from maskalign_lab.studies.ahpa.film import load_film
+from maskalign_lab.studies.ahpa.routing import measure_routing
+from maskalign_lab.studies.ahpa.tables import (
     agreement,
     as_routing,
     coarse_in_noise,
@@ -24,8 +24,6 @@ from maskalign_lab.studies.ahpa.arms import (
     oracle_table,
     routings,
 )
-from maskalign_lab.studies.ahpa.film import load_film
-from maskalign_lab.studies.ahpa.routing import measure_routing
 from maskalign_lab.workbench.jobs import run_study
 
 smoke = smoke_fixture("06")
