@@ -156,10 +156,10 @@ def coarse_in_noise(
 def contrasts(
     rows: Sequence[dict[str, Any]],  # of the oracle's arms
     levels: Sequence[str],
-) -> dict[str, Paired]:  # those that have rows
+) -> dict[str, Paired]:  # by level; those that have rows
     """`coarse_in_noise` of every level beside the first."""
-    found = {f"{level} in the noise": coarse_in_noise(rows, level, levels[0]) for level in levels[1:]}
-    return {name: one for name, one in found.items() if one}
+    found = {level: coarse_in_noise(rows, level, levels[0]) for level in levels[1:]}
+    return {level: one for level, one in found.items() if one}
 
 # %% ../../../nbs/lib/studies/ahpa/tables.ipynb #f9f03a01
 def agreement(
