@@ -1254,6 +1254,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                          'maskalign_lab/studies/ahpa/opening.py')},
             'maskalign_lab.studies.ahpa.router_findings': { 'maskalign_lab.studies.ahpa.router_findings.bilevel': ( 'lib/studies/ahpa/router_findings.html#bilevel',
                                                                                                                     'maskalign_lab/studies/ahpa/router_findings.py'),
+                                                            'maskalign_lab.studies.ahpa.router_findings.classes': ( 'lib/studies/ahpa/router_findings.html#classes',
+                                                                                                                    'maskalign_lab/studies/ahpa/router_findings.py'),
                                                             'maskalign_lab.studies.ahpa.router_findings.elsewhere': ( 'lib/studies/ahpa/router_findings.html#elsewhere',
                                                                                                                       'maskalign_lab/studies/ahpa/router_findings.py'),
                                                             'maskalign_lab.studies.ahpa.router_findings.fluctuates': ( 'lib/studies/ahpa/router_findings.html#fluctuates',

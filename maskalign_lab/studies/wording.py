@@ -119,7 +119,7 @@ def findings(
         except NotTrained:
             missing += 1
     if not lines:
-        return "There are no rows to find anything in; `-p seeds 1` trains them with one seed."
+        return "The rows that these findings are about are missing here; `-p seeds 1` trains them with one seed."
     verdicts = sum(line.count("(*") for line in lines)
     left_out = f" Findings about arms that have no rows here: {missing}." if missing else ""
     return "\n".join([*lines, "", by_luck(verdicts) + left_out])
