@@ -143,7 +143,7 @@ def scrubber(film: Film) -> Scrubber:
     return Scrubber(lambda **state: view(film, **state), controls, lambda: strip(film))
 
 # %% ../../../nbs/lib/studies/ahpa/film.ipynb #27db5b18
-PLATE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5}  # behind the name of a picture
+PLATE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5}  # behind the name of an image
 
 
 def strip(film: Film) -> Figure:

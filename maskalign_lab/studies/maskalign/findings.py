@@ -22,7 +22,7 @@ from ..wording import NotTrained, compared, findings, interval, mean_of, percent
 
 # %% ../../../nbs/lib/studies/maskalign/findings.ipynb #dd5a46c0
 def stability(rows: Sequence[dict[str, Any]]) -> str:
-    """The stability gap of REG, of MaskAlign, and of either part alone."""
+    """The stability gap of REG and of MaskAlign."""
     reg, gap = mean_of(rows, "REG", "gap"), list(by_seed(rows, "gap").get("MaskAlign", {}).values())
     against_reg = compared(rows, "MaskAlign", "REG", STEADIER["MaskAlign"], "gap")
     text = (
