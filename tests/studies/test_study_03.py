@@ -30,7 +30,8 @@ from maskalign_lab.studies.prediction_targets.arms import (
 )
 from maskalign_lab.studies.prediction_targets.figures import nine_table
 from maskalign_lab.studies.prediction_targets.film import load_film
-from maskalign_lab.studies.prediction_targets.manifold import DATA, LEFT, ToyConfig
+from maskalign_lab.studies.prediction_targets.manifold import DATA, ToyConfig
+from maskalign_lab.studies.prediction_targets.manifold_measures import LEFT
 from maskalign_lab.studies.prediction_targets.manifold_survey import energies, paired_ratio, pick
 from maskalign_lab.studies.prediction_targets.measures import AXES, JITS_TIMES, versus_x, width_bound, with_jits_times
 from maskalign_lab.workbench.jobs import run_study

@@ -26,7 +26,7 @@ from ...prediction_targets import KINDS, SIDE, space_weight
 from ...runs.evaluation import judge_samples
 from ...runs.presets import make_recipe
 from ...runs.run import Run
-from .arms import BY_SIZE, MATCHED, WIDER, target_arm
+from .arms import BY_SIZE, MATCHED, WIDER
 
 # %% ../../../nbs/lib/studies/prediction_targets/measures.ipynb #cf9d5001
 TIMES = tuple(round(0.05 + 0.1 * k, 2) for k in range(10))
