@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TIMES', 'SPECTRUM_TIME', 'RANKED', 'JITS_TIMES', 'AXES', 'implied', 'split_error', 'width_bound', 'measure_target',
-           'law_weights', 'with_jits_times', 'claimed', 'versus_x', 'log_ratio']
+           'law_weights', 'with_jits_times', 'claimed', 'versus_x', 'log_ratio', 'by_width']
 
 # %% ../../../nbs/lib/studies/prediction_targets/measures.ipynb #e4135d3a
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ from ...prediction_targets import KINDS, SIDE, space_weight
 from ...runs.evaluation import judge_samples
 from ...runs.presets import make_recipe
 from ...runs.run import Run
-from .arms import BY_SIZE, MATCHED, WIDER
+from .arms import BY_SIZE, MATCHED, WIDER, target_arm
 
 # %% ../../../nbs/lib/studies/prediction_targets/measures.ipynb #cf9d5001
 TIMES = tuple(round(0.05 + 0.1 * k, 2) for k in range(10))
@@ -167,3 +167,20 @@ def log_ratio(rows: Sequence[Mapping[str, Any]], metric: str, over: str, under: 
         if row["arm"] in values:
             values[row["arm"]][row["seed"]] = float(np.log(row[metric]))
     return beside(values[over], values[under])
+
+# %% ../../../nbs/lib/studies/prediction_targets/measures.ipynb #4421a097
+def by_width(
+    rows: Sequence[Mapping[str, Any]],
+    width: int = 96,  # channels of the networks whose arms tell none
+) -> "pd.DataFrame":  # noqa: F821
+    """The v-loss of x- and v-prediction by the network's width, with the bound; only what was trained."""
+    import pandas as pd
+
+    table = []
+    for kind in ("x", "v"):
+        for channels in dict.fromkeys((width, 192, 384)):
+            arm = target_arm(kind, "v", 64, width=0 if channels == width else channels)
+            if found := [row["velocity"] for row in rows if row["arm"] == arm.name]:
+                entry = {"prediction": kind, "channels": channels, "seeds": len(found), "v-loss": np.mean(found)}
+                table.append(entry | {"bound": width_bound(kind, "velocity", channels, 768)})
+    return pd.DataFrame(table)
