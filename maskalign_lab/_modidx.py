@@ -1556,6 +1556,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                                      'maskalign_lab/studies/prediction_targets/findings.py'),
                                                                    'maskalign_lab.studies.prediction_targets.findings.target_shares': ( 'lib/studies/prediction_targets/findings.html#target_shares',
                                                                                                                                         'maskalign_lab/studies/prediction_targets/findings.py'),
+                                                                   'maskalign_lab.studies.prediction_targets.findings.three_digits': ( 'lib/studies/prediction_targets/findings.html#three_digits',
+                                                                                                                                       'maskalign_lab/studies/prediction_targets/findings.py'),
                                                                    'maskalign_lab.studies.prediction_targets.findings.values_of': ( 'lib/studies/prediction_targets/findings.html#values_of',
                                                                                                                                     'maskalign_lab/studies/prediction_targets/findings.py'),
                                                                    'maskalign_lab.studies.prediction_targets.findings.weighting_text': ( 'lib/studies/prediction_targets/findings.html#weighting_text',
