@@ -49,20 +49,24 @@ def near_data_text(
     )
 
 # %% ../../../nbs/lib/studies/prediction_targets/error_findings.ipynb #cdaf20a9
-def rank_text(rows: Rows) -> str:
+def rank_text(
+    rows: Rows,
+    width: int,  # channels of the networks
+) -> str:
     """How many directions of its width each prediction uses."""
     x, v, eps = ({size: mean_of(rows, "rank per t", kind, "v", size) for size in SIZES} for kind in ("x", "v", "eps"))
     noise, few = np.concatenate([eps[64], eps[128]]), np.concatenate([x[size] for size in LARGER])
-    borne_out(noise.min() > 85, few.max() < 30, all(x[k][-1] > x[k][0] for k in (64, 128)))
+    borne_out(noise.min() > 0.9 * width, few.max() < 0.3 * width, all(x[k][-1] > x[k][0] for k in (64, 128)))
     borne_out(all(v[k][0] == v[k].min() < noise.min() and v[k][-1] == v[k].max() for k in (64, 128)))
     ends = {size: f"from {x[size].max():.0f} to {x[size][-1]:.0f}" for size in (16, 32)}
     return (
         f"At 64 and 128 pixels $\\varepsilon$ uses nearly all that the width allows, {noise.min():.0f} to "
-        f"{noise.max():.0f} of 96 at all times; v uses fewer near the data, {v[64].min():.0f} to {v[64].max():.0f} at "
-        f"64 pixels and {v[128].min():.0f} to {v[128].max():.0f} at 128. x-prediction gets along with {few.min():.0f} "
-        f"to {few.max():.0f} from 32 pixels on, and not with fewer the noisier the image is: at 128 pixels its rank "
-        f"rises from {x[128][0]:.1f} to {x[128][-1]:.1f}, at 64 from {x[64][0]:.0f} to {x[64].max():.0f}. At 32 pixels "
-        f"it falls in the end, {ends[32]}, and at 16 {ends[16]}. Study 08 will build on this."
+        f"{noise.max():.0f} of {width} at all times; v uses fewer near the data, {v[64].min():.0f} to "
+        f"{v[64].max():.0f} at 64 pixels and {v[128].min():.0f} to {v[128].max():.0f} at 128. x-prediction gets along "
+        f"with {few.min():.0f} to {few.max():.0f} from 32 pixels on, and not with fewer the noisier the image is: at "
+        f"128 pixels its rank rises from {x[128][0]:.1f} to {x[128][-1]:.1f}, at 64 from {x[64][0]:.0f} to "
+        f"{x[64].max():.0f}. At 32 pixels it falls in the end, {ends[32]}, and at 16 {ends[16]}. Study 08 will build "
+        "on this."
     )
 
 # %% ../../../nbs/lib/studies/prediction_targets/error_findings.ipynb #6eb482bd

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['Rows', 'LARGER', 'Unsaid', 'in_words', 'borne_out', 'values_of', 'mean_of', 'series', 'percent', 'three_digits',
-           'shares_across', 'across_text', 'channels_text', 'judge_table', 'class_seen', 'judged', 'judge_text',
-           'longer_text', 'space_by_judge', 'prefers_x_loss', 'space_text', 'pair_effects', 'target_shares',
-           'neither_rules', 'scales_disagree', 'weighting_text', 'one_image_facts', 'one_image_text']
+           'shares_across', 'across_text', 'channels_text', 'judge_table', 'class_seen', 'judge_difference',
+           'judge_agrees', 'judge_text', 'longer_text', 'space_by_judge', 'prefers_x_loss', 'space_text',
+           'pair_effects', 'target_shares', 'neither_rules', 'scales_disagree', 'weighting_text', 'one_image_facts',
+           'one_image_text']
 
 # %% ../../../nbs/lib/studies/prediction_targets/findings.ipynb #187c5184
 from collections.abc import Callable, Mapping, Sequence
@@ -127,28 +128,35 @@ def class_seen(rows: Rows) -> list[float]:  # shares, one a training with the v-
     """How often the judge sees the class that was wanted."""
     return [row["accuracy"] for row in rows if "frechet" in row and ", v-loss, " in row["arm"]]
 
+# %% ../../../nbs/lib/studies/prediction_targets/findings.ipynb #37add4e0
+def judge_difference(rows: Rows, arm: Arm, other: Arm) -> Paired:
+    """The judge's distance of one arm less that of another, paired over seeds."""
+    both = []
+    for each in (arm, other):
+        values_of(rows, "frechet", each)
+        both.append({row["seed"]: row["frechet"] for row in rows if row["arm"] == each.name})
+    if (found := beside(*both)) is None:
+        raise Unsaid(f"{arm.name!r} and {other.name!r} have no seed in common")
+    return found
 
-def judged(rows: Rows, kind: str, space: str = "v", size: int = 16) -> dict[int, float]:
-    """The judge's distance of one combination, seed by seed."""
-    arm = target_arm(kind, space, size)
-    values_of(rows, "frechet", arm)
-    return {row["seed"]: row["frechet"] for row in rows if row["arm"] == arm.name}
+# %% ../../../nbs/lib/studies/prediction_targets/findings.ipynb #b7e57c6b
+def judge_agrees(
+    table: pd.DataFrame,  # of `judge_table`
+) -> bool:
+    """Whether the judge prefers x to v, and v to eps, from 32 pixels on."""
+    larger = table.drop("16 px", errors="ignore")
+    ranked = (larger["x"] < larger["v"]) & (larger["v"] < larger["eps"].fillna(np.inf))  # not all widths have eps
+    return len(larger) > 0 and bool(ranked.all())
 
 # %% ../../../nbs/lib/studies/prediction_targets/findings.ipynb #33e13dbd
 def judge_text(rows: Rows) -> str:
     """Whom the judge prefers, and how much its distances mean."""
-    x, v = judged(rows, "x"), judged(rows, "v")
+    x, v = target_arm("x"), target_arm("v")
+    level = judge_difference(rows, x, v).verdict(0).startswith("undecided")
     table, seen = judge_table(rows), class_seen(rows)
-    larger, kinds = table.drop("16 px"), list(KINDS)
-    times = (table[kinds].min(axis=1) / table["floor"]).min()
-    borne_out(
-        beside(x, v).verdict(0).startswith("undecided"),
-        (larger["x"] < larger["v"]).all(),
-        (larger["v"] < larger["eps"].fillna(np.inf)).all(),
-        times > 5 and len(larger) > 0,
-        0.05 < min(seen) and max(seen) < 0.15,
-    )
-    both = series([np.mean(list(each.values())) for each in (x, v)])
+    times = (table[list(KINDS)].min(axis=1) / table["floor"]).min()
+    borne_out(level, judge_agrees(table), times > 5, 0.05 < min(seen), max(seen) < 0.15)
+    both = series([values_of(rows, "frechet", arm).mean() for arm in (x, v)])
     return (
         "From 32 pixels on the judge agrees with the axes above: x, then v, then $\\varepsilon$. At 16 it cannot tell "
         f"x from v ({both}). None of the networks in this table makes good images: distances are at least {int(times)} "
@@ -161,16 +169,16 @@ def longer_text(
     rows: Rows,  # of the networks that were trained longer
 ) -> str:
     """Whom the judge prefers after a longer training at the smallest size."""
-    x, v = (mean_of(rows, "frechet", kind) for kind in ("x", "v"))
-    borne_out(x < v, mean_of(rows, "velocity", "v") < mean_of(rows, "velocity", "x"))
+    (x, *more_x), (v, *more_v) = (values_of(rows, "frechet", target_arm(kind)) for kind in ("x", "v"))
+    borne_out(x < v, not more_x and not more_v, mean_of(rows, "velocity", "v") < mean_of(rows, "velocity", "x"))
     return f"At 16 pixels the judge prefers x here ({x:.1f} to {v:.1f}), where the v-loss prefers v; of each there is one seed."
 
 # %% ../../../nbs/lib/studies/prediction_targets/findings.ipynb #fef03d44
 def space_by_judge(rows: Rows, kind: str) -> list[Paired]:  # at 16, 64 and 128 pixels
     """The judge's distance with the x-loss, less that with the v-loss."""
-    return [beside(judged(rows, kind, "x", size), judged(rows, kind, "v", size)) for size in (16, 64, 128)]
+    return [judge_difference(rows, *(target_arm(kind, space, size) for space in ("x", "v"))) for size in (16, 64, 128)]
 
-
+# %% ../../../nbs/lib/studies/prediction_targets/findings.ipynb #8981489b
 def prefers_x_loss(v: Sequence[Paired], x: Sequence[Paired]) -> bool:
     """For v at all sizes, and for x at the smallest, while the others are undecided with the same sign."""
     words = [each.verdict(0).split()[0] for each in (*v, *x)]

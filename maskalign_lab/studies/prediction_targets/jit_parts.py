@@ -47,11 +47,12 @@ def jit_conclusion(
 ) -> str:
     """What a short training says about the parts of JiT."""
     parts = {arm: [row for row in rows if row["arm"] == arm] for arm in CLAIMS}
-    if not all(parts.values()) or not all("frechet" in row for row in rows):
-        raise Unsaid("not all parts of JiT were left out in turn, or no judge has seen samples")
+    seeds = {tuple(row["seed"] for row in of) for of in parts.values()}
+    if len(seeds) > 1 or seeds == {()} or not all("frechet" in row for row in rows):
+        raise Unsaid("not all parts of JiT were left out in turn with the same seeds, or no judge has seen samples")
     loss, over_times, judge = (part_table(rows, metric) for metric in ("velocity", *JITS_TIMES, "frechet"))
     worse = [a["frechet"] > b["frechet"] for a, b in zip(parts["without bottleneck"], parts["JiT"], strict=True)]
-    borne_out(little_is_decided(loss, over_times, judge), *worse)
+    borne_out(little_is_decided(loss, over_times, judge), len(worse) == 3, *worse)
     jit, bare, seen = loss.loc["JiT"], loss.loc["without bottleneck"], judge.loc["without bottleneck"]
     rope, share = over_times.loc["without rotary positions"], percent(clean_end_share(rows, JIT_ARMS[0]))
     return (

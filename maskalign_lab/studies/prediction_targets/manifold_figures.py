@@ -46,6 +46,12 @@ def outside(points: np.ndarray) -> str:
     share = float((np.abs(points) > REACH).any(1).mean())
     return f"{share:.0%} outside" if share > 0.01 else ""
 
+# %% ../../../nbs/lib/studies/prediction_targets/manifold_figures.ipynb #2e70d822
+def _samples(axis: Any, points: np.ndarray, data: str, prediction: str) -> None:
+    """A cloud over the data, and how much of it is out of sight."""
+    scatter(axis, Points("", points, REACH, data_points(data), COLOURS[prediction]))
+    axis.annotate(outside(points), (0.97, 0.03), xycoords="axes fraction", ha="right", fontsize=8)
+
 # %% ../../../nbs/lib/studies/prediction_targets/manifold_figures.ipynb #ff245b12
 def samples_figure(
     flows: Mapping[str, np.ndarray],  # from `load_flows`
@@ -58,9 +64,7 @@ def samples_figure(
     axes = figure.subplots(len(PREDICTIONS), len(dims), sharex=True, sharey=True, squeeze=False)
     for row, prediction in zip(axes, PREDICTIONS):
         for axis, dim in zip(row, dims):
-            points = flows[one_of(flow_name(data, dim, prediction), flows, "flow")][-1]
-            scatter(axis, Points("", points, REACH, data_points(data), COLOURS[prediction]))
-            axis.annotate(outside(points), (0.97, 0.03), xycoords="axes fraction", ha="right", fontsize=8)
+            _samples(axis, flows[one_of(flow_name(data, dim, prediction), flows, "flow")][-1], data, prediction)
         row[0].set_ylabel(f"{NAMES[prediction]}-prediction")
     for axis, dim in zip(axes[0], dims):
         axis.set_title(f"D = {dim}")

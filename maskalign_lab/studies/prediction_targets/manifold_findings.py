@@ -44,6 +44,8 @@ def criterion_ratios(rows: Rows) -> dict[str, tuple[Ratio, Ratio]]:  # data -> e
     found = {}
     for data in DATA:
         low, high, v = (case(rows, data=data, dim=dim, prediction=p) for dim, p in ((2, "x"), (512, "x"), (512, "v")))
+        if not {row["seed"] for row in low} & {row["seed"] for row in high} & {row["seed"] for row in v}:
+            raise Unsaid(f"the cases of the {data} have no seed in common")
         found[data] = paired_ratio(v, high, "off"), paired_ratio(high, low, "on")
     return found
 
