@@ -21,7 +21,7 @@ CLAIMS = {JIT_WORDS.get(arm.name, arm.name): arm.claim for arm in JIT_ARMS}
 
 
 def in_readers_words(rows: Rows) -> list[dict[str, Any]]:
-    """Rows of JiT's arms, with JiT's times and the names that readers are told."""
+    """Rows of JiT's arms in readers' words, with the v-loss over JiT's times."""
     return [row | {"arm": JIT_WORDS.get(row["arm"], row["arm"])} for row in with_jits_times(rows)]
 
 # %% ../../../nbs/lib/studies/prediction_targets/jit_parts.ipynb #b94f21dc

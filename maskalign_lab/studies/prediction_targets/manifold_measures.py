@@ -158,7 +158,7 @@ def least_energy(
     return max(0, dim - 2 - width)
 
 # %% ../../../nbs/lib/studies/prediction_targets/manifold_measures.ipynb #58c61019
-TOY_TIMES = tuple(round(0.05 + 0.1 * i, 2) for i in range(10))  # where one-step errors are told
+TOY_TIMES = tuple(round(0.05 + 0.1 * i, 2) for i in range(10))  # where one-step errors are reported
 
 # %% ../../../nbs/lib/studies/prediction_targets/manifold_measures.ipynb #3a4bd8d9
 def measure_toy(
