@@ -89,7 +89,7 @@ def repa_losses(path, t=None):
 def test_the_losses_of_repa(path):
     _, _, losses = repa_losses(path)
     out = golden("repa").out
-    assert_close(losses.parts["velocity"], out[f"loss.{path}.denoising"].mean(), rtol=1e-5, atol=0)
+    assert_close(losses.parts["denoising"], out[f"loss.{path}.denoising"].mean(), rtol=1e-5, atol=0)
     assert_close(losses.parts["alignment"], out[f"loss.{path}.proj"].squeeze(), rtol=1e-5, atol=0)
     assert_close(losses.total, out[f"loss.{path}.total_coeff0.5"].squeeze(), rtol=1e-5, atol=0)
 
@@ -99,7 +99,7 @@ def test_the_losses_of_repa_at_lognormal_noise_levels(path):
     sigma, out = golden("repa").inputs["lognormal_z"].exp(), golden("repa").out
     t = sigma / (1 + sigma) if path == "linear" else 2 / torch.pi * torch.atan(sigma)
     _, _, losses = repa_losses(path, t)
-    assert_close(losses.parts["velocity"], out[f"loss_lognormal.{path}.denoising"].mean(), rtol=1e-5, atol=0)
+    assert_close(losses.parts["denoising"], out[f"loss_lognormal.{path}.denoising"].mean(), rtol=1e-5, atol=0)
     assert_close(losses.parts["alignment"], out[f"loss_lognormal.{path}.proj"].squeeze(), rtol=1e-5, atol=0)
 
 
@@ -133,9 +133,7 @@ def test_the_deterministic_samplers_of_repa(solver, mode):
     record, official = golden("repa_sampler"), opened("repa_sampler")
     config = SamplerConfig(solver, record.config["num_steps"], **MODES[mode])
     assert_close(torch.tensor(solvers.SOLVERS[config.solver].times(config)), record.out["euler.t_steps"].float())
-    *_, last = sample(
-        official.net, official.objective, record.inputs["y"], config, start=record.inputs["latents"]
-    )
+    *_, last = sample(official.net, official.objective, record.inputs["y"], config, start=record.inputs["latents"])
     close(last.x, record.out[f"{solver}.{mode}"])
 
 
@@ -147,9 +145,7 @@ def test_the_stochastic_sampler_of_repa(path, mode, monkeypatch):
     assert_close(torch.tensor(solvers.SOLVERS[config.solver].times(config)), record.out["em.t_steps"].float())
     noises = iter(record.inputs["em_noises"])
     monkeypatch.setattr(solvers.torch, "randn", lambda *_, **__: next(noises))
-    *_, last = sample(
-        official.net, Objective(path), record.inputs["y"], config, start=record.inputs["latents"]
-    )
+    *_, last = sample(official.net, Objective(path), record.inputs["y"], config, start=record.inputs["latents"])
     close(last.x, record.out[f"em.{path}.{mode}"])
 
 
