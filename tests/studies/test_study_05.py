@@ -9,6 +9,7 @@ from shared.studies import check_figure, check_first_cells, check_smoke, own_fol
 
 from maskalign_lab.base import paths
 from maskalign_lab.measure.verdicts import against
+from maskalign_lab.measure.wording import NotTrained
 from maskalign_lab.runs.experiments import lengths, load_rows, results_file, run_arms, run_identity
 from maskalign_lab.runs.presets import PRESETS, make_recipe
 from maskalign_lab.runs.run import train
@@ -23,7 +24,6 @@ from maskalign_lab.studies.maskalign.arms import (
     measure_arm,
 )
 from maskalign_lab.studies.maskalign.measures import load_records
-from maskalign_lab.studies.wording import NotTrained
 from maskalign_lab.training.methods import METHODS
 from maskalign_lab.workbench.jobs import run_study
 
