@@ -33,8 +33,6 @@ FLOORS = (
 HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 LONGEST = 300  # lines of a module
 TOO_LONG: set[str] = {
-    "studies.prediction_targets.manifold_film",
-    "studies.prediction_targets.manifold",
     "studies.maskalign.influence",
     "studies.maskalign.measures",
     "studies.ahpa.arms",
@@ -57,7 +55,6 @@ IDLE: set[str] = {
     "runs.official_shapes",
     "runs.run",
     "studies.maskalign.measures",
-    "studies.prediction_targets.measures",
     "training.haste",
     "training.irepa",
     "training.loop",
