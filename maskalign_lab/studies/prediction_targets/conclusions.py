@@ -11,6 +11,7 @@ __all__ = ['THREE', 'ERROR', 'LOSS', 'JITS', 'VERDICTS', 'SMALL', 'LEVEL', 'fact
 # %% ../../../nbs/lib/studies/prediction_targets/conclusions.ipynb #3dc97a17
 import numpy as np
 import pandas as pd
+from ..wording import between
 
 from ...prediction_targets import SIDE
 from maskalign_lab.studies.prediction_targets.findings import (
@@ -44,7 +45,6 @@ from maskalign_lab.studies.prediction_targets.measures import (
     width_bound,
     with_jits_times,
 )
-from ..wording import between
 
 # %% ../../../nbs/lib/studies/prediction_targets/conclusions.ipynb #64adb393
 THREE = AXES | JITS_TIMES  # metric of the rows -> what it is called

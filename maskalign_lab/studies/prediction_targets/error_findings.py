@@ -7,6 +7,7 @@ __all__ = ['untrained_errors', 'clean_end_share', 'near_data_text', 'rank_text',
 
 # %% ../../../nbs/lib/studies/prediction_targets/error_findings.ipynb #8aed1e9e
 import numpy as np
+from ..wording import between
 
 from ...data.datasets import load_dataset
 from ...prediction_targets import KINDS
@@ -14,7 +15,6 @@ from ...runs.experiments import Arm
 from .arms import SIZES, target_arm
 from .findings import LARGER, Rows, borne_out, mean_of, percent, values_of
 from .measures import TIMES
-from ..wording import between
 
 # %% ../../../nbs/lib/studies/prediction_targets/error_findings.ipynb #049b7eb4
 def untrained_errors(dataset: str, t: float, size: int = 128) -> tuple[float, float]:

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from IPython.display import Markdown
+from ..wording import between
 
 from ...measure.verdicts import Paired, beside
 from ...prediction_targets import KINDS, main_effects
 from ...runs.experiments import Arm
 from .arms import SIZES, target_arm
 from .figures import LABELS, nine_table
-from ..wording import between
 
 # %% ../../../nbs/lib/studies/prediction_targets/findings.ipynb #72822f0e
 class Unsaid(ValueError):

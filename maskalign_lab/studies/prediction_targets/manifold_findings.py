@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from ..wording import between
 
 from .findings import Rows, Unsaid, borne_out, percent, series
 from .manifold import DATA, ToyConfig
@@ -25,7 +26,6 @@ from maskalign_lab.studies.prediction_targets.manifold_survey import (
     paired_ratio,
     pick,
 )
-from ..wording import between
 
 # %% ../../../nbs/lib/studies/prediction_targets/manifold_findings.ipynb #68369585
 def case(rows: Rows, **fields: Any) -> list[dict[str, Any]]:
