@@ -224,19 +224,3 @@ def test_validation_loss_is_paired_whatever_the_batches():
     parts = metrics.validation_loss(net, Objective(), x, y, bins=3, batch_size=7)
     torch.testing.assert_close(whole, parts)
     assert not torch.equal(whole, metrics.validation_loss(net, Objective(), x, y, bins=3, seed=1))
-
-
-@pytest.mark.parametrize("n", [0, 1])
-def test_too_few_values_have_no_interval_and_no_warning(n, recwarn):
-    _, half = metrics.mean_interval(torch.ones(3, n))
-    assert half.isnan().all() and not recwarn.list
-
-
-def test_a_share_of_all_or_none_is_not_certain():
-    """The interval is as wide for none as for all, is not 0, and shrinks with n."""
-    none, every = (metrics.share_half(torch.full((40,), value)) for value in (False, True))
-    assert (
-        none.item() == pytest.approx(every.item())
-        and every > 0.05
-        and metrics.share_half(torch.full((400,), True)) < every / 5
-    )
