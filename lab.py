@@ -183,22 +183,8 @@ def install_torch():
     # torch and torchvision of one index fit each other: both or neither, and no other index has a say
     keep = ("PIP_CERT", "PIP_CLIENT_CERT", "PIP_PROXY", "PIP_TRUSTED_HOST")
     env = {key: value for key, value in os.environ.items() if not key.startswith("PIP_") or key in keep}
-    done = quietly(
-        tool("python"),
-        "-m",
-        "pip",
-        "install",
-        "--no-deps",
-        "--retries",
-        "0",
-        "--timeout",
-        "10",
-        "--index-url",
-        CPU_INDEX,
-        "torch",
-        "torchvision",
-        env=dict(env, PIP_CONFIG_FILE=os.devnull),
-    )
+    words = "-m pip install --no-deps --retries 0 --timeout 10 torch torchvision --index-url".split()
+    done = quietly(tool("python"), *words, CPU_INDEX, env=dict(env, PIP_CONFIG_FILE=os.devnull))
     if done.returncode:
         say(f"  {CPU_INDEX} gave none: taking the usual build with CUDA, about 3 GB")
 

@@ -22,6 +22,7 @@ from maskalign_lab.base.devices import resolve_precision
 from maskalign_lab.base.seeding import generator
 from maskalign_lab.diffusion.sit import SIZES
 from maskalign_lab.maskalign import MaskAlign, count_kept
+from maskalign_lab.runs.facts import Facts
 from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.recipe import Recipe
 from maskalign_lab.runs.run import build
@@ -32,6 +33,7 @@ from maskalign_lab.workbench.benchmarking import Comparison, Ratio, in_turn, rat
 
 REG, RATIOS, BAR = "REG, all tokens", (0.0, 0.25, 0.5, 0.75), 0.04
 CLASSES, CHANNELS, SIDE, TEACHER, INSIDE = 1000, 4, 16, 768, 2048  # ImageNet's latents, DINOv2-B, projector
+FACTS = Facts(CLASSES, (TEACHER,), channels=CHANNELS)
 MIXER, ALIGNED = 2, {"S": 4, "B": 4, "XL": 8}  # blocks of the mixer; depth that is aligned, of the whole network
 PLANS = {  # size -> blocks, batch
     "short": {"S": (6, 1)},
@@ -77,7 +79,7 @@ def flops(recipe: Recipe, shares: tuple[float, ...] = (0.0,)) -> list[int]:
     """
     meta, batch, counted = torch.device("meta"), batch_for(recipe), []
     with meta:
-        net, method = build(recipe, CLASSES, TEACHER, CHANNELS)
+        net, method = build(recipe, FACTS)
     for share in shares:
         drop(method, share)
         drawn = vars(method.draw(batch, 0, partial(generator, 0)))
@@ -111,7 +113,7 @@ def by_hand(size: str, share: float) -> float:
 
 def stepper(recipe: Recipe, batch: Batch) -> Callable[[float], object]:
     """The next step of `fit` that drops a share. All shares use one network, since a step's time does not depend on weights."""
-    model, method = build(recipe, CLASSES, TEACHER, CHANNELS)
+    model, method = build(recipe, FACTS)
     steps = fit(model, method, lambda step: batch, recipe.training, device=str(batch.x.device))
 
     def step(share: float) -> object:

@@ -18,6 +18,7 @@ from maskalign_lab.diffusion import layers, sampling
 from maskalign_lab.diffusion.guidance import Field
 from maskalign_lab.diffusion.objectives import Objective
 from maskalign_lab.diffusion.sampling import SamplerConfig, last_sample
+from maskalign_lab.runs.facts import Facts
 from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.run import build
 from maskalign_lab.workbench.benchmarking import Comparison, in_turn, run_script
@@ -62,7 +63,7 @@ def drawer(
 def trained_looking(short: bool, device: torch.device) -> nn.Module:
     """The network of the preset with random weights everywhere, also where training starts from zero."""
     preset = "smoke" if short else "gpu" if device.type == "cuda" else "laptop"
-    net, _ = build(make_recipe("sit", preset), 10)
+    net, _ = build(make_recipe("sit", preset), Facts(10))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         for parameter in net.parameters():

@@ -1,7 +1,7 @@
 """Scrubbing: from a slider's event to the changed traces of the figure, in the kernel.
 
 The scrubber of study 01 changes values in a figure that stays. The plain way makes the figure of the new state and
-the widget that holds it. What the browser adds is measured by `tests/test_browser_widgets.py`.
+the widget that holds it. What the browser adds is measured by `tests/workbench/test_browser_scrubber.py`.
 
     python benchmarks/scrub.py [--short]
 """
@@ -14,8 +14,9 @@ import torch
 
 from maskalign_lab.gradient_norms import Film, Survey, scrubber
 from maskalign_lab.workbench.benchmarking import Comparison, in_turn, run_script
+from maskalign_lab.workbench.figure_widget import Drawing
 from maskalign_lab.workbench.plotly_figure import figure, values
-from maskalign_lab.workbench.scrubber import Drawing, Scrubber, Stage, pickers
+from maskalign_lab.workbench.scrubber import Scrubber, Stage, pickers
 
 PLAIN, OURS = "plain: a new figure for each state", "ours: values of the figure that is there"
 

@@ -28,6 +28,7 @@ from maskalign_lab.base.seeding import generator
 from maskalign_lab.diffusion import layers
 from maskalign_lab.diffusion.layers import attend
 from maskalign_lab.runs.experiments import step_flops
+from maskalign_lab.runs.facts import Facts
 from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.recipe import Recipe
 from maskalign_lab.runs.run import build
@@ -37,6 +38,7 @@ from maskalign_lab.workbench.benchmarking import Comparison, in_turn, run_script
 
 PLAIN, OURS, COMPILED = "plain: float32, foreach AdamW, looped EMA", "ours: what fit does", "ours, blocks compiled"
 CLASSES, TEACHER = 10, 192  # of the data; channels of the teacher's features
+FACTS = Facts(CLASSES, (TEACHER,))
 
 
 def recipe_for(short: bool, device: torch.device, name: str = "repa") -> Recipe:
@@ -87,7 +89,7 @@ def plain_step(
     foreach: bool = False,  # EMA in one call
 ) -> Callable[[], None]:
     """A step with some ingredients."""
-    device, (model, method) = batch.x.device, build(recipe, CLASSES, TEACHER)
+    device, (model, method) = batch.x.device, build(recipe, FACTS)
     model, method = model.to(device), method.to(device)
     ema, config, count = copy.deepcopy(model).requires_grad_(False), recipe.training, [0]
     learned = [p for m in (model, method) for p in m.parameters() if p.requires_grad]
@@ -123,7 +125,7 @@ def loss_of(method: Method, model: nn.Module, ema: nn.Module, batch: Batch, step
 def fit_step(recipe: Recipe, batch: Batch, compiled: bool = False) -> Callable[[], object]:
     """The library's own step: the next one of `fit`, with all that it watches."""
     recipe = replace(recipe, training=replace(recipe.training, compile=compiled))
-    model, method = build(recipe, CLASSES, TEACHER)
+    model, method = build(recipe, FACTS)
     steps = fit(model, method, lambda step: batch, recipe.training, device=str(batch.x.device))
     return partial(next, steps)
 
@@ -134,7 +136,7 @@ def fit_step(recipe: Recipe, batch: Batch, compiled: bool = False) -> Callable[[
 def speed(recipe: Recipe, n: int, seconds: list[float]) -> str:
     """Images and operations a second of steps with n images; the card's peak beside the latter is their share of it."""
     images = n / np.median(seconds)
-    return f"ours: {images:.4g} images/s, {1e-12 * images * step_flops(recipe, CLASSES, TEACHER):.3g} TFLOP/s"
+    return f"ours: {images:.4g} images/s, {1e-12 * images * step_flops(recipe, FACTS):.3g} TFLOP/s"
 
 
 def jit_step(short: bool, device: torch.device, rounds: int, compiled: bool) -> Comparison:
@@ -171,7 +173,7 @@ def optimizer_alone(recipe: Recipe, device: torch.device, rounds: int) -> Compar
     """AdamW's kernels on the network's own tensors."""
 
     def stepper(**kernels: bool) -> Callable[[], None]:
-        model = build(recipe, CLASSES, TEACHER)[0].to(device)
+        model = build(recipe, FACTS)[0].to(device)
         for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter)
         return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **kernels).step
@@ -182,7 +184,7 @@ def optimizer_alone(recipe: Recipe, device: torch.device, rounds: int) -> Compar
 
 def ema_alone(recipe: Recipe, device: torch.device, rounds: int) -> Comparison:
     """Moving the averaged weights."""
-    model, ema = (build(recipe, CLASSES, TEACHER)[0].to(device) for _ in range(2))
+    model, ema = (build(recipe, FACTS)[0].to(device) for _ in range(2))
     lists = [p.data for p in ema.parameters()], [p.data for p in model.parameters()]
     arms = {"looped": partial(looped_ema, ema, model, 0.999), "foreach": partial(update_ema, *lists, 0.999, 10**6)}
     return Comparison("EMA alone", in_turn(arms, rounds, device), "looped")

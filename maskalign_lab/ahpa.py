@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'ROUTERS', 'MIXES', 'LOSSES', 'REVISION', 'schedule', 'Router', 'closed_form', 'pull', 'check_window',
-           'check_mix', 'AHPAConfig', 'level_head', 'take_levels', 'AHPA', 'gains']
+           'check_mix', 'AHPAConfig', 'level_head', 'take_levels', 'in_window', 'AHPA', 'router_loss', 'gains']
 
 # %% ../nbs/06_ahpa.ipynb #a219fb61
 from dataclasses import dataclass, replace
@@ -171,6 +171,11 @@ def take_levels(levels: Tensor, keep: Tensor | None) -> Tensor:  # (b, K, n, d) 
     return levels if keep is None else levels.take_along_dim(keep[:, None, :, None], 2)
 
 # %% ../nbs/06_ahpa.ipynb #13bf1aad
+def in_window(t: Tensor, window: tuple[float, float]) -> Tensor:  # (b,) -> (b,) true or false
+    """Which times lie in the window, its ends included."""
+    return (t >= window[0]) & (t <= window[1])
+
+# %% ../nbs/06_ahpa.ipynb #dce1e5b9
 class AHPA(Method, name="ahpa"):
     """Alignment with the levels of the autoencoder, weighted by time (arXiv 2605.03317)."""
 
@@ -182,7 +187,7 @@ class AHPA(Method, name="ahpa"):
         looks = config.router == "bilevel" and step % config.probe_every == 0
         return (*cls.needs, "held_out") if looks else cls.needs
 
-    def build(self, net: nn.Module, teacher_dim: int) -> None:
+    def build(self, net: nn.Module, teacher_dims: tuple[int, ...]) -> None:
         config, width = self.config, self.config.projector_width
         check_depths((config.depth,), net.depth)
         self.collect = (config.depth,)
@@ -198,53 +203,60 @@ class AHPA(Method, name="ahpa"):
             return schedule(self.config.router, t, self.config.levels).log()
         return self.router.log_weights(t, y)
 
+    def distance(self, projected: Tensor, target: Tensor) -> Tensor:  # (b, n, z), (b, n, z) -> (b, n)
+        """1 - cosine, or smooth L1."""
+        if self.config.loss == "smooth-l1":
+            return smooth_l1(projected, target)
+        return 1 + cosine_alignment(projected, target)
+
     def level_losses(self, hidden: Tensor, levels: Tensor) -> Tensor:  # (b, n, d), (b, K, n, z) -> (b, K)
         """The loss of every level, a mean over tokens, in float32."""
         trunk = self.trunk(hidden)
         pairs = zip(self.heads, levels.unbind(1), strict=True)
         return torch.stack([self.distance(head(trunk), level).mean(1) for head, level in pairs], 1)
 
-    def distance(self, projected: Tensor, target: Tensor) -> Tensor:  # (b, n, z) -> (b, n)
-        """1 - cosine, or smooth L1."""
-        return (
-            smooth_l1(projected, target) if self.config.loss == "smooth-l1" else 1 + cosine_alignment(projected, target)
-        )
+    def mixed(self, hidden: Tensor, levels: Tensor, weights: Tensor) -> Tensor:  # (b, K) weights -> (b,)
+        """The weighted mean of the levels' losses, or the loss of the weighted mean of the levels."""
+        if self.config.mix == "losses":
+            return (weights * self.level_losses(hidden, levels)).sum(1)
+        target = torch.einsum("bk,bknz->bnz", weights.detach(), levels)
+        return self.distance(self.heads[0](self.trunk(hidden)), target).mean(1)
 
     def loss(self, state: State, batch: Batch, draw: Draw, phase: str = "main") -> Losses:
         config, levels = self.config, take_levels(batch.levels, draw.keep)
-        velocity, _, hidden = denoise(self, state.model, batch, draw)
+        denoising, _, hidden = denoise(self, state.model, batch, draw)
         log_weights = self.log_weights(draw.t, draw.y)  # (b, K)
-        weights, hidden = log_weights.exp(), hidden[config.depth]
-        if config.mix == "targets":
-            target = torch.einsum("bk,bknz->bnz", weights.detach(), levels)
-            aligned = self.distance(self.heads[0](self.trunk(hidden)), target).mean(1)  # (b,)
-        else:
-            mine = weights.detach() if config.router == "bilevel" else weights
-            aligned = (mine * self.level_losses(hidden, levels)).sum(1)
-        low, high = config.window
-        alignment = (aligned * ((draw.t >= low) & (draw.t <= high))).mean()
-        total = velocity + config.weight * (alignment + self.router_loss(state, batch, draw, log_weights))
+        weights = log_weights.exp()
+        given = weights.detach() if config.router == "bilevel" else weights
+        mixed = self.mixed(hidden[config.depth], levels, given)  # (b,)
+        alignment = (mixed * in_window(draw.t, config.window)).mean()
+        total = denoising + config.weight * (alignment + router_loss(self, state, batch, draw, log_weights))
         entropy = torch.special.entr(weights).sum(1).mean()
-        return Losses(total, {"velocity": velocity, "alignment": alignment, "router entropy": entropy})
+        return Losses(total, {"denoising": denoising, "alignment": alignment, "router entropy": entropy})
 
-    def router_loss(self, state: State, batch: Batch, draw: Draw, log_weights: Tensor) -> Tensor:
-        """The pull to the prior; of a bilevel router also what makes it prefer levels that help."""
-        config = self.config
-        if self.router is None:
-            return log_weights.new_zeros(())
-        strength = config.tau * pull(log_weights, schedule(config.prior, draw.t, config.levels)).mean()
-        if config.router != "bilevel":
-            return strength
-        if state.step % config.probe_every:
-            return log_weights.new_zeros(())  # the pull too rests between looks, or it would be as many times stronger
-        if len(batch.y) < 2:
-            raise ValueError(
-                f"a batch of {len(batch.y)} image: a bilevel router needs two or more; take training.batch_size=2 for each process"
-            )
-        useful = gains(self, state.model, batch, draw)
-        useful = useful - useful.mean(1, keepdim=True)  # what all levels have in common moves no weight
-        useful = useful / useful.std().clamp(min=1e-12)
-        return strength - (log_weights[::2].exp() * useful).sum(1).mean()
+# %% ../nbs/06_ahpa.ipynb #4341c263
+def router_loss(
+    method: AHPA,
+    state: State,
+    batch: Batch,
+    draw: Draw,
+    log_weights: Tensor,  # (b, K)
+) -> Tensor:
+    """The pull to the prior; of a bilevel router also what makes it prefer levels that help."""
+    config, bilevel = method.config, method.config.router == "bilevel"
+    if method.router is None or (bilevel and state.step % config.probe_every):
+        return log_weights.new_zeros(())
+    strength = config.tau * pull(log_weights, schedule(config.prior, draw.t, config.levels)).mean()
+    if not bilevel:
+        return strength
+    if len(batch.y) < 2:
+        raise ValueError(
+            f"a batch of {len(batch.y)} image: a bilevel router needs two or more; take training.batch_size=2 for each process"
+        )
+    useful = gains(method, state.model, batch, draw)
+    useful = useful - useful.mean(1, keepdim=True)  # what all levels have in common moves no weight
+    useful = useful / useful.std().clamp(min=1e-12)
+    return strength - (log_weights[::2].exp() * useful).sum(1).mean()
 
 # %% ../nbs/06_ahpa.ipynb #02a70004
 def gains(
@@ -267,8 +279,8 @@ def gains(
 
     with torch.autocast(batch.x.device.type, enabled=False):  # a small step is lost in bfloat16
         with torch.enable_grad():
-            velocity = denoise(method, model, second, other).velocity
-            slopes = torch.autograd.grad(velocity, list(named.values()), allow_unused=True)
+            denoising = denoise(method, model, second, other).denoising
+            slopes = torch.autograd.grad(denoising, list(named.values()), allow_unused=True)
         slopes = [torch.zeros_like(p) if g is None else g for p, g in zip(named.values(), slopes, strict=True)]
         norms = [torch.stack([each.norm() for each in group]).norm() for group in (named.values(), slopes)]
         step = size * norms[0] / norms[1].clamp(min=1e-12)

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 from tyro.conf import Positional, UseAppendAction, arg
 
 from . import network_commands  # noqa: F401  (importing a module registers its commands)
-from .base import paths  # noqa: F401  (importing a module registers its commands)
+from .base import paths
 from .base.errors import one_of
 from .workbench.commands import COMMANDS, command, overview, parse
 
@@ -89,8 +89,8 @@ class Open:
 
 # %% ../nbs/lib/cli.ipynb #fb5d9137
 def copy_notebooks(
-    source: Path,
-    target: Path,
+    source: Path,  # folder of the shipped ones
+    target: Path,  # folder of the copies, in the same order of folders
 ) -> tuple[list[Path], list[Path]]:
     """Copy notebooks that are not there yet; returns those copied, and those that exist with other content."""
     shipped = [path for path in sorted(source.rglob("*.ipynb")) if ".ipynb_checkpoints" not in path.parts]
@@ -104,8 +104,8 @@ def copy_notebooks(
 
 # %% ../nbs/lib/cli.ipynb #46a7859e
 def start_lab(
-    folder: Path,
-    browser: bool,
+    folder: Path,  # its root
+    browser: bool,  # let it open one
 ) -> int:
     """JupyterLab of this interpreter, until it ends."""
     options = [] if browser else ["--no-browser"]
@@ -206,3 +206,7 @@ def run_bench(options: Bench) -> int:
 
     bench([options.name] if options.name else [], options.short, options.device, options.out)
     return 0
+
+# %% ../nbs/lib/cli.ipynb #7d60bfda
+if __name__ == "__main__" and "__file__" in globals():
+    sys.exit(main())

@@ -57,7 +57,7 @@ class MaskAlign(Method, name="maskalign"):
     Config = MaskAlignConfig
     network = "network.mixer_depth=2"
 
-    def build(self, net: nn.Module, teacher_dim: int) -> None:
+    def build(self, net: nn.Module, teacher_dims: tuple[int, ...]) -> None:
         config, self.tokens = self.config, net.side**2
         self.kept = count_kept(self.tokens, config.mask_ratio)
         inner = method_class(config.inner.name)
@@ -68,7 +68,7 @@ class MaskAlign(Method, name="maskalign"):
                 f"MaskAlign cannot drop tokens from {config.inner.name!r}: {inner.needs_grid}; "
                 "take inner reg or repa, whose projectors see one token at a time"
             )
-        self.inner = inner(net, self.objective, config.inner, self.label_dropout, teacher_dim)
+        self.inner = inner(net, self.objective, config.inner, self.label_dropout, teacher_dims)
 
     def draw(self, batch: Batch, step: int, generator: Callable[[int, str], torch.Generator]) -> Draw:
         draw = self.inner.draw(batch, step, generator)
@@ -118,8 +118,8 @@ class MaskInput(MaskAlign, name="mask-input"):
 
     Config = MaskInputConfig
 
-    def build(self, net: nn.Module, teacher_dim: int) -> None:
-        super().build(net, teacher_dim)
+    def build(self, net: nn.Module, teacher_dims: tuple[int, ...]) -> None:
+        super().build(net, teacher_dims)
         self.mask_token = nn.Parameter(0.02 * torch.randn(net.width))
 
     def loss(self, state: State, batch: Batch, draw: Draw, phase: str = "main") -> Losses:

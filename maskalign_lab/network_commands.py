@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Train', 'folder_for', 'run_train', 'Teach', 'run_teach', 'TrainJudge', 'run_judge', 'Sample', 'chosen_classes',
-           'chosen_sampler', 'run_sample', 'Measure', 'run_measure', 'Runs', 'run_runs', 'Import', 'run_import',
-           'Export', 'run_export']
+           'chosen_sampler', 'must_make_images', 'run_sample', 'Measure', 'run_measure', 'Runs', 'run_runs', 'Import',
+           'run_import', 'Export', 'run_export']
 
 # %% ../nbs/lib/network_commands.ipynb #798e6f4f
 import dataclasses
@@ -121,7 +121,7 @@ class Sample:
     steps: int | None = None  # of the solver; default: 25, or as they do
     seed: int = 0  # of the starting noise
     device: str = "auto"  # auto, cpu, cuda, mps
-    out: str = "grid.png"  # the picture
+    out: str = "grid.png"  # the image file
 
 # %% ../nbs/lib/network_commands.ipynb #b215a598
 def chosen_classes(
@@ -135,7 +135,7 @@ def chosen_classes(
 
 # %% ../nbs/lib/network_commands.ipynb #5d0a7c31
 def chosen_sampler(
-    options: Sample,
+    options: Sample,  # as typed; what was not typed is None
     known: Any,  # SamplerConfig of an imported run, or None
 ) -> Any:  # SamplerConfig
     """How to sample: as typed, else as the run's authors do, else Heun in 25 steps with guidance 2."""
@@ -146,6 +146,17 @@ def chosen_sampler(
     return dataclasses.replace(known or SamplerConfig("heun", 25, 2.0), **given)
 
 # %% ../nbs/lib/network_commands.ipynb #e3f76121
+def must_make_images(
+    run: Any,  # a loaded run
+) -> None:
+    """An error for a run whose samples cannot be turned into images."""
+    if run.net.in_channels != 3 and not run.autoencoder:
+        raise ValueError(
+            f"run {run.name!r} makes latents of {run.net.in_channels} channels, not images, and names no autoencoder; "
+            "nothing to draw"
+        )
+
+# %% ../nbs/lib/network_commands.ipynb #7c841e88
 @command("sample", Sample)
 def run_sample(options: Sample) -> int:
     """Draw a grid of images and write it."""
@@ -160,17 +171,13 @@ def run_sample(options: Sample) -> int:
     device = resolve_device(options.device)
     run = load_run(options.run, device=str(device))
     config = chosen_sampler(options, run.sampler)
-    if run.net.in_channels != 3 and not run.autoencoder:
-        raise ValueError(
-            f"run {run.name!r} makes latents of {run.net.in_channels} channels, not images, and names no autoencoder; nothing "
-            "to draw"
-        )
+    must_make_images(run)
     classes = chosen_classes(options.classes, run.net.num_classes)
     y = torch.tensor(classes, device=device).repeat_interleave(options.n)
     x = last_sample(run.net, run.recipe.objective, y, config, options.seed)  # (b, c, h, w)
-    pixels = to_pixels(run.pictures(x))
     title = f"{run.name}, step {run.step:,}, guidance {config.guidance:g}"
-    print(save_png(sample_grid(pixels, options.n, [f"class {k}" for k in classes], title), Path(options.out)))
+    grid = sample_grid(to_pixels(run.pictures(x)), options.n, [f"class {k}" for k in classes], title)
+    print(save_png(grid, Path(options.out)))
     return 0
 
 # %% ../nbs/lib/network_commands.ipynb #d85920d0

@@ -16,7 +16,8 @@ from .base.errors import one_of
 from .diffusion.interpolants import coefficients
 from .diffusion.objectives import Objective
 from .diffusion.sit import SiT
-from .training.loop import TrainingConfig, fit
+from .training.config import TrainingConfig
+from .training.loop import fit
 from .training.methods import Batch, MethodConfig, PlainSiT
 
 # %% ../nbs/03_prediction_targets.ipynb #f83d0319
@@ -87,5 +88,5 @@ def fit_one(
     method = PlainSiT(net, objective, MethodConfig())
     batch = Batch(image.expand(16, *image.shape), torch.zeros(16, dtype=torch.long))
     config = TrainingConfig(case.steps, lr=3e-3, warmup=50, cooldown=0.5, ema=0.9, seed=case.seed, precision="float32")
-    losses = [step.losses["velocity"] for step in fit(net, method, lambda _: batch, config, device="cpu")]
+    losses = [step.losses["denoising"] for step in fit(net, method, lambda _: batch, config, device="cpu")]
     return torch.stack(losses[-case.steps // 10 :]).mean().item()

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .diffusion.layers import take
 from .diffusion.objectives import draw_noise
 from .training.methods import Batch, Draw, Losses, State, denoise
-from .training.repa import REPA, REPAConfig, cosine_alignment
+from .training.repa import REPA, REPAConfig
 
 # %% ../nbs/04_reg.ipynb #43d9a627
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class REGConfig(REPAConfig):
     """REG's settings. Paper: weights 0.5 and 0.03, depth 4 (B) or 8 (L, XL), projector 2048."""
 
     name: str = "reg"
-    class_weight: float = 0.03  # beta, of the class token's velocity loss
+    class_weight: float = 0.03  # beta, of the class token's denoising loss
 
 # %% ../nbs/04_reg.ipynb #88c13c8a
 class REG(REPA, name="reg"):
@@ -32,14 +32,20 @@ class REG(REPA, name="reg"):
     Config = REGConfig
     needs = ("features", "class_token")
 
+    def build(self, net: nn.Module, teacher_dims: tuple[int, ...]) -> None:
+        if len(teacher_dims) != 1:
+            raise ValueError(
+                f"REG denoises the class token of one teacher, and there are {len(teacher_dims)}; name one"
+            )
+        super().build(net, teacher_dims)
+
     def draw(self, batch: Batch, step: int, generator: Callable[[int, str], torch.Generator]) -> Draw:
         noise = draw_noise(self.objective, batch.class_token.shape, generator(step, "class noise"))
         return replace(super().draw(batch, step, generator), class_noise=noise)
 
     def loss(self, state: State, batch: Batch, draw: Draw, phase: str = "main") -> Losses:
-        velocity, class_velocity, hidden = denoise(self, state.model, batch, draw)
-        projected = self.projectors[0](hidden[self.config.depth])  # (b, 1 + k, z)
-        teacher = torch.cat([batch.class_token.unsqueeze(1), take(batch.features, draw.keep)], 1)
-        alignment = cosine_alignment(projected, teacher).mean()
-        total = velocity + self.config.weight * alignment + self.config.class_weight * class_velocity
-        return Losses(total, {"velocity": velocity, "alignment": alignment, "class_velocity": class_velocity})
+        denoising, class_denoising, hidden = denoise(self, state.model, batch, draw)
+        teacher = torch.cat([batch.class_token.unsqueeze(1), take(batch.features, draw.keep)], 1)  # (b, 1 + k, z)
+        alignment = self.alignment(hidden, teacher)
+        total = denoising + self.config.weight * alignment + self.config.class_weight * class_denoising
+        return Losses(total, {"denoising": denoising, "alignment": alignment, "class_denoising": class_denoising})

@@ -49,6 +49,17 @@ def test_help_and_typing_errors_import_nothing_heavy(words):
     assert not modules & HEAVY
 
 
+def test_the_module_is_the_command():
+    """As one starts it from a clone in which nothing is installed."""
+    start = [sys.executable, "-m", "maskalign_lab.cli"]
+    done = subprocess.run([*start, "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert (
+        done.returncode == 0 and done.stdout.startswith("usage: maskalign-lab COMMAND") and "\n  train" in done.stdout
+    )
+    done = subprocess.run([*start, "tarin"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and "Did you mean 'train'?" in done.stderr
+
+
 @pytest.mark.parametrize("name", commands.COMMANDS)
 def test_every_command_explains_itself(name, capsys):
     with pytest.raises(SystemExit) as end:

@@ -12,15 +12,17 @@ from maskalign_lab.base.seeding import generator
 from maskalign_lab.data.datasets import load_dataset
 from maskalign_lab.diffusion.sampling import SamplerConfig, sample
 from maskalign_lab.encoders.autoencoder_levels import fit_levels
-from maskalign_lab.encoders.teachers import load_teacher, rows_of
+from maskalign_lab.encoders.teacher_features import rows_of
+from maskalign_lab.encoders.teachers import load_teacher
 from maskalign_lab.gradient_norms import token_gradient_norms
 from maskalign_lab.measure.metrics import validation_loss
 from maskalign_lab.runs.batches import kept_autoencoder
+from maskalign_lab.runs.facts import Facts
 from maskalign_lab.runs.presets import LATENTS, NAMED, make_recipe
 from maskalign_lab.runs.run import build, ensure_run, load_run, train
 from maskalign_lab.studies.shipped_runs import pack, write_card
 from maskalign_lab.training.loop import fit, to_device
-from maskalign_lab.training.methods import METHODS, Batch, State, needs_of
+from maskalign_lab.training.methods import METHODS, Batch, Plan, State
 
 pytestmark = pytest.mark.gpu
 GPU, NAMES = torch.device("cuda"), sorted({*METHODS, *NAMED})
@@ -43,12 +45,12 @@ def given(recipe):
     """Network, method, a batch of noise that holds all that the method may need, and a draw; all on the CPU, in float64."""
     latent = bool(recipe.data.autoencoder)
     facts, size = ({"channels": 4, "factor": 4}, 16) if latent else ({}, recipe.data.size)
-    net, method = build(recipe, 10, 24, **facts)
+    net, method = build(recipe, Facts(10, (24,), **facts))
     for p in net.parameters():
         p.data.add_(0.05 * torch.randn(p.shape, generator=generator(0, 0, "given")))
     g, b, n = generator(0, 0, "batch"), 4, net.side**2
     randn = partial(torch.randn, generator=g, dtype=torch.float64)
-    needs, heads = needs_of(recipe.method), net.blocks[0].attn.heads
+    needs, heads = Plan(recipe.method).needs, net.blocks[0].attn.heads
     batch = Batch(randn(b, net.in_channels, size, size), torch.tensor([0, 1, 2, 3]))
     more = {
         "features": randn(b, n, 24),
@@ -125,7 +127,7 @@ def test_compiled_blocks_train_to_what_eager_ones_do(tmp_path):
     for compiled in ("false", "true"):
         recipe = small("ahpa", f"training.compile={compiled} training.steps=4")
         nets[compiled] = load_run(train(recipe, tmp_path / compiled, "cuda", 0)).net.state_dict()
-    start = build(small("ahpa"), 10, channels=4, factor=4)[0].state_dict()
+    start = build(small("ahpa"), Facts(10, channels=4, factor=4))[0].state_dict()
     moved = torch.cat([(nets["false"][k] - start[k]).flatten() for k in start])
     apart = torch.cat([(nets["false"][k] - nets["true"][k]).flatten() for k in start])
     assert apart.norm() < 0.02 * moved.norm()

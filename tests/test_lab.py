@@ -184,7 +184,7 @@ def test_cpu_index_alone_decides(lab, machine, monkeypatch, capsys):
         monkeypatch.setenv(name, "x")
     lab.set_up([])
     command, environment = machine.commands[1], machine.environments[1]
-    assert command.endswith("--index-url https://download.pytorch.org/whl/cpu torch torchvision")
+    assert command.endswith("torch torchvision --index-url https://download.pytorch.org/whl/cpu")
     assert {key for key in environment if key.startswith("PIP_")} == {"PIP_CERT", "PIP_CONFIG_FILE"}
     assert environment["PIP_CONFIG_FILE"] == lab.os.devnull
     assert machine.environments[2]["PIP_FIND_LINKS"] == "x", "the usual installation keeps the user's settings"

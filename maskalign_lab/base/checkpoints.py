@@ -95,23 +95,24 @@ def store(
     step: int,
     model: nn.Module,
     averages: dict[str, nn.Module],  # by name
-    method: nn.Module,  # what a method trains beside the network
+    method: nn.Module | None,  # what a method trains beside the network
     optimizer: torch.optim.Optimizer,
+    state: dict | None = None,  # what else `state.json` shall tell
 ) -> Path:
     """Write a full checkpoint; its folder."""
     inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
     tensors = {name: each.state_dict() for name, each in {"model": model, **averages}.items()}
     tensors["optimizer"] = optimizer_tensors(inner)
-    if method.state_dict():
+    if method is not None and method.state_dict():
         tensors["method"] = method.state_dict()
-    return save_step(run, step, tensors, {})
+    return save_step(run, step, tensors, state or {})
 
 # %% ../../nbs/lib/base/checkpoints.ipynb #3049ee77
 def resume(
     run: Path,
     model: nn.Module,
     averages: dict[str, nn.Module],  # by name
-    method: nn.Module,  # what a method trains beside the network
+    method: nn.Module | None,  # what a method trains beside the network
     optimizer: torch.optim.Optimizer,
 ) -> int:
     """Load the latest checkpoint of a run into the given objects; the number of steps done, 0 if there is none."""
@@ -120,7 +121,7 @@ def resume(
     folder = step_folder(run)
     for name, each in {"model": model, **averages}.items():
         each.load_state_dict(load_tensors(folder, name))
-    if method.state_dict():
+    if method is not None and method.state_dict():
         method.load_state_dict(load_tensors(folder, "method"))
     load_optimizer(optimizer, load_tensors(folder, "optimizer"))
     return int(folder.name)

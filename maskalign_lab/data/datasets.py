@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STREAMS', 'DEFAULT_LENGTH', 'HELD_OUT_DIGITS', 'DATASETS', 'Dataset', 'to_pixels', 'load_shapes', 'enlarge_digit',
-           'load_digits', 'load_photos', 'repeated', 'load_dataset', 'token_means', 'mask_edges', 'token_positions',
-           'oracle_features']
+           'load_digits', 'load_photos', 'repeated', 'check_request', 'load_dataset', 'token_means', 'mask_edges',
+           'token_positions', 'position_code', 'check_oracle', 'oracle_features']
 
 # %% ../../nbs/lib/data/datasets.ipynb #8e8c0ae6
 import hashlib
@@ -26,7 +26,7 @@ from .image_folder import read_folder, stratified_places
 # %% ../../nbs/lib/data/datasets.ipynb #f13d428f
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Labelled pictures in memory, with what is known about them."""
+    """Labelled images in memory, with what is known about them."""
 
     name: str  # the spec that it was loaded by: "shapes", "digits", "photos", "folder:PATH"
     split: str  # "train" or "validation"
@@ -41,12 +41,12 @@ class Dataset:
         return len(self.labels)
 
     def images(self, index: Any = slice(None), device: str | torch.device = "cpu") -> Tensor:
-        """Pictures (b, 3, h, w), float32 in [-1, 1], by a slice or an array of indices; bytes travel, not floats."""
+        """Images (b, 3, h, w), float32 in [-1, 1], by a slice or an array of indices; bytes travel, not floats."""
         chosen = torch.from_numpy(self.pixels[index].copy()).to(device)
         return chosen.permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1)
 
     def subset(self, index: np.ndarray) -> "Dataset":
-        """The chosen pictures only, with their masks and attributes."""
+        """The chosen images only, with their masks and attributes."""
         rows = {"pixels": self.pixels, "labels": self.labels, "masks": self.masks}
         picked = {name: None if values is None else values[index] for name, values in rows.items()}
         attributes = self.attributes and {name: values[index] for name, values in self.attributes.items()}
@@ -80,10 +80,10 @@ def load_shapes(
     size: int,  # pixels a side
     split: str,  # "train" or "validation"
     n: int,  # how many
-    seed: int,  # another seed, other pictures
+    seed: int,  # another seed, other images
     placement: Any = "uniform",  # see `shapes.placement_law`
 ) -> Dataset:
-    """Procedural pictures with exact masks and attributes."""
+    """Procedural images with exact masks and attributes."""
     sample = shapes.render(n, size, seed, split, placement)
     pixels, masks, labels = (sample.pop(name) for name in ("pixels", "masks", "labels"))
     return Dataset("shapes", split, pixels, labels, shapes.CLASSES, masks, attributes=sample)
@@ -135,15 +135,30 @@ DATASETS = ("shapes", "digits", "photos", "folder:PATH")
 # %% ../../nbs/lib/data/datasets.ipynb #b85886d6
 def repeated(
     dataset: Dataset,
-    size: int,  # pixels a side, a multiple of what the pictures have
+    size: int,  # pixels a side, a multiple of what the images have
 ) -> Dataset:
-    """The same pictures, each pixel repeated: larger, and with not a bit more in them."""
+    """The same images, each pixel repeated: larger, and with not a bit more in them."""
     side = dataset.pixels.shape[1]
     if size % side:
         raise ValueError(f"detail {side} does not divide size {size}: every pixel is repeated a whole number of times")
     enlarge = lambda maps: maps.repeat(size // side, 1).repeat(size // side, 2)  # noqa: E731
     masks = None if dataset.masks is None else enlarge(dataset.masks)
     return replace(dataset, pixels=enlarge(dataset.pixels), masks=masks)
+
+# %% ../../nbs/lib/data/datasets.ipynb #890adf5b
+def check_request(
+    spec: str,
+    size: int,  # pixels a side
+    split: str,
+    n: int | None,  # images
+    options: dict[str, Any],  # by name
+) -> None:
+    """Refuse a split, a size, a number or an option that does not exist."""
+    one_of(split, ("train", "validation"), "split")
+    if size < 1 or (n is not None and n < 1):
+        raise ValueError(f"size={size}, n={n}: expected at least one pixel and one sample")
+    for option in options:
+        one_of(option, [STREAMS[spec]] if spec in STREAMS else [], f"option of dataset {spec!r}")
 
 # %% ../../nbs/lib/data/datasets.ipynb #ce3a57ea
 def load_dataset(
@@ -152,7 +167,7 @@ def load_dataset(
     split: str = "train",  # "train" or "validation"
     n: int | None = None,  # how many, from the front of a fixed order; None is all (streams: 12,000 and 2,000)
     seed: int = 0,  # the stream of "shapes" or "photos"; other data are what they are
-    detail: int | None = None,  # pixels a side that the pictures are made with, see `repeated`; None: size
+    detail: int | None = None,  # pixels a side that the images are made with, see `repeated`; None: size
     **options: Any,  # "shapes": placement; "photos": phase
 ) -> Dataset:
     """The data set that `spec` names.
@@ -160,13 +175,9 @@ def load_dataset(
     Raises `ValueError` for an unknown name, split or option, and for a folder without two classes;
     `FileNotFoundError` for a path that does not exist.
     """
-    one_of(split, ("train", "validation"), "split")
-    if size < 1 or (n is not None and n < 1):
-        raise ValueError(f"size={size}, n={n}: expected at least one pixel and one sample")
+    check_request(spec, size, split, n, options)
     if detail is not None and detail != size:
         return repeated(load_dataset(spec, detail, split, n, seed, **options), size)
-    for option in options:
-        one_of(option, [STREAMS[spec]] if spec in STREAMS else [], f"option of dataset {spec!r}")
     if spec.startswith("folder:") and spec != "folder:":
         return Dataset(spec, split, **read_folder(spec, size, split, n))
     one_of(spec, DATASETS, "dataset")
@@ -197,9 +208,29 @@ def mask_edges(
 def token_positions(
     grid: int,  # tokens a side
 ) -> np.ndarray:  # (grid * grid, 2), x then y in (0, 1)
-    """Centres of the tokens in widths of the picture."""
+    """Centres of the tokens in widths of the image."""
     y, x = (np.mgrid[:grid, :grid] + 0.5) / grid
     return np.stack([x.ravel(), y.ravel()], -1).astype(np.float32)
+
+# %% ../../nbs/lib/data/datasets.ipynb #aa2e337a
+def position_code(
+    grid: int,  # tokens a side
+) -> np.ndarray:  # (grid * grid, 4)
+    """Sine of half a turn over the columns and over the rows, then the cosine of both."""
+    angle = np.pi * token_positions(grid)
+    return np.concatenate([np.sin(angle), np.cos(angle)], -1)
+
+# %% ../../nbs/lib/data/datasets.ipynb #58d59af5
+def check_oracle(
+    dataset: Dataset,
+    grid: int,  # tokens a side
+) -> None:
+    """Refuse a data set that the oracle knows nothing of, and a grid that does not fit."""
+    if dataset.masks is None:
+        raise ValueError(f"the oracle needs exact masks; dataset {dataset.name!r} has none. Valid: shapes")
+    side = dataset.masks.shape[1]
+    if grid < 1 or side % grid:
+        raise ValueError(f"grid={grid} does not divide the image's {side} pixels")
 
 # %% ../../nbs/lib/data/datasets.ipynb #561103b3
 def oracle_features(
@@ -211,21 +242,16 @@ def oracle_features(
 ) -> np.ndarray:  # (n, grid * grid, classes + 8) float32
     """Per-token features that the generator knows to be true.
 
-    Columns: class x coverage; coverage; offset x, y to the object's centre in widths; edge; position code, which is
-    the sine of half a turn over the columns and over the rows, then the cosine of both.
+    Columns: class x coverage; coverage; offset x, y to the object's centre in widths; edge; position code.
     """
-    if dataset.masks is None:
-        raise ValueError(f"the oracle needs exact masks; dataset {dataset.name!r} has none. Valid: shapes")
-    side = dataset.masks.shape[1]
-    if grid < 1 or side % grid:
-        raise ValueError(f"grid={grid} does not divide the picture's {side} pixels")
+    check_oracle(dataset, grid)
     coverage = token_means(dataset.masks, grid)[..., None]
     kind = np.eye(len(dataset.classes), dtype=np.float32)[dataset.labels][:, None]
     centre = np.stack([dataset.attributes["x"], dataset.attributes["y"]], -1)[:, None]
-    where = token_positions(grid)
-    code = leak_position * np.concatenate([np.sin(np.pi * where), np.cos(np.pi * where)], -1)
-    parts = [kind * coverage, coverage, centre - where, token_means(mask_edges(dataset.masks), grid)[..., None]]
-    features = np.concatenate([*parts, np.broadcast_to(code, (len(dataset), *code.shape))], -1, dtype=np.float32)
+    code = np.broadcast_to(leak_position * position_code(grid), (len(dataset), grid * grid, 4))
+    edges = token_means(mask_edges(dataset.masks), grid)[..., None]
+    parts = [kind * coverage, coverage, centre - token_positions(grid), edges, code]
+    features = np.concatenate(parts, -1, dtype=np.float32)
     if noise:
         features += noise * rng(seed, 0, "oracle").standard_normal(features.shape, dtype=np.float32)
     return features

@@ -38,9 +38,9 @@ def reduce_photograph(
     pixels: np.ndarray,  # (h, w) or (h, w, 3) uint8
 ) -> Image.Image:
     """A photograph of at most 512 pixels on its longer side, grey or RGB as it came."""
-    picture = Image.fromarray(pixels)
-    ratio = min(1, LONGER_SIDE / max(picture.size))
-    return picture.resize([round(side * ratio) for side in picture.size], Image.Resampling.BICUBIC)
+    image = Image.fromarray(pixels)
+    ratio = min(1, LONGER_SIDE / max(image.size))
+    return image.resize([round(side * ratio) for side in image.size], Image.Resampling.BICUBIC)
 
 # %% ../../nbs/lib/data/photos.ipynb #c0d1b1c4
 def store_photographs(
@@ -54,10 +54,10 @@ def store_photographs(
 
 # %% ../../nbs/lib/data/photos.ipynb #3db44c0c
 def pixel_digest(
-    picture: Image.Image,  # in RGB
+    image: Image.Image,  # in RGB
 ) -> str:
     """16 hexadecimal digits that name the size and the pixels."""
-    return hashlib.blake2b(repr(picture.size).encode() + picture.tobytes(), digest_size=8).hexdigest()
+    return hashlib.blake2b(repr(image.size).encode() + image.tobytes(), digest_size=8).hexdigest()
 
 # %% ../../nbs/lib/data/photos.ipynb #1f1d2440
 REMAKE = "python -c \"from maskalign_lab.data.photos import store_photographs as store; store('data/photos')\""
@@ -71,10 +71,10 @@ def read_photograph(
     path = (directory or data() / "photos") / f"{one_of(name, CLASSES, 'photograph')}.png"
     if not path.is_file():
         raise FileNotFoundError(f"no photograph {path}. Made again, in the clone, by: {REMAKE}")
-    picture = Image.open(path).convert("RGB")
-    if (found := pixel_digest(picture)) != PHOTOGRAPHS[name]:
+    image = Image.open(path).convert("RGB")
+    if (found := pixel_digest(image)) != PHOTOGRAPHS[name]:
         raise ValueError(f"{path} has digest {found}, expected {PHOTOGRAPHS[name]}. Made again by: {REMAKE}")
-    return picture
+    return image
 
 # %% ../../nbs/lib/data/photos.ipynb #496f27b3
 def region(
@@ -115,7 +115,7 @@ SMALLEST, LARGEST = 64, 192
 
 
 def draw_crops(
-    size: int,  # pixels a side of the picture to be made
+    size: int,  # pixels a side of the image to be made
     seed: int,  # the data set's seed
     split: str,  # "train" or "validation"
     block: int,  # which block of 252 samples
@@ -131,14 +131,14 @@ def draw_crops(
 
 # %% ../../nbs/lib/data/photos.ipynb #2c73c309
 def add_phase(
-    pictures: np.ndarray,  # (b, h, w, 3)
+    images: np.ndarray,  # (b, h, w, 3)
     noise: np.ndarray,  # (b, h, w) white noise
 ) -> np.ndarray:  # (b, h, w, 3) float64, beyond [0, 255] in places
-    """Pictures with the phases of noise added to their own; amplitudes and means stay."""
+    """Images with the phases of noise added to their own; amplitudes and means stay."""
     turn = np.fft.rfft2(noise)
     turn /= np.abs(turn)
     turn[:, 0, 0] = 1
-    spectrum = np.fft.rfft2(pictures, axes=(1, 2)) * turn[..., None]
+    spectrum = np.fft.rfft2(images, axes=(1, 2)) * turn[..., None]
     return np.fft.irfft2(spectrum, s=noise.shape[1:], axes=(1, 2))
 
 # %% ../../nbs/lib/data/photos.ipynb #3f8606ae
@@ -146,12 +146,12 @@ ROUNDS = 8
 
 
 def scramble_phase(
-    pictures: np.ndarray,  # (b, h, w, 3) uint8
+    images: np.ndarray,  # (b, h, w, 3) uint8
     noise: np.ndarray,  # (b, h, w) white noise
 ) -> np.ndarray:  # (b, h, w, 3) uint8
-    """Pictures with nearly the amplitudes of `pictures`, per channel, and random phases."""
-    wanted = np.abs(np.fft.rfft2(pictures, axes=(1, 2)))
-    scrambled = add_phase(pictures, noise)
+    """Images with nearly the amplitudes of `images`, per channel, and random phases."""
+    wanted = np.abs(np.fft.rfft2(images, axes=(1, 2)))
+    scrambled = add_phase(images, noise)
     for _ in range(ROUNDS):
         found = np.fft.rfft2(np.clip(scrambled, 0, 255), axes=(1, 2))
         found *= wanted / np.maximum(np.abs(found), 1e-9)

@@ -6,6 +6,7 @@
 __all__ = ['SamplerConfig', 'SampleStep', 'sample', 'draw_start', 'last_sample']
 
 # %% ../../nbs/lib/diffusion/sampling.ipynb #33197645
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -41,6 +42,9 @@ class SamplerConfig:
         one_of(self.last, LAST, "last step")
         if self.steps < 1:
             raise ValueError(f"steps {self.steps} must be at least 1")
+        for name in ("guidance", "class_guidance"):
+            if not math.isfinite(getattr(self, name) or 0.0):
+                raise ValueError(f"{name} {getattr(self, name)} must be a finite number; 1 is off")
         if not 0 < self.last_step < 1:
             raise ValueError(f"last_step {self.last_step} must lie between 0 and 1: the score is singular at t = 0")
         if not 0 <= self.guidance_low <= self.guidance_high <= 1:

@@ -21,12 +21,12 @@ def all_moments(
     dataset: Dataset,
     batch_size: int = 256,
 ) -> tuple[Tensor, Tensor]:  # (n, c, h, w) both, on the CPU
-    """Mean and deviation of the posterior of every picture."""
+    """Mean and deviation of the posterior of every image."""
     starts = range(0, len(dataset), batch_size)
     parts = [autoencoder.moments(dataset.images(slice(k, k + batch_size), autoencoder.device)) for k in starts]
     return tuple(torch.cat(each).cpu() for each in zip(*parts))
 
-
+# %% ../../nbs/lib/encoders/reconstruction.ipynb #e9117814
 def spread(
     mean: Tensor,  # (n, c, h, w) of the posterior
     std: Tensor,  # (n, c, h, w)
@@ -42,7 +42,7 @@ def psnr(
     images: Tensor,  # (b, 3, h, w) in [-1, 1]
     decoded: Tensor,  # (b, 3, h, w)
 ) -> Tensor:  # (b,) decibels
-    """Peak signal-to-noise ratio of each picture; what overshoots is cut off."""
+    """Peak signal-to-noise ratio of each image; what overshoots is cut off."""
     return 10 * torch.log10(4 / (decoded.clamp(-1, 1) - images).square().mean((1, 2, 3)))
 
 # %% ../../nbs/lib/encoders/reconstruction.ipynb #3b9a035d
@@ -54,9 +54,12 @@ def coarse(
     means = F.avg_pool2d(images, factor)
     return F.interpolate(means, images.shape[2:], mode="bicubic")
 
-
-def divergence(mean: Tensor, std: Tensor) -> Tensor:  # (n, c, h, w) both -> (n,) nats
-    """Of the posterior of each picture from a standard normal."""
+# %% ../../nbs/lib/encoders/reconstruction.ipynb #b7aca954
+def divergence(
+    mean: Tensor,  # (n, c, h, w) of the posterior
+    std: Tensor,  # (n, c, h, w)
+) -> Tensor:  # (n,) nats
+    """Of the posterior of each image from a standard normal."""
     return 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).sum((1, 2, 3))
 
 # %% ../../nbs/lib/encoders/reconstruction.ipynb #85971058
@@ -65,18 +68,18 @@ def decode_all(
     latents: Tensor,  # (n, c, h, w), unscaled
     batch_size: int = 256,
 ) -> Tensor:  # (n, 3, h * factor, w * factor), on the CPU
-    """Pictures from unscaled latents."""
+    """Images from unscaled latents."""
     scaled = (latents - autoencoder.shift) * autoencoder.scale
     parts = scaled.to(autoencoder.device).split(batch_size)
     return torch.cat([autoencoder.decode(part).cpu() for part in parts])
 
-
+# %% ../../nbs/lib/encoders/reconstruction.ipynb #32a9b145
 def measure(
     autoencoder: Autoencoder,
     dataset: Dataset,  # held out
     seed: int = 0,  # of the posterior's noise
 ) -> dict[str, float]:
-    """Decibels from the posterior's mean, from a draw, and of coarse pictures; nats."""
+    """Decibels from the posterior's mean, from a draw, and of coarse images; nats."""
     images, (mean, std) = dataset.images(), all_moments(autoencoder, dataset)
     noise = torch.randn(mean.shape, generator=generator(seed, 0, "posterior"))
     found = {

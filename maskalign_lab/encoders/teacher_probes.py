@@ -23,7 +23,7 @@ def all_features(
     device: str | torch.device = "cpu",
     batch_size: int = 256,
 ) -> Features:  # float32, on the CPU
-    """Patch tokens and class tokens of every picture."""
+    """Patch tokens and class tokens of every image."""
     starts = range(0, len(dataset), batch_size)
     rows = [teacher(dataset.images(slice(k, k + batch_size), device)) for k in starts]
     return Features(*(torch.cat([part.float().cpu() for part in parts]) for parts in zip(*rows)))
@@ -66,8 +66,8 @@ def mask_score(
 def probe(
     train: Features,
     test: Features,
-    splits: tuple[Dataset, Dataset],  # the pictures behind them
-    patches_of: int = 1000,  # pictures whose patches the mask probe uses
+    splits: tuple[Dataset, Dataset],  # the images behind them
+    patches_of: int = 1000,  # images whose patches the mask probe uses
 ) -> dict[str, float]:
     """All scores that the data set allows."""
     scores = class_scores(train, test, tuple(part.labels for part in splits))
@@ -80,7 +80,7 @@ def probe(
 def probe_card(
     teacher: Teacher,
     spec: str,  # the data set
-    n: int = 4000,  # pictures of each split that are used at most
+    n: int = 4000,  # images of each split that are used at most
     device: str | torch.device = "cpu",
 ) -> dict[str, dict[str, float]]:
     """Linear probes of a tiny teacher, of the same network with random weights and of raw pixels."""

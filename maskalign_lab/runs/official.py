@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['BACKBONE', 'FORKS', 'ARGUMENTS', 'FORKED', 'PATHS', 'SAMPLERS', 'Official', 'arguments', 'check_backbone',
-           'check_projector', 'backbone', 'one_teacher', 'settings', 'family_method', 'from_official', 'has_projectors',
-           'modern', 'load_strictly', 'some', 'official_family', 'projector_arguments', 'backbone_arguments',
-           'to_official']
+           'has_place', 'backbone', 'settings', 'family_method', 'from_official', 'has_projectors', 'modern',
+           'load_strictly', 'some', 'official_family', 'projector_arguments', 'backbone_arguments', 'to_official']
 
 # %% ../../nbs/lib/runs/official.ipynb #09896be9
 import re
@@ -56,9 +55,12 @@ BACKBONE = dict(input_size=32, patch_size=2, in_channels=4, hidden_size=1152, de
 FORKS = dict(
     BACKBONE, class_dropout_prob=0.1, num_classes=1000, path_type="linear", decoder_hidden_size=None,
     encoder_depth=8, use_cfg=True, z_dims=(768,), projector_dim=2048, fused_attn=True, qk_norm=False,
+    prediction="v", proj_coeff=None,
 )  # fmt: skip
 ARGUMENTS: dict[str, dict[str, Any]] = {
-    "sit": dict(BACKBONE, class_dropout_prob=0.1, num_classes=1000, learn_sigma=True, path_type="Linear"),
+    "sit": dict(
+        BACKBONE, class_dropout_prob=0.1, num_classes=1000, learn_sigma=True, path_type="Linear", prediction="velocity",
+    ),
     "repa": dict(FORKS, bn_momentum=0.1),
     "reg": dict(FORKS, cls_token_dim=768),  # accepted and ignored: the class token has z_dims[0] channels
     "haste": FORKS,
@@ -88,8 +90,13 @@ def arguments(
 
 
 def check_backbone(family: str, full: Mapping[str, Any]) -> None:
-    """Refuse a SiT that could not be sampled with guidance or does not run at all."""
+    """Refuse a SiT that predicts something else, could not be sampled with guidance, or does not run at all."""
     one_of(full["path_type"], PATHS[family], f"path_type of {family}")
+    if full["prediction"] not in ("v", "velocity"):
+        raise ValueError(
+            f"prediction {full['prediction']!r} of {family}: what such a network puts out is no velocity, and only networks of the "
+            "velocity are read here"
+        )
     if full["class_dropout_prob"] == 0:
         raise ValueError("class_dropout_prob 0: such a network has no null class, which guidance needs")
     if full.get("decoder_hidden_size") not in (None, full["hidden_size"]):
@@ -98,17 +105,17 @@ def check_backbone(family: str, full: Mapping[str, Any]) -> None:
         )
 
 # %% ../../nbs/lib/runs/official.ipynb #72e01778
-def check_projector(
+def has_place(
     family: str,
     full: Mapping[str, Any],  # from `arguments`
-) -> None:
-    """Refuse projectors that no method here trains."""
+) -> bool:
+    """Whether a method here has a place for the file's projectors; says so if not."""
     kind = "mlp, old version" if full.get("old_projector_version") else full.get("projection_layer_type", "conv")
     if kind != "conv":
-        raise ValueError(
-            f"projection_layer_type {kind!r} of {family}: its method here has 'conv'; the projectors serve training only, so "
-            "the file can do without its tensors 'projectors.*'"
+        print(
+            f"left out projectors of type {kind!r} of {family}, whose method here has 'conv': the network is whole without them"
         )
+    return kind == "conv"
 
 # %% ../../nbs/lib/runs/official.ipynb #29069c3f
 def backbone(
@@ -126,15 +133,8 @@ def backbone(
         qk_norm=full.get("qk_norm", False),
         learn_sigma=full.get("learn_sigma", False),
         data_at_one=family == "sit",
-        class_dim=one_teacher(full) if family == "reg" else None,
+        class_dim=full["z_dims"][0] if family == "reg" else None,
     )
-
-# %% ../../nbs/lib/runs/official.ipynb #51585375
-def one_teacher(full: Mapping[str, Any]) -> int:
-    """Channels of the one teacher's features."""
-    if len(full["z_dims"]) != 1:
-        raise ValueError(f"z_dims {full['z_dims']}: a method here aligns with one teacher")
-    return full["z_dims"][0]
 
 # %% ../../nbs/lib/runs/official.ipynb #260dae0a
 SAMPLERS = {  # the papers' settings, in the lab's time
@@ -153,18 +153,18 @@ def settings(
     full: Mapping[str, Any],  # from `arguments`
 ) -> MethodConfig:
     """The settings of a family's method, as its official arguments describe it."""
-    depth, width = full["encoder_depth"], full["projector_dim"]
     if family == "jit":
         return jit_alignment(full)
+    depth, width = full["encoder_depth"], full["projector_dim"]
+    weight = {} if full["proj_coeff"] is None else {"weight": float(full["proj_coeff"])}
     if family == "irepa":
-        return IREPAConfig(depth=depth, kernel=full["proj_kwargs_kernel_size"])
+        return IREPAConfig(depth=depth, kernel=full["proj_kwargs_kernel_size"], **weight)
     if family == "haste":  # the last four blocks up to the aligned one, against those of a teacher with twelve
         blocks = tuple(range(max(1, depth - 3), depth + 1))
-        return HASTEConfig(
-            depth=depth, projector_width=width, student_blocks=blocks,
-            teacher_blocks=tuple(range(13 - len(blocks), 13)), stop=250_000,
-        )  # fmt: skip
-    return {"repa": REPAConfig, "reg": REGConfig}[family](depth=depth, projector_width=width)
+        teacher_blocks = tuple(range(13 - len(blocks), 13))
+        pairs = {"student_blocks": blocks, "teacher_blocks": teacher_blocks}
+        return HASTEConfig(depth=depth, projector_width=width, stop=250_000, **pairs, **weight)
+    return {"repa": REPAConfig, "reg": REGConfig}[family](depth=depth, projector_width=width, **weight)
 
 # %% ../../nbs/lib/runs/official.ipynb #fb3235f5
 def family_method(
@@ -175,11 +175,10 @@ def family_method(
     learned: bool,  # whether there are projectors
 ) -> Method:
     """A fresh method, with modules for the file's projectors."""
-    if not learned and family != "reg":
+    if family != "reg" and not (learned and has_place(family, full)):
         return PlainSiT(net, objective, MethodConfig())
-    check_projector(family, full)
     config = settings(family, full)
-    return method_class(config.name)(net, objective, config, teacher_dim=one_teacher(full))
+    return method_class(config.name)(net, objective, config, teacher_dims=tuple(full["z_dims"]))
 
 # %% ../../nbs/lib/runs/official.ipynb #114edc16
 def from_official(
@@ -193,6 +192,8 @@ def from_official(
     objective = jit_objective(full) if is_jit else Objective(interpolant=PATHS[family][full["path_type"]])
     net, weights = backbone(family, full), modern(bare(state_dict), full)
     method = family_method(family, net, objective, full, family != "sit" and has_projectors(weights))
+    if not method.state_dict():
+        weights = {name: value for name, value in weights.items() if not name.startswith("projectors.")}
     load_strictly(net, method, weights)
     return Official(net.eval(), method.eval(), objective, jit_sampler(full) if is_jit else SAMPLERS[family])
 
@@ -250,18 +251,18 @@ def official_family(net: nn.Module, method: Method, objective: Objective) -> str
 
 # %% ../../nbs/lib/runs/official.ipynb #d67d1c5f
 def projector_arguments(method: Method) -> dict[str, Any]:
-    """The arguments that build a method's projector."""
+    """The arguments that build a method's projectors; one depth only, as the official constructors have it."""
     if method.config.name == "sit":
         return {"z_dims": []}
-    layers, told = method.projectors[0], {"encoder_depth": method.config.depth}
+    if len(method.collect) != 1:
+        raise ValueError(
+            f"depth {method.config.depth}: no official layout aligns more than one; train with one, or export SiT"
+        )
+    told, dims = {"encoder_depth": method.collect[0]}, list(method.teacher_dims)
     if method.config.name == "irepa":
-        out = layers.projection_layer.out_channels
-        return told | {
-            "z_dims": [out],
-            "projection_layer_type": "conv",
-            "proj_kwargs_kernel_size": method.config.kernel,
-        }
-    return told | {"z_dims": [layers[4].out_features], "projector_dim": layers[0].out_features}
+        kernel = {"projection_layer_type": "conv", "proj_kwargs_kernel_size": method.config.kernel}
+        return told | {"z_dims": dims} | kernel
+    return told | {"z_dims": dims, "projector_dim": method.projectors[0][0].out_features}
 
 # %% ../../nbs/lib/runs/official.ipynb #816f2ecb
 def backbone_arguments(family: str, net: SiT, objective: Objective) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from ..ahpa import REVISION
 from ..base.errors import one_of
-from .recipe import Recipe, absolute, override
+from .recipe import Recipe, override, rooted
 from ..training.methods import METHODS, layers_of, method_class
 
 # %% ../../nbs/lib/runs/presets.ipynb #88a32a86
@@ -84,5 +84,5 @@ def make_recipe(
     aligned, place = layers_of(config)[-1], "method" + ".inner" * (len(layers_of(config)) - 1)
     changes += "".join(f" {place}.{name}={v}" for name, v in ALIGNED[preset].items() if hasattr(aligned, name))
     recipe = override(override(Recipe(), changes), f"{named.get('', '')} {named.get(preset, '')}")
-    recipe = override(replace(recipe, data=replace(recipe.data, name=absolute(dataset))), overrides)
-    return override(recipe, f"{derived(recipe)} {overrides}") if derived else recipe
+    recipe = override(replace(recipe, data=replace(recipe.data, name=dataset)), overrides)
+    return rooted(override(recipe, f"{derived(recipe)} {overrides}") if derived else recipe)

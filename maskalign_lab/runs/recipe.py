@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NETWORKS', 'DataConfig', 'NetworkConfig', 'SiTConfig', 'JiTConfig', 'Recipe', 'to_json', 'from_json', 'config_class',
-           'override', 'renamed', 'told', 'absolute', 'behaviour', 'edit_digest', 'identity']
+           'override', 'renamed', 'told', 'absolute', 'home_of', 'rooted', 'behaviour', 'edit_digest', 'identity']
 
 # %% ../../nbs/lib/runs/recipe.ipynb #6f708f15
 import ast
@@ -28,7 +28,7 @@ from ..diffusion.jit import JiT
 from ..diffusion.objectives import Objective
 from ..diffusion.sit import SiT
 from ..training import haste, irepa, sra2  # noqa: F401  (importing a module registers its methods)
-from ..training.loop import TrainingConfig
+from ..training.config import TrainingConfig
 from ..training.methods import INSTALLED, MethodConfig, layers_of, method_class
 from ..workbench.study_parameters import parse_value
 
@@ -185,7 +185,8 @@ def renamed(config: Any, name: str) -> Any:
     """Settings of another method or network, with what was set of those that both have."""
     new = config_class(type(config), name)()
     known = {f.name for f in dataclasses.fields(new)} - {"name"}
-    return replace(new, **{field: getattr(config, field) for field in told(config) if field in known})
+    kept = {field: getattr(config, field) for field in told(config) if field in known}
+    return replace(new, name=name, **kept)  # a class may share the settings of another
 
 
 def told(settings: Any) -> dict[str, Any]:
@@ -201,11 +202,32 @@ def told(settings: Any) -> dict[str, Any]:
 
 # %% ../../nbs/lib/runs/recipe.ipynb #f80e20ad
 def absolute(
-    spec: str,  # a dataset or teacher that may name a folder: "folder:photos"
+    spec: str,  # a dataset, an autoencoder or teachers that may name a folder: "folder:photos", "tiny:mine,oracle"
 ) -> str:
-    """The same name with an absolute path; names without a path are left alone."""
-    kind, colon, path = spec.partition(":")
-    return f"{kind}:{Path(path).expanduser().absolute()}" if colon and kind in ("folder", "tiny") else spec
+    """The same name with absolute paths; names without a path are left alone."""
+    names = [spec] if spec.startswith("folder:") else spec.split(",")  # a folder's name may hold a comma
+    return ",".join(map(_absolute_name, names))
+
+
+def home_of(path: str) -> Path:
+    """A path with `~` filled in."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"path {path!r}: there is no such user; expected ~/... or a path without ~") from None
+
+
+def _absolute_name(name: str) -> str:
+    kind, colon, path = name.strip().partition(":")
+    if colon and path and kind in ("folder", "tiny"):
+        return f"{kind}:{home_of(path).absolute()}"
+    return str(Path(name).absolute()) if "/" in name and not colon and Path(name).is_dir() else name
+
+
+def rooted(recipe: Recipe) -> Recipe:
+    """A recipe whose folders can be found from anywhere."""
+    names = {field: absolute(getattr(recipe.data, field)) for field in ("name", "teacher", "autoencoder")}
+    return replace(recipe, data=replace(recipe.data, **names))
 
 # %% ../../nbs/lib/runs/recipe.ipynb #4d9796f8
 def behaviour(thing: Any, seen: frozenset = frozenset()) -> str:

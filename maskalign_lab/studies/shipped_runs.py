@@ -35,7 +35,7 @@ from ..training.methods import innermost
 from ..workbench.plots import loss_per_t, sample_grid, save_png
 
 # %% ../../nbs/lib/studies/shipped_runs.ipynb #ad25ba91
-SHIPPED = {f"{method}-shapes": (method, "shapes") for method in ("sit", "repa", "reg", "maskalign", "ahpa")}
+SHIPPED = {name: tuple(name.split("-")) for name in paths.SHIPPED_RUNS}  # name -> method, data set
 LONG = "data.variant=middle training.steps=7000 training.cooldown=0.4 training.lr=2e-3 training.warmup=500"
 TIMES = tuple(np.linspace(0, 1, 11).round(2).tolist())  # of the stored maps
 

@@ -103,16 +103,16 @@ class HASTE(REPA, name="haste"):
     def needed(cls, config: HASTEConfig, step: int) -> tuple[str, ...]:
         return cls.needs if step < config.stop else ()
 
-    def build(self, net: nn.Module, teacher_dim: int) -> None:
-        super().build(net, teacher_dim)
+    def build(self, net: nn.Module, teacher_dims: tuple[int, ...]) -> None:
+        super().build(net, teacher_dims)
         check_attention(net)
         check_pairs(self.config, net.depth)
 
     def loss(self, state: State, batch: Batch, draw: Draw, phase: str = "main") -> Losses:
         config, net = self.config, state.model
         if state.step >= config.stop:
-            velocity = denoise(self, net, batch, draw).velocity
-            return Losses(velocity, {"velocity": velocity})
+            denoising = denoise(self, net, batch, draw).denoising
+            return Losses(denoising, {"denoising": denoising})
         check_eager(net)
         with taps(net, *qkv_names(config.student_blocks)) as acts:
             repa = super().loss(state, batch, draw, phase)

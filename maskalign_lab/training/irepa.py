@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ..base.seeding import generator
 from ..diffusion.objectives import Objective
-from ..diffusion.sit import SiT, check_depths
-from .methods import Batch, Draw, Losses, Method, MethodConfig, State, denoise
-from .repa import cosine_alignment
+from ..diffusion.sit import SiT
+from .methods import Batch, Draw, Losses, MethodConfig, State, denoise
+from .repa import REPA
 
 # %% ../../nbs/lib/training/irepa.ipynb #06b2ca89
 def spatial_norm(
@@ -55,25 +55,21 @@ class IREPAConfig(MethodConfig):
 
     name: str = "irepa"
     weight: float = 1.0  # lambda
-    depth: int = 4  # whose output is aligned, counted from 1
+    depth: int | tuple[int, ...] = 4  # whose output is aligned, counted from 1; or several
     kernel: int = 3  # tokens a side that the projector sees
     gamma: float = 0.6  # share of the teacher's mean that is taken off
 
 # %% ../../nbs/lib/training/irepa.ipynb #93d60dbc
-class IREPA(Method, name="irepa"):
+class IREPA(REPA, name="irepa"):
     """Improved REPA, which accentuates where things are (arXiv 2512.10794)."""
 
     Config = IREPAConfig
-    needs = ("features",)
     needs_grid = "its projector is a convolution over the whole grid"
 
-    def build(self, net: nn.Module, teacher_dim: int) -> None:
-        check_depths((self.config.depth,), net.depth)
-        self.collect = (self.config.depth,)
-        self.projectors = nn.ModuleList([ConvProjector(net.width, teacher_dim, self.config.kernel, net.side)])
+    def make_projector(self, net: nn.Module, teacher_dim: int) -> nn.Module:
+        return ConvProjector(net.width, teacher_dim, self.config.kernel, net.side)
 
     def loss(self, state: State, batch: Batch, draw: Draw, phase: str = "main") -> Losses:
-        velocity, _, hidden = denoise(self, state.model, batch, draw)
-        projected = self.projectors[0](hidden[self.config.depth])
-        alignment = cosine_alignment(projected, spatial_norm(batch.features, self.config.gamma)).mean()
-        return Losses(velocity + self.config.weight * alignment, {"velocity": velocity, "alignment": alignment})
+        denoising, _, hidden = denoise(self, state.model, batch, draw)
+        alignment = self.alignment(hidden, spatial_norm(batch.features, self.config.gamma))
+        return Losses(denoising + self.config.weight * alignment, {"denoising": denoising, "alignment": alignment})

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'INSTALLED', 'Batch', 'Draw', 'Losses', 'State', 'shard', 'MethodConfig', 'Method', 'Denoised', 'denoise',
-           'PlainSiT', 'method_class', 'layers_of', 'needs_of', 'innermost']
+           'PlainSiT', 'method_class', 'layers_of', 'Plan', 'innermost']
 
 # %% ../../nbs/lib/training/methods.ipynb #82687cc6
 from collections.abc import Callable
@@ -26,8 +26,8 @@ class Batch:
 
     x: Tensor  # (b, c, h, w) images or latents
     y: Tensor  # (b,) labels
-    features: Tensor | None = None  # (b, n, d) clean teacher tokens, of all patches
-    class_token: Tensor | None = None  # (b, d) clean teacher class token
+    features: Tensor | None = None  # (b, n, d) clean teacher tokens, of all patches; of several teachers side by side
+    class_token: Tensor | None = None  # (b, d) clean class token of the first teacher
     attention: Tensor | None = None  # (b, blocks, heads, n, n) attention logits of teacher blocks, between patches
     levels: Tensor | None = None  # (b, K, n, d) levels of an autoencoder's encoder, from fine to coarse
     held_out: "Batch | None" = None  # as many other images, which the network is never trained on
@@ -50,6 +50,10 @@ class Losses:
 
     total: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
+
+    def detached(self) -> dict[str, Tensor]:
+        """The parts as plain values, still on their device."""
+        return {name: value.detach() for name, value in self.parts.items()}
 
 # %% ../../nbs/lib/training/methods.ipynb #e6acfa9e
 @dataclass
@@ -108,20 +112,20 @@ class Method(nn.Module):
         objective: Objective,
         config: MethodConfig,
         label_dropout: float = 0.1,  # share of labels replaced by the null class
-        teacher_dim: int = 0,  # channels of the teacher's features
+        teacher_dims: tuple[int, ...] = (),  # channels of each teacher's features
     ):
         super().__init__()
         check_trainable(objective)
         self.objective, self.config, self.label_dropout = objective, config, label_dropout
         self.num_classes, self.patch_size = net.num_classes, net.patch_size
-        self.build(net, teacher_dim)
+        self.build(net, tuple(teacher_dims))
 
     @classmethod
     def needed(cls, config: MethodConfig, step: int) -> tuple[str, ...]:
         """What one step needs, where steps differ; the first one needs all."""
         return cls.needs
 
-    def build(self, net: nn.Module, teacher_dim: int) -> None:
+    def build(self, net: nn.Module, teacher_dims: tuple[int, ...]) -> None:
         """Check what the method needs of the network, and make what it trains beside it, such as projectors."""
 
     def draw(self, batch: Batch, step: int, generator: Callable[[int, str], torch.Generator]) -> Draw:
@@ -141,23 +145,25 @@ class Method(nn.Module):
 class Denoised(NamedTuple):
     """The shared part of every loss."""
 
-    velocity: Tensor  # scalar denoising loss of the image
-    class_velocity: Tensor | None  # scalar denoising loss of the class token
+    denoising: Tensor  # scalar loss of the image, in the objective's loss space
+    class_denoising: Tensor | None  # scalar loss of the class token
     hidden: dict[int, Tensor]  # hidden tokens of `method.collect`, a class token first
 
-
+# %% ../../nbs/lib/training/methods.ipynb #824beed6
 def denoise(method: Method, model: nn.Module, batch: Batch, draw: Draw) -> Denoised:
     """Noise the batch, run the model, and take the denoising losses."""
     objective, noised = method.objective, draw.class_noise is not None
     x_t = interpolate(batch.x, draw.noise, draw.t, objective.interpolant)
     cls_t = interpolate(batch.class_token, draw.class_noise, draw.t, objective.interpolant) if noised else None
     out = model(x_t, draw.t, draw.y, cls=cls_t, keep=draw.keep, collect=method.collect)
-    x, noise = batch.x, draw.noise
+    images = batch.x, draw.noise, draw.t, x_t
     if draw.keep is not None:
-        x, noise = (take(patchify(image, method.patch_size), draw.keep) for image in (x, noise))  # (b, k, p*p*c)
-    losses = [denoising_loss(objective, out.prediction, x, noise, draw.t).mean(), None]
+        x, noise, x_t = (take(patchify(image, method.patch_size), draw.keep) for image in (batch.x, draw.noise, x_t))
+        images = x, noise, draw.t, x_t  # (b, k, p*p*c)
+    losses = [denoising_loss(objective, out.prediction, *images).mean(), None]
     if noised:
-        losses[1] = denoising_loss(objective, out.class_prediction, batch.class_token, draw.class_noise, draw.t).mean()
+        tokens = batch.class_token, draw.class_noise, draw.t, cls_t
+        losses[1] = denoising_loss(objective, out.class_prediction, *tokens).mean()
     return Denoised(*losses, out.hidden)
 
 # %% ../../nbs/lib/training/methods.ipynb #81f605e9
@@ -165,8 +171,8 @@ class PlainSiT(Method, name="sit"):
     """Denoising alone (SiT)."""
 
     def loss(self, state: State, batch: Batch, draw: Draw, phase: str = "main") -> Losses:
-        velocity = denoise(self, state.model, batch, draw).velocity
-        return Losses(velocity, {"velocity": velocity})
+        denoising = denoise(self, state.model, batch, draw).denoising
+        return Losses(denoising, {"denoising": denoising})
 
 # %% ../../nbs/lib/training/methods.ipynb #83d94ab2
 def method_class(name: str) -> type[Method]:
@@ -179,15 +185,23 @@ def layers_of(config: MethodConfig) -> list[MethodConfig]:
     inner = getattr(config, "inner", None)
     return [config] if inner is None else [config, *layers_of(inner)]
 
+# %% ../../nbs/lib/training/methods.ipynb #07d14691
+class Plan:
+    """What a method's settings, and those of the method inside, ask of the data: looked up once."""
 
-def needs_of(
-    config: MethodConfig,
-    step: int = 0,  # of the training; all needs are there at the first
-) -> set[str]:
-    """The fields of `Batch` beyond x and y that a method needs."""
-    return {name for each in layers_of(config) for name in method_class(each.name).needed(each, step)}
+    def __init__(self, config: MethodConfig):
+        self.layers = [(method_class(each.name), each) for each in layers_of(config)]
+        self.needs = self.at(0)  # fields of `Batch` beyond x and y; all are there at the first step
 
+    def at(self, step: int) -> set[str]:
+        """The fields that one step of the training needs."""
+        return {need for method, config in self.layers for need in method.needed(config, step)}
 
+    def settings(self, need: str) -> MethodConfig:
+        """The settings of the layer that needs a field; they say what exactly is needed."""
+        return next(config for method, config in self.layers if need in method.needs)
+
+# %% ../../nbs/lib/training/methods.ipynb #337ef624
 def innermost(method: Method) -> Method:
     """The method that has the projector: the one inside, if there is one."""
     return innermost(method.inner) if hasattr(method, "inner") else method

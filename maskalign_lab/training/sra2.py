@@ -45,13 +45,13 @@ class SRA2(Method, name="sra2"):
 
     Config = SRA2Config
 
-    def build(self, net: nn.Module, teacher_dim: int) -> None:
+    def build(self, net: nn.Module, teacher_dims: tuple[int, ...]) -> None:
         check_depths((self.config.depth,), net.depth)
         self.collect = (self.config.depth,)
         self.projector = deep_projector(net.width, net.in_channels * net.patch_size**2, self.config.layers)
 
     def loss(self, state: State, batch: Batch, draw: Draw, phase: str = "main") -> Losses:
-        velocity, _, hidden = denoise(self, state.model, batch, draw)
+        denoising, _, hidden = denoise(self, state.model, batch, draw)
         projected = self.projector(hidden[self.config.depth])
         alignment = smooth_l1(projected, take(patchify(batch.x, self.patch_size), draw.keep)).mean()
-        return Losses(velocity + self.config.weight * alignment, {"velocity": velocity, "alignment": alignment})
+        return Losses(denoising + self.config.weight * alignment, {"denoising": denoising, "alignment": alignment})

@@ -1,1 +1,1 @@
-"""What makes a notebook a workbench and knows nothing of diffusion: pictures, scrubber, offline page, parameters, jobs."""
+"""What makes a notebook a workbench: figures, scrubber, offline page, parameters, jobs, doctor, commands; nothing of diffusion."""

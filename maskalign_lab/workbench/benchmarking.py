@@ -28,11 +28,11 @@ from ..base import paths
 from ..base.devices import native_bfloat16, resolve_device
 from ..base.errors import one_of
 from ..base.files import write_atomic
-from .doctor import git_state, versions
+from .provenance import git_state, versions
 
 # %% ../../nbs/lib/workbench/benchmarking.ipynb #7dba1dfc
 def wait_for(
-    device: torch.device,
+    device: torch.device,  # a CPU is never behind
 ) -> None:
     """Return when the device has done all that it was told to do."""
     if device.type != "cpu":
@@ -40,7 +40,7 @@ def wait_for(
 
 # %% ../../nbs/lib/workbench/benchmarking.ipynb #cc299e24
 def seconds_of(
-    work: Callable[[], Any],
+    work: Callable[[], Any],  # what is timed
     device: torch.device = torch.device("cpu"),  # where the work happens
 ) -> float:
     """Seconds of one call."""
@@ -53,8 +53,8 @@ def seconds_of(
 # %% ../../nbs/lib/workbench/benchmarking.ipynb #f2bbfe00
 def in_turn(
     candidates: dict[str, Callable[[], Any]],  # what is compared, by name
-    rounds: int = 10,
-    device: torch.device = torch.device("cpu"),
+    rounds: int = 10,  # times that each is timed
+    device: torch.device = torch.device("cpu"),  # where the work happens
     warmup: int = 2,  # calls of each that are not counted
 ) -> dict[str, list[float]]:  # seconds of each round, by name
     """Time the candidates side by side: each once per round, in alternating order."""
@@ -111,7 +111,9 @@ class Comparison:
         return {name: ratio(self.seconds[self.baseline], times) for name, times in self.seconds.items()}
 
 # %% ../../nbs/lib/workbench/benchmarking.ipynb #cf6a4fa8
-def table(comparisons: list[Comparison]) -> str:
+def table(
+    comparisons: list[Comparison],  # one block each
+) -> str:
     """Median time, spread (half the distance of the quartiles) and ratio of every way, as text."""
     lines = []
     for each in comparisons:
@@ -136,7 +138,9 @@ def cpu_model() -> str:
 MULTIPLIERS = ("avx2", "avx512_f", "avx512_bf16", "amx_tile", "amx_bf16", "sve", "sve2")  # what decides the speed
 
 
-def machine(device: torch.device) -> dict[str, Any]:
+def machine(
+    device: torch.device,  # what the benchmarks ran on
+) -> dict[str, Any]:
     """The machine, its load, and the versions of what runs on it."""
     able = torch.cpu.get_capabilities()
     facts = {
@@ -170,7 +174,7 @@ def measure_of(
 
 # %% ../../nbs/lib/workbench/benchmarking.ipynb #6ea3d2cc
 def to_json(
-    comparisons: list[Comparison],
+    comparisons: list[Comparison],  # with every single time
     facts: dict[str, Any],  # from `machine`
     command: str,  # that made it
 ) -> str:
@@ -183,8 +187,10 @@ def to_json(
     ]
     return json.dumps({"made_by": command, "machine": facts, "comparisons": rows}, indent=1) + "\n"
 
-
-def from_json(text: str) -> tuple[list[Comparison], dict[str, Any]]:
+# %% ../../nbs/lib/workbench/benchmarking.ipynb #08f3f8bf
+def from_json(
+    text: str,  # of a file of results
+) -> tuple[list[Comparison], dict[str, Any]]:
     """The comparisons and the machine that `to_json` wrote."""
     tree = json.loads(text)
     fields = [f.name for f in dataclasses.fields(Comparison)]
@@ -195,7 +201,7 @@ def from_json(text: str) -> tuple[list[Comparison], dict[str, Any]]:
 def bench(
     names: Iterable[str] = (),  # of benchmarks; none: all
     short: bool = False,  # few rounds of small work, to see that they run
-    device: str = "auto",
+    device: str = "auto",  # auto, cpu, cuda, mps
     out: str = "",  # a JSON file to write; empty: none
 ) -> list[Comparison]:
     """Run benchmarks, print the ratios of all in one table, and keep them if asked."""

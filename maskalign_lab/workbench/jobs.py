@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['find_study', 'Job', 'job_folder', 'command_of', 'new_job', 'describe', 'to_text', 'keep_notebook', 'changed',
-           'perform', 'run_study', 'summary', 'plain', 'save_figure', 'origin', 'figures_of']
+           'carry_out', 'perform', 'run_study', 'summary', 'plain', 'save_figure', 'origin', 'figures_of']
 
 # %% ../../nbs/lib/workbench/jobs.ipynb #07b97962
 import json
@@ -23,7 +23,7 @@ from typing import Any
 
 from ..base import paths
 from ..base.errors import one_of
-from .doctor import git_state, versions
+from .provenance import git_state, versions
 from .study_parameters import Parameter, check_values, study_parameters
 
 # %% ../../nbs/lib/workbench/jobs.ipynb #da941a04
@@ -65,16 +65,18 @@ class Job:
         return Path(self.folder) / (self.study + suffix)
 
     def save(self) -> None:
+        """Write the ledger, as a whole."""
         from maskalign_lab.base.files import write_atomic
 
         write_atomic(Path(self.folder) / "job.json", json.dumps(asdict(self), indent=1))
 
     def end(self, status: str, exit_code: int, error: str = "") -> None:
+        """Note how it ended."""
         self.status, self.exit_code, self.error = status, exit_code, error
 
 # %% ../../nbs/lib/workbench/jobs.ipynb #272939b8
 def job_folder(
-    study: str,
+    study: str,  # name of the notebook, without its suffix
     out: str | Path | None,  # None: a new folder in `paths.output()`
 ) -> Path:
     """An empty folder for a job. A folder in which something lies is refused."""
@@ -87,7 +89,7 @@ def job_folder(
 
 # %% ../../nbs/lib/workbench/jobs.ipynb #915f5e66
 def command_of(
-    study: str,
+    study: str,  # name of the notebook, without its suffix
     given: Mapping[str, Any],  # parameters that differ from the defaults
 ) -> str:
     """The command that starts such a job again."""
@@ -96,10 +98,10 @@ def command_of(
 
 # %% ../../nbs/lib/workbench/jobs.ipynb #b41bc128
 def new_job(
-    study: str,
+    study: str,  # name of the notebook, without its suffix
     known: Mapping[str, Parameter],  # what the study declares
     given: Mapping[str, Any],  # checked values
-    out: str | Path | None,
+    out: str | Path | None,  # its folder; None: a new one
 ) -> Job:
     """A job with its folder. The study's figures go there too, unless `out_dir` names another place."""
     folder = job_folder(study, out)
@@ -128,7 +130,7 @@ def to_text(
 
 # %% ../../nbs/lib/workbench/jobs.ipynb #6afb384a
 def keep_notebook(
-    job: Job,
+    job: Job,  # that has ended, however it ended
 ) -> None:
     """The partial notebook becomes the final one, without the widgets' state, which is large and useless in a file."""
     from maskalign_lab.base.files import write_atomic
@@ -142,29 +144,40 @@ def keep_notebook(
 
 # %% ../../nbs/lib/workbench/jobs.ipynb #33bdf282
 def changed(
-    values: Mapping[str, Any],
-    known: Mapping[str, Parameter],
+    values: Mapping[str, Any],  # of all parameters
+    known: Mapping[str, Parameter],  # what the study declares
 ) -> dict[str, Any]:
     """The values that differ from their defaults."""
     return {name: value for name, value in values.items() if value != known[name].default}
 
 # %% ../../nbs/lib/workbench/jobs.ipynb #99b1a54f
+def carry_out(
+    job: Job,
+    notebook: Path,  # its study
+    values: Mapping[str, Any],  # of the parameters
+) -> None:
+    """Execute the study, keep the notebook whatever happens, and make the page."""
+    from maskalign_lab.workbench import notebook_kernel
+    from maskalign_lab.workbench.offline_page import write_page
+
+    try:
+        notebook_kernel.execute(notebook, job.path(".partial.ipynb"), dict(values))
+    finally:
+        keep_notebook(job)
+    write_page(job.path(".ipynb"), job.path(".html"))
+
+# %% ../../nbs/lib/workbench/jobs.ipynb #d32e06da
 def perform(
     job: Job,
     notebook: Path,  # its study
     values: Mapping[str, Any],  # of the parameters
 ) -> None:
-    """Execute the study, keep the notebook, make the page, and note in the ledger how it went."""
+    """Carry the job out, and note in the ledger how it went."""
     from maskalign_lab.workbench import notebook_kernel
-    from maskalign_lab.workbench.offline_page import write_page
 
     began = time.perf_counter()
     try:
-        try:
-            notebook_kernel.execute(notebook, job.path(".partial.ipynb"), dict(values))
-        finally:
-            keep_notebook(job)
-        write_page(job.path(".ipynb"), job.path(".html"))
+        carry_out(job, notebook, values)
         job.end("ok", 0)
     except notebook_kernel.Stopped as stop:
         job.end("preempted", stop.exit_code, str(stop))
@@ -199,7 +212,7 @@ def run_study(
 
 # %% ../../nbs/lib/workbench/jobs.ipynb #9dd952ef
 def summary(
-    job: Job,
+    job: Job,  # that has ended
 ) -> str:
     """How a job ended, where its results are, and how to go on."""
     places = {"notebook": job.path(".ipynb"), "page": job.path(".html"), "ledger": Path(job.folder, "job.json")}
@@ -211,7 +224,9 @@ def summary(
     return "\n".join([*lines, f"To open the studies in JupyterLab: {lab}"])
 
 # %% ../../nbs/lib/workbench/jobs.ipynb #773f7163
-def plain(value: Any) -> Any:
+def plain(
+    value: Any,  # numbers, text, arrays, tables, and collections of these
+) -> Any:
     """Facts as JSON holds them: a table as its rows, six digits, null for what is no number, text for anything else."""
     if hasattr(value, "to_dict"):
         value = value.to_dict("records")

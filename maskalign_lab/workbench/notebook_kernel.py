@@ -34,6 +34,7 @@ class OwnKernel(AsyncKernelManager):
 
     @property
     def kernel_spec(self) -> KernelSpec:
+        """The command line of a kernel."""
         command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=CRITICAL"]
         return KernelSpec(argv=command, display_name="Python 3", language="python")
 
@@ -71,17 +72,21 @@ class Stopper:
             loop.call_soon_threadsafe(self.interrupt if first else self.kill, loop)
 
     def interrupt(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Let the running cell end, and start the time of grace."""
         if (kernel := self.client.km) and kernel.has_kernel:
             self.task = loop.create_task(kernel.interrupt_kernel())
             self.timer = loop.call_later(GRACE, self.kill, loop)
 
     def kill(self, loop: asyncio.AbstractEventLoop) -> None:
+        """End the kernel at once."""
         if (kernel := self.client.km) and kernel.has_kernel:
             self.task = loop.create_task(kernel.signal_kernel(getattr(signal, "SIGKILL", signal.SIGTERM)))
 
 # %% ../../nbs/lib/workbench/notebook_kernel.ipynb #680fd2be
 @contextmanager
-def signals_to(stopper: Stopper) -> Iterator[None]:
+def signals_to(
+    stopper: Stopper,  # of the client that runs inside the block
+) -> Iterator[None]:
     """SIGTERM, SIGUSR1 and SIGINT go to the stopper inside the block, in the main thread."""
     main = threading.current_thread() is threading.main_thread()
     numbers = [getattr(signal, name, None) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if main]  # Windows lacks one
@@ -112,6 +117,7 @@ class StudyClient(PapermillNotebookClient):
         self.total = sum(cell.cell_type == "code" for cell in self.nb.cells)
 
     def execute_cell(self, cell: Any, cell_index: int, **options: Any) -> Any:
+        """Execute a code cell and print a line about it; remember the heading of a Markdown cell."""
         if self.stopper.number:
             raise Stopped(self.stopper.number)
         if cell.cell_type != "code":
@@ -131,6 +137,7 @@ class StudyEngine(NBClientEngine):
 
     @classmethod
     def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, start_timeout: int = 60, **_: Any) -> None:
+        """Called by papermill; a signal ends in `Stopped`, whatever error it brought about."""
         options = {"kernel_name": kernel_name, "startup_timeout": start_timeout, "timeout": None}
         client = StudyClient(nb_man, stdout_file=sys.stdout, stderr_file=sys.stderr, **options)
         try:
@@ -150,7 +157,7 @@ logging.getLogger("papermill").setLevel(logging.ERROR)
 def execute(
     notebook: Path,  # what to execute
     target: Path,  # where the executed notebook goes, in the job's folder; kept up to date while it runs
-    parameters: dict[str, Any],
+    parameters: dict[str, Any],  # checked values
 ) -> None:
     """Execute a notebook. Raises `PapermillExecutionError` if a cell fails, `Stopped` after a signal."""
     papermill.execute_notebook(

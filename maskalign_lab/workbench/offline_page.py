@@ -31,7 +31,7 @@ SIZED = re.compile(
 
 
 def mathml(
-    tex: str,
+    tex: str,  # without the dollars
     display: str = "inline",  # inline | block
 ) -> str:
     """An equation as MathML, or as code if it cannot be translated."""
@@ -156,6 +156,10 @@ p code, li code, td code { background: var(--ground); padding: .1em .3em }
 .output_stderr pre { border-left: 3px solid #e69f00 } .output_error pre { border-left: 3px solid #d55e00 }
 .prompt, .anchor-link { display: none }
 img, svg { max-width: 100%; height: auto }
+"""
+
+# %% ../../nbs/lib/workbench/offline_page.ipynb #192728fb
+STYLE += """
 table { border-collapse: collapse; font-size: 14px; line-height: 1.4; font-variant-numeric: tabular-nums }
 .text_cell_render table { display: block; overflow-x: auto }
 th, td, table.dataframe :is(th, td) { padding: .35rem .8rem; border: 0; border-bottom: 1px solid var(--line) }
@@ -179,6 +183,7 @@ STYLE += """
 @media print { body { max-width: none } .film.live .film-controls { display: none } }
 """
 
+# %% ../../nbs/lib/workbench/offline_page.ipynb #330d9d39
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><style>{style}</style></head>
@@ -205,7 +210,7 @@ def write_page(
         (out.parent / "plotly.min.js").write_text(get_plotlyjs(), encoding="utf-8")
     return out
 
-
+# %% ../../nbs/lib/workbench/offline_page.ipynb #4857e525
 def title(
     notebook: NotebookNode,
 ) -> str:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEPT', 'LARGEST_OUTPUT', 'LARGEST_NOTEBOOK', 'joined', 'portable', 'output_problems', 'code_cells', 'code_digest',
-           'is_fresh', 'transplant', 'laptop_job', 'clone_or_error', 'refresh', 'figures']
+           'is_fresh', 'put_outputs', 'transplant', 'laptop_job', 'clone_or_error', 'refresh', 'figures']
 
 # %% ../../nbs/lib/workbench/refresh.ipynb #93613414
 import base64
@@ -56,13 +56,17 @@ def output_problems(
     return problems
 
 # %% ../../nbs/lib/workbench/refresh.ipynb #c2d68155
-def code_cells(book: dict) -> list[dict]:
+def code_cells(
+    book: dict,  # a notebook
+) -> list[dict]:
     """A notebook's own code cells, in order, without the one that papermill adds."""
     own = (cell for cell in book["cells"] if cell["cell_type"] == "code")
     return [cell for cell in own if "injected-parameters" not in cell["metadata"].get("tags", ())]
 
 # %% ../../nbs/lib/workbench/refresh.ipynb #8cfb0888
-def code_digest(book: dict) -> str:
+def code_digest(
+    book: dict,  # a notebook
+) -> str:
     """A short digest of all code in a notebook."""
     sources = [joined(cell["source"]) for cell in code_cells(book)]
     return hashlib.blake2b("\0".join(sources).encode(), digest_size=8).hexdigest()
@@ -76,6 +80,22 @@ def is_fresh(
     return book["metadata"].get("maskalign_lab", {}).get("outputs_of") == code_digest(book)
 
 # %% ../../nbs/lib/workbench/refresh.ipynb #d9194b4c
+def put_outputs(
+    book: dict,  # the original, which is changed
+    ran: dict,  # an executed copy with the same code
+    private: list[str],  # folders of this machine
+) -> list[str]:
+    """Give all code cells the outputs that they had in the copy; returns why some may not be committed."""
+    problems = []
+    for number, (cell, done) in enumerate(zip(code_cells(book), code_cells(ran), strict=True), 1):
+        cell["outputs"] = list(filter(None, map(portable, done["outputs"])))
+        cell["execution_count"] = None
+        found = [problem for output in cell["outputs"] for problem in output_problems(output, private)]
+        problems += [f"code cell {number}: {problem}" for problem in found]
+    book["metadata"]["maskalign_lab"] = {"outputs_of": code_digest(book)}
+    return problems
+
+# %% ../../nbs/lib/workbench/refresh.ipynb #1cb920e7
 def transplant(
     executed: Path,  # a notebook that ran
     notebook: Path,  # its original, which is rewritten
@@ -88,13 +108,7 @@ def transplant(
         raise ValueError(f"{notebook} was edited while its copy ran; run again")
     places = (Path.home(), paths.clone(), Path(executed).parent)
     private = [str(place) for place in places if place and place != place.parent]  # a container's home may be "/"
-    problems = []
-    for number, (cell, done) in enumerate(zip(code_cells(book), code_cells(ran)), 1):
-        cell["outputs"] = list(filter(None, map(portable, done["outputs"])))
-        cell["execution_count"] = None
-        found = [problem for output in cell["outputs"] for problem in output_problems(output, private)]
-        problems += [f"code cell {number}: {problem}" for problem in found]
-    book["metadata"]["maskalign_lab"] = {"outputs_of": code_digest(book)}
+    problems = put_outputs(book, ran, private)
     text = to_text(book)
     if len(text.encode()) > LARGEST_NOTEBOOK:
         problems.append(f"the notebook has {len(text.encode()) / 1e6:.1f} MB, at most 1 is allowed")
@@ -104,7 +118,7 @@ def transplant(
 
 # %% ../../nbs/lib/workbench/refresh.ipynb #b6713564
 def laptop_job(
-    study: str | Path,
+    study: str | Path,  # see `find_study`
 ) -> Job:
     """A study with the preset that its committed outputs and figures show."""
     return run_study(study, {"preset": "laptop"})

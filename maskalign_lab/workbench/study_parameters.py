@@ -40,7 +40,7 @@ class Parameter:
 
 # %% ../../nbs/lib/workbench/study_parameters.ipynb #d2b83d04
 def check_type(
-    value: Any,
+    value: Any,  # of any type
     hint: Any,  # a type, a union or a generic tuple
     name: str,  # for the message
 ) -> Any:
@@ -72,8 +72,8 @@ def parse_value(
 
 # %% ../../nbs/lib/workbench/study_parameters.ipynb #536baa0f
 def check_value(
-    value: Any,
-    parameter: Parameter,
+    value: Any,  # of any type
+    parameter: Parameter,  # what it is for
 ) -> Any:
     """The value if the parameter's type and choices allow it; else a `ValueError` with the nearest valid one."""
     value = check_type(value, parameter.type, parameter.name)
@@ -81,8 +81,8 @@ def check_value(
 
 # %% ../../nbs/lib/workbench/study_parameters.ipynb #4e6465bf
 def check_values(
-    given: Mapping[str, Any],
-    known: Mapping[str, Parameter],
+    given: Mapping[str, Any],  # name -> value
+    known: Mapping[str, Parameter],  # what the study declares
 ) -> dict[str, Any]:
     """The given values, names and types checked."""
     for name in given:
@@ -133,12 +133,16 @@ def study_parameters(
     return parse_cell("".join(tagged[0]["source"]))
 
 # %% ../../nbs/lib/workbench/study_parameters.ipynb #81ab4d61
-def is_declaration(source: str) -> bool:
+def is_declaration(
+    source: str,  # of a cell
+) -> bool:
     """Whether a cell's text looks like a study's parameters cell."""
     return re.search(r"^preset *:", source, re.MULTILINE) is not None
 
 # %% ../../nbs/lib/workbench/study_parameters.ipynb #6f5430a4
-def is_injected(source: str) -> bool:
+def is_injected(
+    source: str,  # of a cell
+) -> bool:
     """Whether a cell's text is what papermill adds."""
     return source.splitlines()[:1] == ["# Parameters"]
 

@@ -19,8 +19,9 @@ from maskalign_lab.base.checkpoints import load_tensors, step_folder
 from maskalign_lab.data import caching
 from maskalign_lab.data.caching import fill, open_cache, place
 from maskalign_lab.data.datasets import load_dataset
-from maskalign_lab.encoders import teachers
-from maskalign_lab.encoders.teachers import cached_features, dataset_features, load_teacher, rows_of
+from maskalign_lab.encoders import teacher_features, teachers
+from maskalign_lab.encoders.teacher_features import cached_features, dataset_features, rows_of
+from maskalign_lab.encoders.teachers import load_teacher
 from maskalign_lab.runs.batches import make_batches
 from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.run import train
@@ -336,7 +337,7 @@ def test_training_with_kept_features_is_the_same_to_the_bit(tmp_path, monkeypatc
     for name in ("made", "read"):
         train(recipe(), tmp_path / name, "cpu", 0)
     monkeypatch.setattr(
-        "maskalign_lab.runs.batches.cached_features", lambda teacher, data: teachers.encode(teacher, data)
+        "maskalign_lab.runs.batches.cached_features", lambda teacher, data: teacher_features.encode(teacher, data)
     )
     train(recipe(), tmp_path / "memory", "cpu", 0)
     for part in ("model", "ema", "method", "optimizer"):
@@ -378,12 +379,13 @@ def test_other_data_another_grid_and_other_code_have_folders_of_their_own(monkey
     cached_features(load_teacher(random, grid=4), dataset)
     cached_features(load_teacher(random, grid=2), load_dataset("shapes", n=5))
     assert len(feature_folders()) == 3
-    monkeypatch.setattr(teachers, "prepare", lambda images, mean, std, side: torch.zeros(len(images), 3, side, side))
+    for module in (teachers, teacher_features):
+        monkeypatch.setattr(module, "prepare", lambda images, mean, std, side: torch.zeros(len(images), 3, side, side))
     cached_features(load_teacher(random, grid=2), dataset)
     assert len(feature_folders()) == 4
 
 
 def test_the_oracle_is_not_kept():
-    features = make_batches(recipe("data.teacher=oracle")).features
+    (features,) = make_batches(recipe("data.teacher=oracle")).features
     assert torch.equal(features, rows_of(dataset_features("oracle", load_dataset("shapes", n=64), 8)))
     assert not (paths.cache() / "features").exists()

@@ -320,7 +320,7 @@ def test_refused_folders(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="is empty"):
         load_dataset(f"folder:{tmp_path / 'empty'}")
-    with pytest.raises(ValueError, match="12 loose pictures and no directory"):
+    with pytest.raises(ValueError, match="12 loose images and no directory"):
         load_dataset(f"folder:{folder / 'red'}")
     with pytest.raises(ValueError, match="only one class, 'data'"):
         load_dataset(f"folder:{tmp_path}")
@@ -331,7 +331,7 @@ def test_a_class_of_broken_files_only(folder):
         path.write_bytes(b"broken")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with pytest.raises(ValueError, match="11 readable pictures"):
+        with pytest.raises(ValueError, match="11 readable images"):
             load_dataset(f"folder:{folder}")
 
 

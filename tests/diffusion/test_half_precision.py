@@ -49,7 +49,7 @@ def test_the_cosine_and_its_gradient_are_finite(ours, theirs, dtype):
 def test_a_training_step_is_finite(images, features, dtype):
     torch.manual_seed(0)
     net = SiT(input_size=16, patch_size=4, in_channels=3, width=32, depth=2, heads=2, num_classes=10)
-    repa = REPA(net, Objective(), REPAConfig(depth=1, projector_width=16), teacher_dim=12)
+    repa = REPA(net, Objective(), REPAConfig(depth=1, projector_width=16), teacher_dims=(12,))
     x = tokens(images, (2, 3, 16, 16)).clamp(-100, 100)
     batch = Batch(x, torch.zeros(2, dtype=torch.long), tokens(features))
     with torch.autocast("cpu", dtype):

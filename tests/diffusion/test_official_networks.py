@@ -74,7 +74,7 @@ def repa_losses(path, t=None):
 def test_the_losses_of_repa(path):
     _, _, losses = repa_losses(path)
     out = golden("repa").out
-    assert_close(losses.parts["velocity"], out[f"loss.{path}.denoising"].mean(), rtol=1e-5, atol=0)
+    assert_close(losses.parts["denoising"], out[f"loss.{path}.denoising"].mean(), rtol=1e-5, atol=0)
     assert_close(losses.parts["alignment"], out[f"loss.{path}.proj"].squeeze(), rtol=1e-5, atol=0)
     assert_close(losses.total, out[f"loss.{path}.total_coeff0.5"].squeeze(), rtol=1e-5, atol=0)
 
@@ -84,7 +84,7 @@ def test_the_losses_of_repa_at_lognormal_noise_levels(path):
     sigma, out = golden("repa").inputs["lognormal_z"].exp(), golden("repa").out
     t = sigma / (1 + sigma) if path == "linear" else 2 / torch.pi * torch.atan(sigma)
     _, _, losses = repa_losses(path, t)
-    assert_close(losses.parts["velocity"], out[f"loss_lognormal.{path}.denoising"].mean(), rtol=1e-5, atol=0)
+    assert_close(losses.parts["denoising"], out[f"loss_lognormal.{path}.denoising"].mean(), rtol=1e-5, atol=0)
     assert_close(losses.parts["alignment"], out[f"loss_lognormal.{path}.proj"].squeeze(), rtol=1e-5, atol=0)
 
 

@@ -221,6 +221,13 @@ def test_bad_settings_are_refused(kwargs, message):
         SamplerConfig(**kwargs)
 
 
+@pytest.mark.parametrize("name", ["guidance", "class_guidance"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_guidance_that_is_no_number_is_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} .* must be a finite number"):
+        SamplerConfig(**{name: value})
+
+
 # --- REPA's samplers --------------------------------------------------------------------------------------------------
 
 OF_REPA = {

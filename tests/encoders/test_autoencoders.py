@@ -15,8 +15,9 @@ from maskalign_lab.base import paths
 from maskalign_lab.base.seeding import generator
 from maskalign_lab.data import caching
 from maskalign_lab.data.datasets import load_dataset
-from maskalign_lab.encoders import autoencoder_training, autoencoders, reconstruction
-from maskalign_lab.encoders.autoencoders import Autoencoder, cached_latents, latents_of, load_autoencoder
+from maskalign_lab.encoders import autoencoder_latents, autoencoder_training, autoencoders, reconstruction
+from maskalign_lab.encoders.autoencoder_latents import cached_latents
+from maskalign_lab.encoders.autoencoders import Autoencoder, latents_of, load_autoencoder
 from maskalign_lab.studies import shipped_runs
 
 SD_VAE = {  # config.json of stabilityai/sd-vae-ft-mse; without scaling_factor, so that diffusers takes 0.18215
@@ -220,7 +221,7 @@ def test_what_is_cached_is_not_encoded_again(small, photos, own_cache, monkeypat
 def test_a_cache_of_another_autoencoder_is_refused(small, photos, own_cache):
     """In the folder of one autoencoder lies what another one made, as after a copy by hand."""
     other = autoencoders.wrap_autoencoder(make_vae(seed=1, **SMALL), "other")
-    folder = caching.place("latents", autoencoders.description(other, photos))
+    folder = caching.place("latents", autoencoder_latents.description(other, photos))
     assert cached_latents(small, photos).folder != folder
     shutil.copytree(cached_latents(small, photos).folder, folder)
     with pytest.raises(ValueError, match=f"autoencoder '{small.digest}', wanted is autoencoder '{other.digest}'"):
@@ -322,10 +323,10 @@ def one_thread():
 def test_it_learns_and_is_repeatable(one_thread):
     pictures, before = autoencoder_training.mixture(SHORT), torch.random.get_rng_state()
     config = replace(SHORT, steps=30)
-    runs = [list(autoencoder_training.compressions(pictures, config, device="cpu")) for _ in range(2)]
-    losses = [float(lesson.losses["pixels"]) for lesson in runs[0]]
+    runs = [list(autoencoder_training.autoencoder_steps(pictures, config, device="cpu")) for _ in range(2)]
+    losses = [float(step.losses["pixels"]) for step in runs[0]]
     assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
-    first, second = (run[-1].pupil.state_dict() for run in runs)
+    first, second = (run[-1].model.state_dict() for run in runs)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert torch.equal(torch.random.get_rng_state(), before)
 
@@ -334,14 +335,14 @@ def test_it_learns_and_is_repeatable(one_thread):
 def test_a_training_that_was_stopped_goes_on(stop, one_thread, tmp_path):
     """From the last checkpoint, to the same bits."""
     pictures = autoencoder_training.mixture(SHORT)
-    *_, whole = autoencoder_training.compressions(pictures, SHORT, device="cpu")
-    for lesson in autoencoder_training.compressions(pictures, SHORT, tmp_path, "cpu"):
-        if lesson.step == stop:
+    *_, whole = autoencoder_training.autoencoder_steps(pictures, SHORT, device="cpu")
+    for step in autoencoder_training.autoencoder_steps(pictures, SHORT, tmp_path, "cpu"):
+        if step.step == stop:
             break
-    rest = list(autoencoder_training.compressions(pictures, SHORT, tmp_path, "cpu"))
-    assert [lesson.step for lesson in rest] == list(range(4 * (stop // 4), 13))
-    for name, value in rest[-1].pupil.state_dict().items():
-        assert torch.equal(value, whole.pupil.state_dict()[name]), name
+    rest = list(autoencoder_training.autoencoder_steps(pictures, SHORT, tmp_path, "cpu"))
+    assert [step.step for step in rest] == list(range(4 * (stop // 4), 13))
+    for name, value in rest[-1].model.state_dict().items():
+        assert torch.equal(value, whole.model.state_dict()[name]), name
 
 
 def test_a_finished_training_is_measured_and_saved(tmp_path):
@@ -359,9 +360,9 @@ def test_a_finished_training_is_measured_and_saved(tmp_path):
     again = autoencoder_training.compress(tmp_path / "again", tmp_path / "work", SHORT, "cpu", n=20, print_every=0)
     assert (again / names[3]).read_bytes() == (out / names[3]).read_bytes()  # nothing was left to train
     with pytest.raises(FileExistsError, match="trained with config"):
-        next(autoencoder_training.compressions(pictures, replace(SHORT, lr=1.0), tmp_path / "work", "cpu"))
+        next(autoencoder_training.autoencoder_steps(pictures, replace(SHORT, lr=1.0), tmp_path / "work", "cpu"))
     with pytest.raises(FileExistsError, match=f"trained with data '{pictures.digest}'"):
-        next(autoencoder_training.compressions(load_dataset("digits", n=30), SHORT, tmp_path / "work", "cpu"))
+        next(autoencoder_training.autoencoder_steps(load_dataset("digits", n=30), SHORT, tmp_path / "work", "cpu"))
 
 
 def test_variations_keep_what_they_should(photos):

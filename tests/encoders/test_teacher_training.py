@@ -1,4 +1,4 @@
-"""Teaching a tiny teacher: it learns, it is repeatable, its folder loads, its card tells the truth."""
+"""Training a tiny teacher: it learns, it is repeatable, its folder loads, its card tells the truth."""
 
 import json
 from dataclasses import replace
@@ -8,9 +8,11 @@ import torch
 from PIL import Image
 
 from maskalign_lab.base.seeding import generator
+from maskalign_lab.data import augmentation
 from maskalign_lab.data.datasets import load_dataset, oracle_features
 from maskalign_lab.encoders import teacher_probes, teacher_training
-from maskalign_lab.encoders.teachers import Features, dataset_features, load_teacher
+from maskalign_lab.encoders.teacher_features import dataset_features
+from maskalign_lab.encoders.teachers import Features, load_teacher
 
 SMALL = teacher_training.TeachConfig(
     steps=30, batch_size=32, width=32, depth=1, heads=2, warmup=5, n=200, precision="float32"
@@ -28,7 +30,7 @@ def folder(tmp_path_factory):
 
 
 def test_losses_fall(dataset):
-    rows = [lesson.losses for lesson in teacher_training.lessons(dataset, SMALL, "cpu")]
+    rows = [step.losses for step in teacher_training.teacher_steps(dataset, SMALL, "cpu")]
     for name in rows[0]:
         early, late = (sum(float(row[name]) for row in part) / 5 for part in (rows[:5], rows[-5:]))
         assert late < 0.98 * early, name
@@ -45,9 +47,9 @@ def one_thread():
 
 def test_teaching_is_repeatable_and_leaves_the_global_state_alone(dataset, one_thread):
     def weights():
-        for lesson in teacher_training.lessons(dataset, SMALL, "cpu"):
-            if lesson.step == 3:
-                return lesson.pupil.state_dict()
+        for step in teacher_training.teacher_steps(dataset, SMALL, "cpu"):
+            if step.step == 3:
+                return step.model.state_dict()
 
     before = torch.random.get_rng_state()
     first = weights()
@@ -76,14 +78,14 @@ def test_features_of_a_taught_teacher(folder):
 
 def test_views_stay_in_range_and_differ(dataset):
     images = dataset.images(slice(0, 50))
-    view = teacher_training.distort(images, generator(0, 0, "a"))
+    view = augmentation.distort(images, generator(0, 0, "a"))
     assert view.abs().max() <= 1 and view.shape == images.shape
-    assert torch.equal(view, teacher_training.distort(images, generator(0, 0, "a")))
+    assert torch.equal(view, augmentation.distort(images, generator(0, 0, "a")))
     assert (view - images).abs().mean((1, 2, 3)).min() > 0.01
 
 
 def test_crops_stay_inside():
-    crops = teacher_training.random_crops(500, generator(0, 0, "crops"))
+    crops = augmentation.random_crops(500, generator(0, 0, "crops"))
     corners = crops[:, :, :2].abs().sum(-1) + crops[:, :, 2].abs()
     assert corners.max() <= 1 + 1e-6
 

@@ -9,6 +9,7 @@ from safetensors.torch import save
 
 from maskalign_lab.data.datasets import load_dataset
 from maskalign_lab.encoders import teachers
+from maskalign_lab.encoders.teacher_features import dataset_features
 
 RANDOM = "timm:vit_tiny_patch16_224?random"
 
@@ -70,7 +71,7 @@ def test_frozen(tiny, dataset):
 
 def test_features_do_not_depend_on_the_batch_size(tiny, dataset):
     name = f"tiny:{tiny[0]}"
-    one, many, again = (teachers.dataset_features(name, dataset, 8, batch_size=size) for size in (1, 7, 7))
+    one, many, again = (dataset_features(name, dataset, 8, batch_size=size) for size in (1, 7, 7))
     assert one.tokens.shape == (20, 64, 32) and one.cls.shape == (20, 32) and one.cls.dtype == torch.float16
     for alone, together, repeated in zip(one, many, again, strict=True):
         torch.testing.assert_close(alone, together, rtol=2e-3, atol=2e-3)
@@ -137,9 +138,9 @@ def test_published_teachers_are_known_by_their_weights(monkeypatch):
 
 
 def test_oracle(dataset):
-    assert teachers.dataset_features("oracle", dataset, 8).tokens.shape == (20, 64, 18)
+    assert dataset_features("oracle", dataset, 8).tokens.shape == (20, 64, 18)
     with pytest.raises(ValueError, match="exact masks.*digits"):
-        teachers.dataset_features("oracle", load_dataset("digits", n=20), 8)
+        dataset_features("oracle", load_dataset("digits", n=20), 8)
     with pytest.raises(ValueError, match="no network"):
         teachers.load_teacher("oracle")
 
@@ -147,7 +148,7 @@ def test_oracle(dataset):
 def test_wrong_grid_is_refused_before_encoding(tiny, dataset, monkeypatch):
     monkeypatch.setattr(teachers.Teacher, "forward", lambda *_: pytest.fail("encoded"))
     with pytest.raises(ValueError, match="8 x 8 tokens.*16 x 16"):
-        teachers.dataset_features(f"tiny:{tiny[0]}", dataset, 16)
+        dataset_features(f"tiny:{tiny[0]}", dataset, 16)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from maskalign_lab.base.paths import data
 from maskalign_lab.base.seeding import generator
 from maskalign_lab.data.datasets import load_dataset
 from maskalign_lab.diffusion.sampling import SamplerConfig
-from maskalign_lab.measure import judge_training, metrics
-from maskalign_lab.measure.judge import ATTRIBUTES, load_judge, pack_judge, soften, to_columns
+from maskalign_lab.measure import judge_card, judge_training, metrics
+from maskalign_lab.measure.judge import ATTRIBUTES, load_judge, pack_judge, real_pair, soften, to_columns
 from maskalign_lab.runs import evaluation
 from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.run import load_run, train
@@ -56,7 +56,7 @@ def other():
 
 def test_the_card_belongs_to_the_weights(judge, card):
     assert judge.digest == card["weights"] and (SHIPPED / "judge.safetensors").stat().st_size < 3_000_000
-    assert (SHIPPED / "card.md").read_text() == judge_training.card_text(card)
+    assert (SHIPPED / "card.md").read_text() == judge_card.card_text(card)
     assert card["pictures"] == card["config"]["n"] or card["config"]["n"] is None
     assert card["command"].startswith("maskalign-lab judge shapes") and card["licence"] == "Apache-2.0"
 
@@ -67,7 +67,7 @@ def test_the_judge_knows_its_trade(judge, card, real, other):
     labels = torch.from_numpy(stream(3003).labels)
     found = metrics.judge_accuracy(judge, real, labels)
     assert found.low <= card["accuracy"]["held out"] <= found.high
-    errors = judge_training.attribute_errors(metrics.read(judge, other.images()), other)
+    errors = judge_card.attribute_errors(metrics.read(judge, other.images()), other)
     for name, row in errors.items():
         assert row["error"] == pytest.approx(card["attribute errors"][name]["error"], rel=0.15), name
         assert row["error"] < 0.5 * row["blind guess"] or name in ("scale", "rotation")
@@ -76,7 +76,7 @@ def test_the_judge_knows_its_trade(judge, card, real, other):
 @pytest.mark.slow
 def test_the_judge_was_trained_on_what_the_generator_makes(card):
     config = judge_training.JudgeConfig(**{**card["config"], "channels": tuple(card["config"]["channels"])})
-    assert judge_training.training_pictures("shapes", config).digest == card["dataset_digest"]
+    assert judge_training.training_images("shapes", config).digest == card["dataset_digest"]
 
 
 # ---- real beside real, and beside worse
@@ -191,7 +191,7 @@ def test_other_classes_are_refused(judge):
 
 def test_losses_fall_and_the_global_state_stays():
     pictures, before = load_dataset("shapes", n=200), torch.random.get_rng_state()
-    rows = [lesson.losses for lesson in judge_training.judge_lessons(pictures, SMALL, "cpu")]
+    rows = [step.losses for step in judge_training.judge_steps(pictures, SMALL, "cpu")]
     for name in ("class", "attributes"):
         assert sum(float(row[name]) for row in rows[-5:]) < 0.98 * sum(float(row[name]) for row in rows[:5])
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -202,8 +202,8 @@ def test_training_is_repeatable():
     torch.set_num_threads(1)  # sums that threads share may differ in their last bit
     files = []
     for _ in range(2):
-        *_, last = judge_training.judge_lessons(pictures, replace(SMALL, steps=3), "cpu")
-        files.append(pack_judge(last.pupil))
+        *_, last = judge_training.judge_steps(pictures, replace(SMALL, steps=3), "cpu")
+        files.append(pack_judge(last.model))
         torch.rand(10)
     torch.set_num_threads(threads)
     assert files[0] == files[1]
@@ -226,8 +226,8 @@ def test_a_judge_of_classes_alone(digits):
 
 def test_pairs_share_nothing():
     for spec, n in (("shapes", 300), ("digits", 300)):
-        pair = judge_training.real_pair(spec, n=n)
-        trained = judge_training.training_pictures(spec, judge_training.JudgeConfig(n=500))
+        pair = real_pair(spec, n=n)
+        trained = judge_training.training_images(spec, judge_training.JudgeConfig(n=500))
         sets = [{picture.tobytes() for picture in part.pixels} for part in (*pair, trained)]
         assert len(pair[0]) == len(pair[1]) and not sets[0] & sets[1] and not (sets[0] | sets[1]) & sets[2]
 
@@ -236,7 +236,7 @@ def test_hue_goes_round():
     attributes = {name: np.zeros(3) for name in ATTRIBUTES} | {"hue": np.array([0.0, 0.01, 0.99])}
     columns = to_columns(attributes)
     assert (columns[1] - columns[2]).norm() < 0.2
-    assert np.allclose(judge_training.gaps("hue", np.array([0.99]), np.array([0.01])), 0.02)
+    assert np.allclose(judge_card.gaps("hue", np.array([0.99]), np.array([0.01])), 0.02)
 
 
 # ---- runs
@@ -263,7 +263,7 @@ def test_a_run_is_measured_beside_its_own_variant(run, judge):
     """A placement law moves the real pictures too, so that the floor stays a floor."""
     recipe = replace(run.recipe, data=replace(run.recipe.data, variant="left"))
     found = evaluation.measure(replace(run, recipe=recipe), 60, SamplerConfig("euler", steps=1), print_every=0)
-    pair = judge_training.real_pair("shapes", n=60, placement="left")
+    pair = real_pair("shapes", n=60, placement="left")
     assert max(part.attributes["x"].max() for part in pair) < 0.5 and found["variant"] == "left"
     expected = metrics.judged(judge, *(part.images() for part in pair), torch.from_numpy(pair[1].labels))
     assert found["floor"] == expected

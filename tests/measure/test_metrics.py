@@ -135,17 +135,6 @@ def test_circular_distance_is_the_best_assignment(first, second, shift):
     assert metrics.circular_distance(first + shift, second + shift) == pytest.approx(expected, abs=4 / 720)
 
 
-def test_histograms_of_two_sets_mix():
-    """Together, two sets of equal size have the mean of their histograms."""
-    first, second = cloud(200, 3, "a").features, cloud(200, 3, "b", 1.0).features
-    both = metrics.attribute_histograms(JUDGE, torch.cat([first, second])[..., None, None])
-    edges = {name: each.edges for name, each in both.items()}
-    apart = [metrics.attribute_histograms(JUDGE, part[..., None, None], edges) for part in (first, second)]
-    for name, each in both.items():
-        assert np.allclose(each.shares, (apart[0][name].shares + apart[1][name].shares) / 2)
-        assert each.shares.sum() == pytest.approx(1)
-
-
 def test_attribute_distance_is_the_shift():
     pictures = cloud(400, 3, "a").features[..., None, None]
     moved = pictures + torch.tensor([0.5, 0.25, 0.0]).view(1, 3, 1, 1)
@@ -191,7 +180,7 @@ def test_a_judge_in_training_and_spoilt_pictures_are_refused():
     with pytest.raises(ValueError, match="judge.eval"):
         read(Colours().train(), pictures)
     pictures[3, 0] = torch.nan
-    with pytest.raises(ValueError, match="1 of 5 pictures"):
+    with pytest.raises(ValueError, match="1 of 5 images"):
         metrics.frechet_distance(JUDGE, pictures, pictures)
 
 
@@ -201,7 +190,7 @@ def test_too_few_pictures_and_missing_labels_are_refused():
         metrics.frechet_distance(JUDGE, few, few)
     with pytest.raises(ValueError, match="at least 4"):
         metrics.kernel_distance(JUDGE, few, few)
-    with pytest.raises(ValueError, match="2 labels for 1 pictures"):
+    with pytest.raises(ValueError, match="2 labels for 1 images"):
         metrics.judge_accuracy(JUDGE, few, torch.tensor([0, 1]))
 
 

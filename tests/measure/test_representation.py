@@ -51,14 +51,14 @@ def test_tokens_resemble_features_that_are_made_of_them():
 
 def test_the_gradient_cosine_is_that_of_two_backward_passes():
     net = network()
-    repa = REPA(net, Objective(), REPAConfig(depth=2, projector_width=24), teacher_dim=12)
+    repa = REPA(net, Objective(), REPAConfig(depth=2, projector_width=24), teacher_dims=(12,))
     batch = Batch(torch.randn(6, 3, 16, 16), torch.arange(6), torch.randn(6, 16, 12))
     values = gradient_cosine(repa, net, batch, [0.25, 0.75], [1, 2], seed=3)
     noise = draw_noise(Objective(), batch.x.shape, generator(3, 0, "noise"))
     for i, t in enumerate((0.25, 0.75)):
         for j, depth in enumerate((1, 2)):
             slopes = []
-            for name in ("velocity", "alignment"):
+            for name in ("denoising", "alignment"):
                 net.zero_grad(set_to_none=True)
                 repa.loss(State(net, net, 0), batch, Draw(torch.full((6,), t), noise, batch.y)).parts[name].backward()
                 slopes.append(torch.cat([p.grad.flatten() for p in net.blocks[depth - 1].parameters()]))

@@ -18,11 +18,15 @@ from maskalign_lab.cli import main
 from maskalign_lab.diffusion.jit import NAMES, JiT, published_size
 from maskalign_lab.diffusion.objectives import Objective
 from maskalign_lab.diffusion.sampling import SamplerConfig, last_sample, sample
+from maskalign_lab.runs.checkpoint_files import read_weights
+from maskalign_lab.runs.facts import Facts
 from maskalign_lab.runs.official import ARGUMENTS, SAMPLERS, arguments, backbone, from_official, settings, to_official
-from maskalign_lab.runs.official_files import export_run, import_run, read_off, read_weights, told_arguments
+from maskalign_lab.runs.official_files import export_run, import_run
 from maskalign_lab.runs.official_jit import DENOISER, bare, flat, jit_sampler
+from maskalign_lab.runs.official_shapes import read_off, told_arguments
 from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.run import build, load_run
+from maskalign_lab.training.methods import MethodConfig, PlainSiT
 
 
 def recorded_file(folder, name="repa", **words):
@@ -113,12 +117,14 @@ def test_a_file_of_reg_without_projectors_names_what_is_missing():
         ("jit", "projection_layer.weight", {"in_context_start": 2}, "'linear' of jit"),
     ],
 )
-def test_other_projectors_of_irepa_are_refused_by_name(family, layout, change, kind):
+def test_other_projectors_of_irepa_are_left_out_aloud(family, layout, change, kind, capsys):
+    """What the network computes does not depend on them."""
     weights = {name: value for name, value in bare(golden(family).weights).items() if "projectors." not in name}
     weights[f"projectors.0.{layout}"] = torch.zeros(48, 64)
     config = {name: value for name, value in read_off(weights)[1].items() if name != "projector_dim"}
-    with pytest.raises(ValueError, match=f"projection_layer_type {kind}.*projectors"):
-        from_official(family, config | change | {"num_heads": 4}, weights)
+    official = from_official(family, config | change | {"num_heads": 4}, weights)
+    assert kind in capsys.readouterr().out and official.method.config.name == "sit"
+    assert all(torch.equal(value, weights[name]) for name, value in official.net.state_dict().items())
 
 
 def test_what_is_left_of_irepa_without_its_projector_is_plain_sit():
@@ -133,7 +139,7 @@ def test_what_is_left_of_irepa_without_its_projector_is_plain_sit():
 def test_a_mixer_has_no_official_layout():
     recipe = make_recipe("repa", "smoke", overrides="network.mixer_depth=1")
     with pytest.raises(ValueError, match="method 'repa' with a mixer"):
-        to_official(*build(recipe, 10, 16), recipe.objective)
+        to_official(*build(recipe, Facts(10, (16,))), recipe.objective)
 
 
 def test_an_official_pickle_with_settings_gives_its_average(tmp_path):
@@ -217,7 +223,7 @@ def test_old_names_of_the_later_blocks_are_understood():
         ({"depth": 5}, "missing blocks.4.adaLN_modulation"),
         ({"depth": 3}, "unknown blocks.3.adaLN_modulation"),
         ({"num_classes": 11}, r"embedding_table.weight has shape \(11, 64\), expected \(12, 64\)"),
-        ({"z_dims": [48, 48]}, "one teacher"),
+        ({"z_dims": [48, 48]}, "missing projectors.1.0.bias"),
         ({"class_dropout_prob": 0}, "null class"),
         ({"path_type": "edm"}, "path_type"),
         ({"path_type": "GVP"}, "path_type of repa"),
@@ -273,7 +279,9 @@ def test_published_sizes_are_read_off_completely(size, patch, learn_sigma):
     with torch.device("meta"):
         net = backbone(family, {**ARGUMENTS[family], **config})
     found_family, found = read_off(net.state_dict())
-    assert found_family == family and all(found[name] == value for name, value in config.items())
+    assert found_family == ("sit" if learn_sigma else "") and all(
+        found[name] == value for name, value in config.items()
+    )
 
 
 def test_a_run_is_not_overwritten(tmp_path):
@@ -411,7 +419,7 @@ def test_a_jit_without_projectors_is_trained_by_denoising():
         ({"attn_drop": 0.1}, "attn_drop 0.1 and proj_drop 0.0"),
         ({"label_drop_prob": 0}, "null class"),
         ({"proj_coeff": "0.5,0.5"}, "proj_coeff '0.5,0.5'.*one weight"),
-        ({"z_dims": [40, 40]}, "one teacher"),
+        ({"z_dims": [40, 40]}, "missing projectors.1.projection_layer.bias"),
         ({"depth": 5}, "missing blocks.4"),
         ({"in_context_start": 4}, "context_start 4 is outside"),
         ({"bottleneck_dim": 25}, r"proj1.weight has shape \(24, 3, 4, 4\), expected \(25, 3, 4, 4\)"),
@@ -510,7 +518,7 @@ def test_published_sizes_of_jit_are_read_off_completely(name, capsys):
 
 def lab_jit(overrides):
     recipe = make_recipe("jit", "smoke", overrides=f"network.data_at_one=true {overrides}")
-    return *build(recipe, 10, 16), recipe.objective
+    return *build(recipe, Facts(10, (16,))), recipe.objective
 
 
 @pytest.mark.parametrize(
@@ -547,3 +555,122 @@ def test_a_jit_of_the_lab_has_an_official_layout(overrides):
 def test_a_jit_without_an_official_layout_is_refused(overrides, message):
     with pytest.raises(ValueError, match=message):
         to_official(*lab_jit(overrides))
+
+
+# ---- what a file's own settings say
+
+
+def plain(folder, args=None, learn_sigma=False, **changes):
+    """A small official SiT without projectors in a training checkpoint, and its network."""
+    size = dict(input_size=8, hidden_size=32, depth=3, num_heads=4, num_classes=10, learn_sigma=learn_sigma) | changes
+    net = backbone("sit", arguments("sit", size))
+    for p in net.parameters():
+        p.data.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    content = {"ema": net.state_dict(), **({"args": argparse.Namespace(**args)} if args else {})}
+    torch.save(content, folder / "plain.pt")
+    return folder / "plain.pt", net
+
+
+HEADS = {"num_heads": 4}
+
+
+def test_two_families_that_fit_are_asked_about(tmp_path):
+    """SiT without learn_sigma and REPA have one layout, and time runs the other way."""
+    file, net = plain(tmp_path)
+    with pytest.raises(ValueError, match="give --family sit or --family repa"):
+        import_run(file, tmp_path / "run", config=HEADS)
+    given = [load_run(import_run(file, tmp_path / family, family, HEADS)) for family in ("sit", "repa")]
+    assert [run.net.data_at_one for run in given] == [True, False]
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([0.2, 0.7]), torch.tensor([1, 2])
+    assert torch.equal(given[0].net(x, t, y).prediction, net(x, t, y).prediction)
+    assert not torch.allclose(given[1].net(x, t, y).prediction, net(x, t, y).prediction, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("args", "family", "path", "data_at_one"),
+    [
+        ({"path_type": "GVP", "prediction": "velocity"}, "sit", "cosine", True),
+        ({"path_type": "Linear", "prediction": "velocity", "loss_weight": None}, "sit", "linear", True),
+        ({"path_type": "cosine", "prediction": "v", "encoder_depth": 8, "enc_type": "None"}, "repa", "cosine", False),
+    ],
+)
+def test_the_settings_of_the_training_decide(args, family, path, data_at_one, tmp_path, capsys):
+    file, _ = plain(tmp_path, args)
+    run = load_run(import_run(file, tmp_path / "run", config=HEADS))
+    assert (run.recipe.objective.interpolant, run.net.data_at_one) == (path, data_at_one)
+    said = capsys.readouterr().out
+    assert f"family {family}" in said and "path_type" not in said
+
+
+@pytest.mark.parametrize("prediction", ["noise", "score"])
+def test_networks_of_noise_and_score_are_refused(prediction, tmp_path):
+    file, _ = plain(tmp_path, {"path_type": "Linear", "prediction": prediction}, learn_sigma=True)
+    with pytest.raises(ValueError, match=f"prediction '{prediction}' of sit"):
+        import_run(file, tmp_path / "run", config=HEADS)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_aligned_depth_and_weight_of_the_training_are_kept(tmp_path, capsys):
+    record = golden("repa")
+    args = argparse.Namespace(path_type="linear", encoder_depth=2, proj_coeff=0.7, model="SiT-XL/2")
+    torch.save({"ema": record.weights, "args": args, "steps": torch.tensor(12.0)}, tmp_path / "0000012.pt")
+    run = load_run(import_run(tmp_path / "0000012.pt", tmp_path / "run", config=HEADS))
+    assert (run.method.config.depth, run.method.config.weight, run.step) == (2, 0.7, 12)
+    assert "assumed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_wrappers_leave_no_mark(prefix, tmp_path):
+    record = golden("repa")
+    save_file({prefix + name: value for name, value in record.weights.items()}, tmp_path / "wrapped.safetensors")
+    run = load_run(import_run(tmp_path / "wrapped.safetensors", tmp_path / "run", config=HEADS | {"encoder_depth": 2}))
+    assert all(torch.equal(value, record.weights[name]) for name, value in run.net.state_dict().items())
+
+
+def test_a_weight_that_is_no_number_is_named(tmp_path, capsys):
+    weights = {name: value.clone() for name, value in golden("repa").weights.items()}
+    weights["blocks.1.mlp.fc1.weight"][0, 0] = float("nan")
+    save_file(weights, tmp_path / "spoilt.safetensors")
+    assert main(["import", str(tmp_path / "spoilt.safetensors"), "--out", str(tmp_path / "run")]) == 2
+    assert "1 of" in (said := capsys.readouterr().err) and "blocks.1.mlp.fc1.weight" in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("family", ["repa", "irepa"])
+def test_a_file_with_two_teachers_keeps_both_projectors(family, tmp_path):
+    record = golden(family)
+    first = {name: value for name, value in record.weights.items() if name.startswith("projectors.0.")}
+    second = {name.replace("projectors.0.", "projectors.1."): 2 * value for name, value in first.items()}
+    z = record.config["z_dims"][0]
+    config = record.config | {"z_dims": [z, z]}
+    words = {"family": family, "config": json.dumps(config)}
+    save_file(record.weights | second, tmp_path / "two.safetensors", words)
+    run = load_run(import_run(tmp_path / "two.safetensors", tmp_path / "run"))
+    assert len(run.method.projectors) == 2 and run.method.teacher_dims == (z, z)
+    again = read_weights(export_run(run, tmp_path / "again.safetensors"))
+    assert json.loads(again.words["config"])["z_dims"] == [z, z]
+    assert all(torch.equal(again.weights[name], value) for name, value in second.items())
+
+
+def test_dropout_of_a_jits_training_is_kept(tmp_path, capsys):
+    file = training_checkpoint(tmp_path / "checkpoint-0.pth", {"model_ema1": golden("jit").weights})
+    run = load_run(import_run(file, tmp_path / "run", config={"num_heads": 4, "in_context_start": 2}))
+    assert run.recipe.network.dropout == 0.2 and "one dropout" in capsys.readouterr().out
+
+
+def test_the_autoencoder_of_a_run_on_latents_comes_back(tmp_path, monkeypatch, capsys):
+    """Exported and imported again, it can be sampled, measured and looked at; a foreign file is told which it is."""
+    monkeypatch.setenv("MASKALIGN_LAB_CACHE", str(tmp_path / "cache"))
+    shipped = load_run("ahpa-shapes")
+    net = replace(shipped, method=PlainSiT(shipped.net, shipped.recipe.objective, MethodConfig()))
+    file = export_run(net, tmp_path / "latents.safetensors")
+    again = load_run(import_run(file, tmp_path / "again"))
+    assert again.recipe.data.autoencoder == "tiny" and again.recipe.data.size == shipped.recipe.data.size
+    assert again.pictures(again.inputs(again.images("validation", 4))).shape == (4, 3, 64, 64)
+    weights = read_weights(file).weights
+    save_file(weights, tmp_path / "bare.safetensors")
+    config = {"num_heads": shipped.recipe.network.heads}
+    told = load_run(import_run(tmp_path / "bare.safetensors", tmp_path / "told", "repa", config, "shapes", "tiny"))
+    assert torch.equal(told.pictures(torch.zeros(1, 4, 16, 16)), again.pictures(torch.zeros(1, 4, 16, 16)))
+    import_run(tmp_path / "bare.safetensors", tmp_path / "bare", "repa", config)
+    assert "give --autoencoder" in capsys.readouterr().out

@@ -113,7 +113,7 @@ def test_a_log_that_ran_ahead_of_the_checkpoint_is_cut(tmp_path):
     shutil.rmtree(tmp_path / "run" / "steps" / "000004")
     (tmp_path / "run" / "latest").write_text("000002")
     with open(tmp_path / "run" / "log.jsonl", "a") as file:
-        file.write('{"velocity": 0.')
+        file.write('{"denoising": 0.')
     train(tiny(steps=4, more="training.save_every=2 training.log_every=1"), tmp_path / "run", "cpu", 0)
     lines = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert lines == [1, 2, 3, 4]
@@ -148,7 +148,7 @@ def test_the_log_holds_losses_and_rate(tmp_path, capsys):
     train(tiny("repa", steps=4, more="training.log_every=2"), tmp_path / "run", "cpu", 0.001)
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4]
-    assert {"velocity", "alignment", "gradient_norm", "seconds"} <= lines[0].keys()
+    assert {"denoising", "alignment", "gradient_norm", "seconds"} <= lines[0].keys()
     assert "steps/s" in capsys.readouterr().out
 
 
@@ -156,7 +156,7 @@ def test_data_order_and_noise_are_the_same_for_both_methods(tmp_path):
     losses = []
     for method in ("sit", "repa"):
         train(tiny(method, steps=1, more="training.log_every=1"), tmp_path / method, "cpu", 0)
-        losses.append(json.loads((tmp_path / method / "log.jsonl").read_text())["velocity"])
+        losses.append(json.loads((tmp_path / method / "log.jsonl").read_text())["denoising"])
     assert losses[0] == losses[1]
 
 

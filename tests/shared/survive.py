@@ -8,7 +8,9 @@ import torch
 from maskalign_lab.base.seeding import generator
 from maskalign_lab.diffusion.objectives import Objective
 from maskalign_lab.diffusion.sit import SiT
-from maskalign_lab.training.loop import TrainingConfig, cut_log, fit, with_log
+from maskalign_lab.training.config import TrainingConfig
+from maskalign_lab.training.log import cut_log, with_log
+from maskalign_lab.training.loop import fit
 from maskalign_lab.training.methods import Batch, MethodConfig, PlainSiT
 
 

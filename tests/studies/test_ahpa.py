@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskalign_lab.ahpa import AHPA, SCHEDULES, AHPAConfig, Router, closed_form, gains, pull, schedule
+from maskalign_lab.ahpa import AHPA, SCHEDULES, AHPAConfig, Router, closed_form, gains, pull, router_loss, schedule
 from maskalign_lab.base.seeding import generator
 from maskalign_lab.data.caching import open_cache, place
 from maskalign_lab.data.datasets import load_dataset
@@ -28,6 +28,7 @@ from maskalign_lab.encoders.autoencoder_levels import (
 )
 from maskalign_lab.encoders.autoencoders import load_autoencoder
 from maskalign_lab.runs.batches import kept_autoencoder, load_sources, make_batches
+from maskalign_lab.runs.facts import Facts
 from maskalign_lab.runs.presets import LATENTS, make_recipe
 from maskalign_lab.runs.recipe import from_json, identity
 from maskalign_lab.runs.run import build, load_run, train
@@ -162,7 +163,7 @@ def test_one_hot_weights_equal_the_single_level_to_the_bit(vae, tmp_path):
     for levels in (NAMES, ("mid",)):
         more = f"training.steps=3 method.router=mid method.levels={','.join(levels)}"
         found.append(load_run(train(recipe(folder, more=more), tmp_path / str(len(levels)), "cpu", 0)))
-    (four, one), start = found, build(found[0].recipe, 10, channels=4, factor=4)[0].state_dict()
+    (four, one), start = found, build(found[0].recipe, Facts(10, channels=4, factor=4))[0].state_dict()
     moved = [not torch.equal(value, start[name]) for name, value in four.net.state_dict().items()]
     assert any(moved) and all(torch.equal(v, one.net.state_dict()[name]) for name, v in four.net.state_dict().items())
     for name, value in one.method.trunk.state_dict().items():
@@ -190,7 +191,7 @@ def test_outside_of_its_window_there_is_no_alignment():
     net, method, batch, draw = fixture({"router": "uniform", "window": (0.0, 0.5)})
     draw.t = torch.full_like(draw.t, 0.8)
     parts = method.loss(State(net, net, 0), batch, draw)
-    assert parts.parts["alignment"] == 0 and parts.total == parts.parts["velocity"]
+    assert parts.parts["alignment"] == 0 and parts.total == parts.parts["denoising"]
 
 
 def test_gains_are_inner_products_of_gradients():
@@ -208,7 +209,7 @@ def test_gains_are_inner_products_of_gradients():
     first, second = (shard(batch, 0, 2), shard(draw, 0, 2)), shard(batch.held_out, 1, 2)
     others = shard(draw, 1, 2)
     others = replace(others, y=torch.where(others.y == 3, 3, second.y))
-    held_out = slopes(denoise(method, net, second, others).velocity)
+    held_out = slopes(denoise(method, net, second, others).denoising)
     losses = method.level_losses(denoise(method, net, *first).hidden[2], first[0].levels)
     exact = torch.stack([slopes(loss) @ held_out for loss in losses.flatten()]).view_as(losses)
     torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-7)
@@ -225,7 +226,7 @@ def test_what_all_levels_gain_moves_no_router(monkeypatch):
     useful, slopes = gains(method, net, batch, draw), []
     for offset in (torch.zeros(2, 1), torch.tensor([[50.0], [-80.0]])):
         monkeypatch.setattr("maskalign_lab.ahpa.gains", lambda *_, offset=offset: useful + offset)
-        loss = method.router_loss(State(net, net, 0), batch, draw, method.log_weights(draw.t, draw.y))
+        loss = router_loss(method, State(net, net, 0), batch, draw, method.log_weights(draw.t, draw.y))
         slopes.append(torch.autograd.grad(loss, method.router.mlp[-1].bias)[0])
     assert slopes[0].abs().max() > 1e-3
     torch.testing.assert_close(*slopes, rtol=1e-6, atol=1e-9)
@@ -235,7 +236,7 @@ def test_a_bilevel_router_moves_towards_what_helps():
     """Its surrogate falls if weight goes to the level with the largest gain."""
     net, method, batch, draw = fixture({"router": "bilevel", "tau": 1e-6, "probe_every": 1})
     useful = gains(method, net, batch, draw)
-    method.router_loss(State(net, net, 0), batch, draw, method.log_weights(draw.t, draw.y)).backward()
+    router_loss(method, State(net, net, 0), batch, draw, method.log_weights(draw.t, draw.y)).backward()
     lowered = -method.router.mlp[-1].bias.grad  # the direction in which the bias of each level will move
     centred = useful - useful.mean(1, keepdim=True)
     assert torch.cosine_similarity(lowered, centred.sum(0), dim=0) > 0.99
@@ -246,7 +247,7 @@ def test_a_bilevel_router_rests_between_its_looks():
     net, method, batch, draw = fixture({"router": "bilevel", "probe_every": 3})
     torch.nn.init.ones_(method.router.mlp[-1].bias[:1])  # away from the prior, where the pull has a slope
     log_weights = method.log_weights(draw.t, draw.y)
-    acts = [method.router_loss(State(net, net, step), batch, draw, log_weights).requires_grad for step in range(7)]
+    acts = [router_loss(method, State(net, net, step), batch, draw, log_weights).requires_grad for step in range(7)]
     assert acts == [step % 3 == 0 for step in range(7)]
 
 
@@ -399,7 +400,7 @@ def test_batches_hold_latents_and_levels(vae):
     assert batch.x.shape == (8, 4, 16, 16) and batch.levels.shape == (8, 4, 64, 16)
     assert torch.equal(batch.x, again.x) and not torch.equal(batch.x, later.x)
     facts = load_sources(settings).facts
-    assert (facts["channels"], facts["factor"]) == (4, 4) and len(facts["autoencoder_digest"]) == 16
+    assert (facts.channels, facts.factor) == (4, 4) and len(facts.autoencoder_digest) == 16
 
 
 def test_pixels_are_refused():
@@ -417,9 +418,8 @@ def test_every_method_learns_latents(method, vae, tmp_path):
     few, many = run.images("validation", 4), run.images("validation", 300)  # encoded on the spot, and on disk
     assert run.pictures(run.inputs(few)).shape == (4, 3, 64, 64)
     torch.testing.assert_close(run.inputs(few), run.inputs(many, slice(0, 4)), rtol=1e-4, atol=1e-4)
-    plain = build(
-        recipe("tiny", "sit", f"network.mixer_depth={run.recipe.network.mixer_depth}"), 10, channels=4, factor=4
-    )[0]
+    same = recipe("tiny", "sit", f"network.mixer_depth={run.recipe.network.mixer_depth}")
+    plain, _ = build(same, Facts(10, channels=4, factor=4))
     if not run.net.class_dim:  # nothing of the method is left in what is sampled
         assert run.net.state_dict().keys() == plain.state_dict().keys()
 

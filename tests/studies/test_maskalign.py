@@ -16,6 +16,7 @@ from maskalign_lab.diffusion.sit import SiT
 from maskalign_lab.maskalign import MaskAlign, MaskAlignConfig, MaskInput, MaskLoss, count_kept, draw_keep
 from maskalign_lab.reg import REG, REGConfig
 from maskalign_lab.runs.batches import load_sources
+from maskalign_lab.runs.facts import Facts
 from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.recipe import from_json, identity, to_json
 from maskalign_lab.runs.run import build, load_run, train
@@ -36,7 +37,7 @@ def network(mixer_depth: int = 0, class_dim: int | None = 12) -> SiT:
 
 def make(net: SiT, ratio: float, inside: MethodConfig = REG_INSIDE, kind: type[MaskAlign] = MaskAlign) -> MaskAlign:
     torch.manual_seed(1)
-    return kind(net, Objective(), kind.Config(inner=inside, mask_ratio=ratio), teacher_dim=12).double()
+    return kind(net, Objective(), kind.Config(inner=inside, mask_ratio=ratio), teacher_dims=(12,)).double()
 
 
 def batch(b: int = 5) -> Batch:
@@ -60,7 +61,7 @@ def test_without_a_mask_and_a_mixer_it_is_reg_to_the_bit():
     net = network()
     masked = make(net, 0.0)
     torch.manual_seed(1)
-    reg = REG(net, Objective(), REG_INSIDE, teacher_dim=12).double()
+    reg = REG(net, Objective(), REG_INSIDE, teacher_dims=(12,)).double()
     draw = drawn(masked)
     assert draw.keep is None
     ours, theirs = (m.loss(State(net, net, 0), batch(), draw) for m in (masked, reg))
@@ -103,7 +104,7 @@ def test_the_loss_is_that_of_images_that_have_only_the_kept_tokens():
         truth = patchify(draw.noise - b.x, 4)[one][:, keep]
         velocity.append((patches - truth).square().mean())
         class_velocity.append((cls - (draw.class_noise - b.class_token)[one]).square().mean())
-    for name, values in (("velocity", velocity), ("alignment", alignment), ("class_velocity", class_velocity)):
+    for name, values in (("denoising", velocity), ("alignment", alignment), ("class_denoising", class_velocity)):
         torch.testing.assert_close(found[name], torch.stack(values).mean(), rtol=1e-10, atol=1e-12)
 
 
@@ -175,7 +176,7 @@ def test_mask_the_loss_takes_regs_losses_of_the_kept_tokens():
         control.inner.projectors[0](out.hidden[2]), torch.cat([data.class_token[:, None], data.features], 1)
     )
     kept = torch.cat([torch.zeros(5, 1, dtype=torch.long), draw.keep + 1], 1)
-    expected = {"velocity": error.gather(1, draw.keep).mean(), "alignment": cosines.gather(1, kept).mean()}
+    expected = {"denoising": error.gather(1, draw.keep).mean(), "alignment": cosines.gather(1, kept).mean()}
     for name, value in expected.items():
         torch.testing.assert_close(parts[name], value, rtol=0, atol=1e-12)
 
@@ -213,9 +214,9 @@ def test_a_recipe_holds_a_method_in_a_method():
 
 def test_mistakes_are_told_before_any_work():
     with pytest.raises(ValueError, match="mask_ratio 0.99 of 64 tokens leaves none"):
-        build(make_recipe("maskalign", "smoke", overrides="method.mask_ratio=0.99"), 10, 16)
+        build(make_recipe("maskalign", "smoke", overrides="method.mask_ratio=0.99"), Facts(10, (16,)))
     with pytest.raises(ValueError, match="cannot drop tokens from 'irepa': its projector is a convolution"):
-        build(make_recipe("maskalign", "smoke", overrides="method.inner.name=irepa"), 10, 16)
+        build(make_recipe("maskalign", "smoke", overrides="method.inner.name=irepa"), Facts(10, (16,)))
     for teacher in ("oracle", "timm:vit_wee_patch16_reg1_gap_256?random"):
         with pytest.raises(ValueError, match="denoises the teacher's class token.*repa"):
             load_sources(make_recipe("maskalign", "smoke", overrides=f"data.teacher={teacher} data.n=4"))

@@ -14,6 +14,7 @@ from maskalign_lab.diffusion.sampling import SamplerConfig, last_sample, sample
 from maskalign_lab.diffusion.sit import Output, SiT
 from maskalign_lab.diffusion.solvers import SOLVERS
 from maskalign_lab.reg import REG, REGConfig
+from maskalign_lab.runs.facts import Facts
 from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.run import build
 from maskalign_lab.training.methods import Batch, State, shard
@@ -27,7 +28,9 @@ def setting(n: int = 6, **config):
     for name, parameter in net.named_parameters():
         if name != "pos_embed":
             parameter.data.add_(0.1 * torch.randn_like(parameter))
-    method = REG(net, Objective(), REGConfig(**{"depth": 2, "projector_width": 12} | config), teacher_dim=6).double()
+    method = REG(
+        net, Objective(), REGConfig(**{"depth": 2, "projector_width": 12} | config), teacher_dims=(6,)
+    ).double()
     batch = Batch(torch.randn(n, 3, 8, 8), torch.randint(0, 10, (n,)), torch.randn(n, 4, 6), torch.randn(n, 6))
     draw = method.draw(batch, 5, partial(generator, 0))
     return net.double(), method, *(as_double(values) for values in (batch, draw))
@@ -56,13 +59,13 @@ def test_the_loss_is_the_papers_sum_of_three_parts():
     v = patches.view(-1, 2, 2, 4, 4, 3).permute(0, 5, 1, 3, 2, 4).reshape(batch.x.shape)
     teacher = torch.cat([batch.class_token[:, None], batch.features], 1)
     parts = {
-        "velocity": (v - (draw.noise - batch.x)).square().mean(),
+        "denoising": (v - (draw.noise - batch.x)).square().mean(),
         "alignment": -torch.cosine_similarity(aligned, teacher, dim=-1).mean(),
-        "class_velocity": (v_c - (draw.class_noise - batch.class_token)).square().mean(),
+        "class_denoising": (v_c - (draw.class_noise - batch.class_token)).square().mean(),
     }
     for name, expected in parts.items():
         torch.testing.assert_close(losses.parts[name], expected, rtol=1e-10, atol=1e-12)
-    total = parts["velocity"] + 0.3 * parts["alignment"] + 0.07 * parts["class_velocity"]
+    total = parts["denoising"] + 0.3 * parts["alignment"] + 0.07 * parts["class_denoising"]
     torch.testing.assert_close(losses.total, total, rtol=1e-10, atol=1e-12)
 
 
@@ -71,7 +74,7 @@ def test_the_weights_are_the_papers():
 
 
 def test_with_one_seed_reg_starts_as_repas_network_and_projector():
-    reg, repa = (build(make_recipe(name, "smoke", seed=3), 10, teacher_dim=16) for name in ("reg", "repa"))
+    reg, repa = (build(make_recipe(name, "smoke", seed=3), Facts(10, (16,))) for name in ("reg", "repa"))
     ours, theirs = reg[0].state_dict(), repa[0].state_dict()
     assert all(torch.equal(ours[name], value) for name, value in theirs.items() if name != "pos_embed")
     assert torch.equal(ours["pos_embed"][:, 1:], theirs["pos_embed"]) and not ours["pos_embed"][:, 0].any()
@@ -87,7 +90,7 @@ def test_with_one_seed_reg_starts_as_repas_network_and_projector():
 def test_draws_beyond_the_class_noise_are_repas():
     _, method, batch, draw = setting()
     net = SiT(input_size=8, patch_size=4, in_channels=3, width=16, depth=3, heads=2, num_classes=10)
-    repa = REPA(net, Objective(), REPAConfig(depth=2, projector_width=12), teacher_dim=6)
+    repa = REPA(net, Objective(), REPAConfig(depth=2, projector_width=12), teacher_dims=(6,))
     theirs = as_double(repa.draw(batch, 5, partial(generator, 0)))
     assert torch.equal(draw.t, theirs.t) and torch.equal(draw.noise, theirs.noise) and torch.equal(draw.y, theirs.y)
     assert draw.class_noise.shape == batch.class_token.shape and theirs.class_noise is None
@@ -95,7 +98,7 @@ def test_draws_beyond_the_class_noise_are_repas():
 
 def test_the_class_velocity_teaches_its_output_layer_and_the_blocks_but_not_the_images_output():
     net, method, batch, draw = setting()
-    method.loss(State(net, net, 0), batch, draw).parts["class_velocity"].backward()
+    method.loss(State(net, net, 0), batch, draw).parts["class_denoising"].backward()
     for module in (net.final_layer.linear_cls, net.cls_projectors2, net.wg_norm, *(b.attn.qkv for b in net.blocks)):
         assert module.weight.grad.abs().sum() > 0
     assert net.x_embedder.proj.weight.grad.abs().sum() > 0  # through attention: the token listens to the image
@@ -105,8 +108,8 @@ def test_the_class_velocity_teaches_its_output_layer_and_the_blocks_but_not_the_
 
 def test_the_images_velocity_listens_to_the_class_token():
     net, method, batch, draw = setting()
-    before = method.loss(State(net, net, 0), batch, draw).parts["velocity"]
-    after = method.loss(State(net, net, 0), batch, replace(draw, class_noise=draw.class_noise + 1)).parts["velocity"]
+    before = method.loss(State(net, net, 0), batch, draw).parts["denoising"]
+    after = method.loss(State(net, net, 0), batch, replace(draw, class_noise=draw.class_noise + 1)).parts["denoising"]
     assert (before - after).abs() > 1e-6
 
 

@@ -53,7 +53,7 @@ from maskalign_lab.runs.batches import make_batches
 from maskalign_lab.training.loop import fit
 recipe = make_recipe("repa", "smoke", overrides="training.steps=2")
 batches = make_batches(recipe)
-net, method = build(recipe, 10, batches.features.shape[-1])
+net, method = build(recipe, batches.facts)
 losses = [float(step.losses["alignment"]) for step in fit(net, method, batches, recipe.training, device="cpu")]
 import json
 print("RESULT", json.dumps([losses, identity(recipe), edit_digest(recipe.method)]))

@@ -24,6 +24,7 @@ from maskalign_lab.diffusion.sampling import SamplerConfig, last_sample
 from maskalign_lab.measure.metrics import validation_loss
 from maskalign_lab.prediction_targets import KINDS, OneImage, fit_one, main_effects, space_weight
 from maskalign_lab.runs.evaluation import at_side
+from maskalign_lab.runs.facts import Facts
 from maskalign_lab.runs.presets import NAMED, make_recipe
 from maskalign_lab.runs.run import build, load_run, train
 from maskalign_lab.studies.prediction_targets import arms, measures
@@ -92,7 +93,7 @@ def test_every_combination_trains_every_method_and_network(kind, space):
     for name, more in NAMES.items():
         sized = "network.width=16 network.depth=3 network.heads=2"
         objective = f"objective.prediction={kind} objective.loss_space={space} objective.clamp=0.05"
-        net, method = build(make_recipe(name, "smoke", overrides=f"{sized} {objective} {more}"), 10, 12)
+        net, method = build(make_recipe(name, "smoke", overrides=f"{sized} {objective} {more}"), Facts(10, (12,)))
         draw = method.draw(batch, 0, lambda step, what: generator(0, step, what))
         loss = method.loss(State(net, net, 0), batch, draw).total
         loss.backward()
@@ -144,9 +145,8 @@ def test_only_losses_without_a_mean_are_refused(kind, space):
         with pytest.raises(ValueError, match="uniform times come that near"):
             check_trainable(objective)
         with pytest.raises(ValueError, match="uniform times come that near"):
-            build(
-                make_recipe("sit", "smoke", overrides=f"objective.prediction={kind} objective.loss_space={space}"), 10
-            )
+            given = f"objective.prediction={kind} objective.loss_space={space}"
+            build(make_recipe("sit", "smoke", overrides=given), Facts(10))
     else:
         check_trainable(objective)
     check_trainable(Objective(prediction=kind, loss_space=space, clamp=0.05))
@@ -172,7 +172,7 @@ def test_a_patch_that_does_not_divide_the_image_is_refused():
     with pytest.raises(ValueError, match="size 30 is no multiple of 4 tokens"):
         target_arm("x", size=30)
     with pytest.raises(ValueError, match="patch_size 5 does not divide input_size 32"):
-        build(make_recipe("jit", "smoke", overrides="network.patch_size=5"), 10)
+        build(make_recipe("jit", "smoke", overrides="network.patch_size=5"), Facts(10))
 
 
 # ---- what is measured

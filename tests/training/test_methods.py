@@ -25,11 +25,11 @@ def setting(n: int = 8):
 
 def test_repa_is_velocity_plus_weighted_alignment():
     net, batch = setting()
-    repa = REPA(net, Objective(), REPAConfig(weight=0.3, depth=2, projector_width=12), teacher_dim=6)
+    repa = REPA(net, Objective(), REPAConfig(weight=0.3, depth=2, projector_width=12), teacher_dims=(6,))
     draw = repa.draw(batch, 5, partial(generator, 0))
     losses = repa.loss(State(net, net, 5), batch, draw)
     plain = PlainSiT(net, Objective(), MethodConfig()).loss(State(net, net, 5), batch, draw)
-    torch.testing.assert_close(losses.parts["velocity"], plain.total)
+    torch.testing.assert_close(losses.parts["denoising"], plain.total)
     x_t = (1 - draw.t)[:, None, None, None] * batch.x + draw.t[:, None, None, None] * draw.noise
     hidden = net(x_t, draw.t, draw.y, collect=(2,)).hidden[2]
     expected = -torch.cosine_similarity(repa.projectors[0](hidden), batch.features, dim=-1).mean()
@@ -40,7 +40,7 @@ def test_repa_is_velocity_plus_weighted_alignment():
 def test_methods_with_one_seed_draw_the_same():
     net, batch = setting()
     first = PlainSiT(net, Objective(), MethodConfig()).draw(batch, 7, partial(generator, 3))
-    second = REPA(net, Objective(), REPAConfig(depth=2, projector_width=12), teacher_dim=6)
+    second = REPA(net, Objective(), REPAConfig(depth=2, projector_width=12), teacher_dims=(6,))
     second = second.draw(batch, 7, partial(generator, 3))
     assert torch.equal(first.t, second.t) and torch.equal(first.noise, second.noise) and torch.equal(first.y, second.y)
 
@@ -91,7 +91,7 @@ def test_a_teacher_with_another_grid_is_refused():
 
 def test_alignment_beyond_the_net_is_refused_at_once():
     with pytest.raises(ValueError, match="depth 4 is outside the network: it has blocks 1 to 3"):
-        REPA(setting()[0], Objective(), REPAConfig(depth=4), teacher_dim=6)
+        REPA(setting()[0], Objective(), REPAConfig(depth=4), teacher_dims=(6,))
 
 
 def test_the_notebooks_definition_wins_whichever_comes_last(monkeypatch):

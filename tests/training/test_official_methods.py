@@ -95,10 +95,10 @@ def test_the_losses_of_reg(path):
     assert_close(parts.total, out[f"loss.{path}.total_proj0.5_cls0.03"].squeeze(), **exactly)
     official, batch, draw, _ = reg_step(path)
     losses = official.method.loss(State(official.net, official.net, 0), batch, draw)
-    assert_close(losses.parts["velocity"], out[f"loss.{path}.denoising"].mean(), **exactly)
-    assert_close(losses.parts["class_velocity"], parts.own.mean(), **exactly)
+    assert_close(losses.parts["denoising"], out[f"loss.{path}.denoising"].mean(), **exactly)
+    assert_close(losses.parts["class_denoising"], parts.own.mean(), **exactly)
     if path == "linear":
-        assert_close(losses.parts["class_velocity"], out["loss.linear.cls"].mean(), **exactly)
+        assert_close(losses.parts["class_denoising"], out["loss.linear.cls"].mean(), **exactly)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -109,7 +109,7 @@ def test_the_alignment_of_reg_runs_over_class_token_and_patches(path):
     rows = torch.cat([batch.class_token.unsqueeze(1), zs[:, 1:]], 1)
     losses = official.method.loss(State(official.net, official.net, 0), batch, draw)
     assert_close(losses.parts["alignment"], cosine_alignment(official.method.projectors[0](hidden), rows).mean())
-    weighed = losses.parts["velocity"] + 0.5 * losses.parts["alignment"] + 0.03 * losses.parts["class_velocity"]
+    weighed = losses.parts["denoising"] + 0.5 * losses.parts["alignment"] + 0.03 * losses.parts["class_denoising"]
     assert_close(losses.total, weighed)
 
 
@@ -163,14 +163,16 @@ def test_the_losses_of_haste(path, monkeypatch):
     given, out = record.inputs, record.out
     small = SiT(input_size=16, patch_size=2, in_channels=4, width=16, depth=8, heads=2)
     config = HASTEConfig(depth=8, student_blocks=(5, 6, 7, 8), teacher_blocks=(9, 10, 11, 12), stop=250_000)
-    haste = HASTE(small, Objective(path), config, teacher_dim=32)
+    haste = HASTE(small, Objective(path), config, teacher_dims=(32,))
     haste.projectors[0] = nn.Identity()
-    monkeypatch.setattr(haste, "student_logits", lambda _net, _acts, block: given[f"attn_student.{block - 1}"])
+    monkeypatch.setattr(
+        "maskalign_lab.training.haste.student_logits", lambda _net, _acts, block: given[f"attn_student.{block - 1}"]
+    )
     teacher = torch.stack([given[f"attn_teacher.{block - 1}"] for block in config.teacher_blocks], 1)
     batch = Batch(given["images"], given["y"], given["proj_teacher"], attention=teacher)
     state = State(Recorded(given), None, 0)
     losses = haste.loss(state, batch, Draw(given["t"], given["noise"], given["y"]))
-    assert_close(losses.parts["velocity"], out[f"loss.{path}.denoising"].mean(), **exactly)
+    assert_close(losses.parts["denoising"], out[f"loss.{path}.denoising"].mean(), **exactly)
     assert_close(losses.parts["alignment"], out["loss.proj"].squeeze(), **exactly)
     assert_close(losses.parts["attention"], out["loss.attn"].squeeze(), **exactly)
     assert_close(losses.total, out[f"loss.{path}.total_proj0.5_attn0.5"].squeeze(), **exactly)
@@ -216,6 +218,6 @@ def test_the_losses_of_irepa(path, weight):
     losses = method.loss(State(official.net, None, 0), batch, Draw(given["t"], given["noise"], given["y"]))
     method.objective, method.config = own.objective, own.config
     velocity, projection = out[f"loss.{path}.denoising"].mean(), out[f"loss.{path}.proj_weighted_coeff{weight}"]
-    assert_close(losses.parts["velocity"], velocity, **exactly)
+    assert_close(losses.parts["denoising"], velocity, **exactly)
     assert_close(losses.parts["alignment"], out[f"loss.{path}.cosine_unweighted"].squeeze(), **exactly)
     assert_close(losses.total, velocity + projection.squeeze(), **exactly)

@@ -16,11 +16,12 @@ from maskalign_lab.diffusion.sit import SiT
 from maskalign_lab.diffusion.taps import qkv_names, taps
 from maskalign_lab.encoders.teachers import Teacher, load_teacher
 from maskalign_lab.runs.batches import Batches, load_sources, make_batches
+from maskalign_lab.runs.facts import Facts
 from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.run import build, load_run, train
 from maskalign_lab.training.haste import HASTE, HASTEConfig, attention_alignment, student_logits
 from maskalign_lab.training.irepa import IREPA, ConvProjector, IREPAConfig, spatial_norm
-from maskalign_lab.training.methods import Batch, MethodConfig, PlainSiT, State, denoise, needs_of
+from maskalign_lab.training.methods import Batch, MethodConfig, PlainSiT, Plan, State, denoise
 from maskalign_lab.training.sra2 import SRA2, SRA2Config
 
 SMALL = dict(input_size=16, patch_size=4, in_channels=3, width=16, depth=3, heads=2, num_classes=10)
@@ -33,7 +34,7 @@ def setting(config=CONFIG, **more):
     net = SiT(**SMALL, **more).double()
     for parameter in net.parameters():
         parameter.data.add_(0.3 * torch.randn_like(parameter))
-    haste = HASTE(net, Objective(), config, teacher_dim=6).double()
+    haste = HASTE(net, Objective(), config, teacher_dims=(6,)).double()
     batch = Batch(torch.randn(4, 3, 16, 16).double(), torch.randint(0, 10, (4,)), torch.randn(4, 16, 6).double())
     batch.attention = 3 * torch.randn(4, 2, 3, 16, 16).double()
     draw = haste.draw(batch, 0, partial(generator, 0))
@@ -87,7 +88,7 @@ def test_the_attention_loss_is_what_loops_give(kept, seed):
     losses = haste.loss(State(net, net, 0), batch, draw)
     by_hand = loss_by_hand(net, batch, draw, CONFIG)
     torch.testing.assert_close(losses.parts["attention"], by_hand, rtol=1e-10, atol=0)
-    total = losses.parts["velocity"] + 0.5 * losses.parts["alignment"] + 0.5 * losses.parts["attention"]
+    total = losses.parts["denoising"] + 0.5 * losses.parts["alignment"] + 0.5 * losses.parts["attention"]
     torch.testing.assert_close(losses.total, total)
 
 
@@ -160,20 +161,20 @@ def test_after_the_stop_it_is_plain_sit_to_the_bit(step):
     batch.features = batch.attention = None  # nobody asks for them
     losses = haste.loss(State(net, net, step), batch, draw)
     losses.total.backward()
-    assert torch.equal(losses.total, plain.total) and set(losses.parts) == {"velocity"}
+    assert torch.equal(losses.total, plain.total) and set(losses.parts) == {"denoising"}
     assert all(torch.equal(p.grad, expected[name]) for name, p in net.named_parameters() if p.grad is not None)
     assert all(p.grad is None for p in haste.parameters())
 
 
 def test_before_the_stop_it_is_repa_and_attention():
     net, haste, batch, draw = setting()
-    assert set(haste.loss(State(net, net, 9), batch, draw).parts) == {"velocity", "alignment", "attention"}
+    assert set(haste.loss(State(net, net, 9), batch, draw).parts) == {"denoising", "alignment", "attention"}
 
 
 def test_needs_end_at_the_stop_also_inside_of_maskalign():
-    assert needs_of(CONFIG, 9) == {"features", "attention"} and needs_of(CONFIG, 10) == set()
+    assert Plan(CONFIG).at(9) == {"features", "attention"} and Plan(CONFIG).at(10) == set()
     masked = make_recipe("maskalign", "smoke", overrides="method.inner.name=haste method.inner.stop=3").method
-    assert "attention" in needs_of(masked, 2) and needs_of(masked, 3) == set()
+    assert "attention" in Plan(masked).at(2) and Plan(masked).at(3) == set()
 
 
 def test_no_hook_is_left_even_if_the_loss_fails():
@@ -202,7 +203,7 @@ def test_no_hook_is_left_even_if_the_loss_fails():
 )
 def test_settings_that_cannot_work_are_refused_when_built(change, message):
     with pytest.raises(ValueError, match=message):
-        HASTE(SiT(**SMALL), Objective(), HASTEConfig(**(vars(CONFIG) | change)), teacher_dim=6)
+        HASTE(SiT(**SMALL), Objective(), HASTEConfig(**(vars(CONFIG) | change)), teacher_dims=(6,))
 
 
 def test_a_compiled_network_is_refused():
@@ -330,10 +331,10 @@ def test_the_conv_projector_starts_as_torch_starts_a_convolution():
 
 def test_irepa_is_velocity_plus_weighted_alignment():
     net, _, batch, draw = setting()
-    irepa = IREPA(net, Objective(), IREPAConfig(weight=0.7, depth=2, gamma=0.5), teacher_dim=6).double()
+    irepa = IREPA(net, Objective(), IREPAConfig(weight=0.7, depth=2, gamma=0.5), teacher_dims=(6,)).double()
     losses = irepa.loss(State(net, net, 0), batch, draw)
     plain = PlainSiT(net, Objective(), MethodConfig()).loss(State(net, net, 0), batch, draw)
-    assert torch.equal(losses.parts["velocity"], plain.total)
+    assert torch.equal(losses.parts["denoising"], plain.total)
     t = draw.t.view(-1, 1, 1, 1)
     hidden = net((1 - t) * batch.x + t * draw.noise, draw.t, draw.y, collect=(2,)).hidden[2]
     target = (batch.features - 0.5 * batch.features.mean(1, keepdim=True)) / (
@@ -346,7 +347,7 @@ def test_irepa_is_velocity_plus_weighted_alignment():
 def test_maskalign_over_irepa_is_refused_when_built():
     recipe = make_recipe("maskalign", "smoke", overrides="method.inner.name=irepa")
     with pytest.raises(ValueError, match="irepa.*convolution over the whole grid"):
-        build(recipe, 10, 16)
+        build(recipe, Facts(10, (16,)))
 
 
 # --- trainings --------------------------------------------------------------------------------------------------------
@@ -376,7 +377,7 @@ def test_the_projector_rests_after_the_stop(tmp_path):
     early, late = (load_run(run, step).method.state_dict() for step in (3, 6))
     assert all(torch.equal(early[key], late[key]) for key in early)
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    assert "attention" not in log[-1] and "velocity" in log[-1]
+    assert "attention" not in log[-1] and "denoising" in log[-1]
 
 
 def test_the_teacher_is_asked_at_each_step_until_the_stop(monkeypatch):
@@ -417,5 +418,5 @@ def test_sra2_is_the_smooth_distance_of_a_block_to_the_clean_input(depth):
     wrong = (method.projector(hidden) - patchify(batch.x, 4)).abs().flatten()
     by_hand = sum(0.5 * d * d / 0.05 if d < 0.05 else d - 0.025 for d in wrong.tolist()) / len(wrong)
     assert found.parts["alignment"].item() == pytest.approx(by_hand, rel=1e-6)
-    assert found.total.item() == pytest.approx(found.parts["velocity"].item() + 0.5 * by_hand, rel=1e-6)
+    assert found.total.item() == pytest.approx(found.parts["denoising"].item() + 0.5 * by_hand, rel=1e-6)
     assert sum(isinstance(part, torch.nn.Linear) for part in method.projector) == 5 and method.needs == ()

@@ -20,7 +20,7 @@ from shared.clone import ROOT
 from shared.notebooks import write
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from maskalign_lab.base import checkpoints
+from maskalign_lab.base import checkpoints, files
 from maskalign_lab.base.checkpoints import load_tensors, step_folder, steps_of
 from maskalign_lab.training.loop import fit
 from maskalign_lab.training.stopping import Guard, NonFinite, notice
@@ -208,7 +208,7 @@ def test_a_short_write_is_not_taken_for_a_checkpoint(tmp_path, monkeypatch):
             self.file.write(data[: len(data) // 2])
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoints, "open", lambda *a: Short(builtins.open(*a)), raising=False)
+    monkeypatch.setattr(files, "open", lambda *a: Short(builtins.open(*a)), raising=False)
     with pytest.raises(OSError, match="No space left"):
         survive.train(tmp_path, 6)
     monkeypatch.undo()

@@ -21,7 +21,8 @@ from maskalign_lab.diffusion.objectives import Objective
 from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.run import load_run, train
 from maskalign_lab.training import loop
-from maskalign_lab.training.loop import AVERAGES, RANGES, TrainingConfig, fit
+from maskalign_lab.training.config import RANGES, TrainingConfig
+from maskalign_lab.training.loop import AVERAGES, fit
 from maskalign_lab.training.methods import MethodConfig, PlainSiT
 from maskalign_lab.training.stopping import NonFinite
 
@@ -80,7 +81,7 @@ def losses(folder=None, steps=6, **changes):
     given = dict(steps=steps, save_every=3, warmup=2, precision="float32") | changes
     found = []
     for step in fit(*tiny(), batches, TrainingConfig(**given), folder, "cpu"):
-        found.append(step.losses["velocity"].item())
+        found.append(step.losses["denoising"].item())
     return found, step.state
 
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from maskalign_lab.workbench import plotly_figure, plots
+from maskalign_lab.workbench import figure_layout, plotly_figure, plots
+from maskalign_lab.workbench.colours import MISSING, PALETTE, QUANTITIES, colours
 from maskalign_lab.workbench.plots import Curve, Panels, Picture, Points, TokenMap
 
 SHOWN = ("norm", "top", "probability", "loss", "cosine")  # as many panels as a study shows
@@ -53,9 +54,9 @@ def test_panels_are_equal_squares_that_do_not_overlap(n, words, curve):
 
 @given(st.lists(st.text("abcdefgh", min_size=1, max_size=12), min_size=1, max_size=12), st.integers(90, 240))
 def test_titles_keep_their_words_and_fit_their_panel(words, size):
-    lines = plotly_figure.wrapped(" ".join(words), size).split("<br>")
+    lines = figure_layout.wrapped(" ".join(words), size).split("<br>")
     assert " ".join(lines).split() == words or max(map(len, words)) > 8
-    assert max(map(len, lines)) * 7.6 <= max(size + plotly_figure.GAP / 2, 8 * 7.6)
+    assert max(map(len, lines)) * 7.6 <= max(size + figure_layout.GAP / 2, 8 * 7.6)
 
 
 def test_updating_equals_making_anew():
@@ -140,7 +141,7 @@ def cloud(t=0.0, seed=0, reach=3.0, n=40):
     draw = np.random.default_rng(seed)
     points, behind = draw.normal(size=(n, 2)).astype(np.float32), draw.normal(size=(n, 2))
     x = np.linspace(0, 1, 5)
-    two = [Points(f"t = {t}", points + i, reach, behind, plots.PALETTE[i], ("first", "second")) for i in (0, 1)]
+    two = [Points(f"t = {t}", points + i, reach, behind, PALETTE[i], ("first", "second")) for i in (0, 1)]
     return Panels((*two, view(seed=seed).panels[1]), Curve("curve", x, {"a": x}, "t", "value", t))
 
 
@@ -152,7 +153,7 @@ def test_points_are_shown_where_they_are():
     second = panels.panels[1]
     for trace, points in ((grey, second.behind), (coloured, second.points)):
         assert np.allclose(np.stack([trace.x, trace.y], 1), points, atol=6e-4)
-    assert grey.marker.color == plots.MISSING and coloured.marker.color == plots.PALETTE[1] and empty.x == (None,)
+    assert grey.marker.color == MISSING and coloured.marker.color == PALETTE[1] and empty.x == (None,)
 
 
 @settings(max_examples=10, deadline=None)
@@ -177,9 +178,9 @@ def test_moving_points_equals_making_anew_and_sends_no_map():
 
 
 def test_the_numbers_of_points_and_their_words_do_not_reach_the_curve():
-    at = plotly_figure.place(cloud())
-    assert at.curve - 36 - (at.top + at.size) >= plotly_figure.AXIS
-    assert plotly_figure.place(Panels(cloud().panels[:2])).height - (at.top + at.size) >= plotly_figure.AXIS
+    at = figure_layout.place(cloud())
+    assert at.curve - 36 - (at.top + at.size) >= figure_layout.AXIS
+    assert figure_layout.place(Panels(cloud().panels[:2])).height - (at.top + at.size) >= figure_layout.AXIS
 
 
 def test_a_film_of_points_is_small():
@@ -214,9 +215,9 @@ def test_what_is_no_cloud_of_points_is_refused(wrong, message):
 # colours
 
 
-def simulated(colours, matrix):
+def simulated(shades, matrix):
     """What a dichromat sees, in linear RGB."""
-    linear = (colours / 255.0) ** 2.2
+    linear = (shades / 255.0) ** 2.2
     return np.clip(linear @ np.array(matrix).T, 0, 1)
 
 
@@ -231,7 +232,7 @@ BLIND = {
 @pytest.mark.parametrize("kind", BLIND)
 @pytest.mark.parametrize("quantity", ["norm", "probability", "loss", "off", "distance"])
 def test_scales_rise_in_lightness_for_the_colour_blind(kind, quantity):
-    seen = simulated(plots.colours(plots.QUANTITIES[quantity].scale)[::16], BLIND[kind])
+    seen = simulated(colours(QUANTITIES[quantity].scale)[::16], BLIND[kind])
     assert (np.diff(seen @ [0.2126, 0.7152, 0.0722]) > 0).all()
 
 

@@ -15,8 +15,9 @@ from nbformat.v4 import new_code_cell, new_notebook
 from PIL import Image
 
 from maskalign_lab.workbench import scrubber
+from maskalign_lab.workbench.latest import Latest
 from maskalign_lab.workbench.plots import Curve, Panels, Picture, TokenMap, filmstrip
-from maskalign_lab.workbench.scrubber import Control, Latest, Scrubber, Stage
+from maskalign_lab.workbench.scrubber import Control, Scrubber, Stage
 
 TIMES = Control("t", "t", [0.0, 0.5, 1.0], ["none", "half", "all"], 1, "slider")
 KIND = Control("kind", "Kind", ["plain", "double"])
