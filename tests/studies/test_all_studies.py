@@ -21,7 +21,7 @@ from maskalign_lab.workbench.study_parameters import study_parameters
 
 
 def other_runs(page):
-    choose(page, "reg")
+    choose(page, "reg-shapes")
 
 
 def other_targets(page):
@@ -113,7 +113,7 @@ STUDIES = [
             "class_over_t attention exchange_grid exchange_class exchange_pixels likeness directions following".split()
         )
         + ("description_over_t", "transfer", "filmstrip"),
-        ("0.50", "0.60"),
+        ("0.50", "0.75"),
         other_classes,
         ((smoke(run="sit-shapes"), "no class token; take a run of method reg"),),
         preset="smoke",  # with laptop it takes a minute and a half
@@ -121,7 +121,7 @@ STUDIES = [
     Study(
         "05_maskalign",
         ("filmstrip", "arms", "preference", "influence"),
-        ("0.50", "0.60"),
+        ("0.50", "1.00"),
         other_tokens,
         (
             (smoke(overrides="method.mask_ratio=0.5"), "Did you mean"),

@@ -35,7 +35,8 @@ def test_an_empty_folder_and_one_class_are_refused(tmp_path):
         load_dataset(f"folder:{tmp_path / 'one'}")
 
 
-def test_a_given_run_is_studied(tmp_path, own_folders):
+def test_a_given_run_is_studied(tmp_path, after_smoke):
+    after_smoke("01")
     path = train(make_recipe("sit", "smoke", overrides="training.steps=2"), tmp_path / "mine", "cpu", 0)
     job = run_job("01", {"preset": "smoke", "run": str(path)}, tmp_path / "job")
     assert job.status == "ok", job.error
