@@ -12,7 +12,8 @@ import json
 import numpy as np
 import torch
 
-from maskalign_lab.gradient_norms import Film, Survey, scrubber
+from maskalign_lab.gradient_norms import Survey
+from maskalign_lab.studies.gradient_norms.film import Film, scrubber
 from maskalign_lab.workbench.benchmarking import Comparison, in_turn, run_script
 from maskalign_lab.workbench.figure_widget import Drawing
 from maskalign_lab.workbench.plotly_figure import figure, values

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHIPPED', 'LONG', 'TIMES', 'CARD', 'LATENT', 'TOLD', 'shipped_recipe', 'pack', 'map_steps', 'make_maps', 'samples_of',
-           'write_card', 'card_text', 'make']
+           'held_out_losses', 'training_seconds', 'write_card', 'card_text', 'make']
 
 # %% ../../nbs/lib/studies/shipped_runs.ipynb #6029610b
 import dataclasses
@@ -17,12 +17,13 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+# %% ../../nbs/lib/studies/shipped_runs.ipynb #56ad482e
 from ..base import paths
 from ..base.checkpoints import load_tensors, step_folder, steps_of
 from ..base.errors import one_of
 from ..base.files import write_atomic
 from ..base.statistics import mean_interval
-from ..data.datasets import to_pixels
+from ..data.datasets import Dataset, to_pixels
 from ..diffusion.sampling import SamplerConfig, last_sample
 from ..encoders.autoencoder_training import compress
 from ..gradient_norms import observe, save_maps, survey
@@ -96,36 +97,42 @@ def samples_of(
     y = torch.arange(run.net.num_classes).repeat_interleave(per_class).to(run.net.pos_embed.device)
     return run.pictures(last_sample(run.net, run.recipe.objective, y, config, seed)).clamp(-1, 1).cpu()
 
+# %% ../../nbs/lib/studies/shipped_runs.ipynb #dc7abdf6
+def held_out_losses(
+    run: Run, held_out: Dataset
+) -> tuple[Tensor, Tensor]:  # (bins,) mean, half-width of its 95 % interval
+    """The velocity loss on held-out images in equal bins of t."""
+    x, labels = run.inputs(held_out), torch.as_tensor(held_out.labels, device=run.device)
+    losses = validation_loss(run.net, run.recipe.objective, x, labels, class_tokens=run.class_tokens(held_out))
+    return mean_interval(losses.cpu())
+
+# %% ../../nbs/lib/studies/shipped_runs.ipynb #5b3d7e29
+def training_seconds(
+    log: Path,  # log.jsonl
+) -> int:
+    """How long a run was trained, over all its starts."""
+    seconds = [json.loads(line)["seconds"] for line in log.read_text().splitlines()]
+    return round(sum(a for a, b in zip(seconds, [*seconds[1:], 0]) if b < a))
+
 # %% ../../nbs/lib/studies/shipped_runs.ipynb #cb6b970f
 def write_card(run: Run, out: Path, command: str, config: SamplerConfig = SamplerConfig(guidance=2.0)) -> None:
     """Measure a run and write card.json, card.md, samples.png and loss.png."""
-    held_out = run.images("validation")
-    x, labels = run.inputs(held_out), torch.as_tensor(held_out.labels, device=run.device)
-    losses = validation_loss(run.net, run.recipe.objective, x, labels, class_tokens=run.class_tokens(held_out))
-    mean, half = mean_interval(losses.cpu())
-    facts = json.loads((run.path / "facts.json").read_text())
-    seconds = [json.loads(line)["seconds"] for line in (run.path / "log.jsonl").read_text().splitlines()]
-    card = {
-        "name": Path(out).name,
-        "step": run.step,
-        "command": command,
-        "licence": "Apache-2.0",
-        **facts,
-        "training_seconds": round(sum(a for a, b in zip(seconds, [*seconds[1:], 0]) if b < a)),
-        "validation_images": len(held_out),
-        "bins_of_t": len(mean),
-        "sampler": dataclasses.asdict(config),
+    out, held_out = Path(out), run.images("validation")
+    mean, half = held_out_losses(run, held_out)
+    card = {"name": out.name, "step": run.step, "command": command, "licence": "Apache-2.0"}
+    card |= json.loads((run.path / "facts.json").read_text())
+    card |= {"training_seconds": training_seconds(run.path / "log.jsonl"), "validation_images": len(held_out)}
+    card |= {"bins_of_t": len(mean), "sampler": dataclasses.asdict(config)}
+    card |= {
         "validation_loss": [round(v, 5) for v in mean.tolist()],
         "half_width_95": [round(v, 5) for v in half.tolist()],
     }
-    write_atomic(Path(out) / "card.json", json.dumps(card, indent=1))
-    write_atomic(Path(out) / "card.md", card_text(run, card))
-    pixels = to_pixels(samples_of(run, config=config))
-    grid = sample_grid(
-        pixels, len(pixels) // run.net.num_classes, held_out.classes, f"{card['name']}, step {run.step:,}"
-    )
-    save_png(grid, Path(out) / "samples.png")
-    save_png(loss_per_t({card["name"]: (mean.numpy(), half.numpy())}), Path(out) / "loss.png")
+    write_atomic(out / "card.json", json.dumps(card, indent=1))
+    write_atomic(out / "card.md", card_text(run, card))
+    pixels, title = to_pixels(samples_of(run, config=config)), f"{out.name}, step {run.step:,}"
+    grid = sample_grid(pixels, len(pixels) // run.net.num_classes, held_out.classes, title)
+    save_png(grid, out / "samples.png")
+    save_png(loss_per_t({out.name: (mean.numpy(), half.numpy())}), out / "loss.png")
 
 # %% ../../nbs/lib/studies/shipped_runs.ipynb #fa510a7d
 CARD = """\
@@ -149,6 +156,7 @@ Velocity loss on {validation_images:,} held-out images, same noise and times for
 Samples: {sampler[solver]}, {sampler[steps]} steps, guidance {sampler[guidance]}, a row per class.
 """
 
+# %% ../../nbs/lib/studies/shipped_runs.ipynb #2225c00f
 LATENT = """
 the loss is that of latents, so it does not compare with that of networks on pixels."""
 TOLD = """

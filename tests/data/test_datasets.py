@@ -1,5 +1,6 @@
 """Data sets: what the generator promises, what real folders hold, and what is refused."""
 
+import io
 import re
 import warnings
 from dataclasses import replace
@@ -16,7 +17,7 @@ from shared.clone import ROOT
 
 from maskalign_lab.data import shapes
 from maskalign_lab.data.datasets import load_dataset, oracle_features, token_means
-from maskalign_lab.data.image_folder import ordered_files, stratified_places
+from maskalign_lab.data.image_folder import ordered_files, read_image, stratified_places
 
 CARDS = ROOT / "data"
 few = settings(max_examples=15, deadline=None)
@@ -385,3 +386,94 @@ def test_token_means_are_row_major():
     maps = np.zeros((1, 4, 6))[:, :, :4].copy()
     maps[0, 0:2, 2:4] = 1
     assert token_means(maps, 2).tolist() == [[0, 1, 0, 0]]
+
+
+# ---- folders as people bring them
+
+
+def classes_in(root, *names, count=4):
+    """Folders of one-coloured images, a class each."""
+    for k, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (9, 9), (40 * k, 20 * i, 90)).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out", "chosen"),
+    [
+        ("train", ["valid"], "valid"),
+        ("Train", ["Dev"], "Dev"),
+        ("TRAINING", ["VAL", "test"], "VAL"),
+        ("train", ["test", "valid"], "valid"),
+        ("train", ["Testing"], "Testing"),
+    ],
+)
+def test_split_folders_are_splits_and_no_classes(train, held_out, chosen, tmp_path):
+    classes_in(tmp_path / train, "a", "b", count=6)
+    for k, name in enumerate(held_out):
+        classes_in(tmp_path / name, "a", "b", count=2 + k)
+    train_set, held = (load_dataset(f"folder:{tmp_path}", 8, split) for split in ("train", "validation"))
+    assert train_set.classes == held.classes == ("a", "b")
+    assert (len(train_set), len(held)) == (12, 2 * (2 + held_out.index(chosen)))
+
+
+def test_train_alone_is_the_folder_and_a_class_called_train_is_a_class(tmp_path):
+    classes_in(tmp_path / "split" / "train", "a", "b", count=20)
+    assert load_dataset(f"folder:{tmp_path / 'split'}", 8).classes == ("a", "b")
+    classes_in(tmp_path / "vehicles", "bus", "train")
+    assert load_dataset(f"folder:{tmp_path / 'vehicles'}", 8).classes == ("bus", "train")
+
+
+def test_two_folders_for_one_split_are_refused(tmp_path):
+    for name in ("train", "val", "valid"):
+        classes_in(tmp_path / name, "a", "b")
+    with pytest.raises(ValueError, match="'val' and 'valid': expected one of them"):
+        load_dataset(f"folder:{tmp_path}", 8)
+
+
+def test_previews_and_hidden_folders_are_not_trained_on_and_links_are_followed(tmp_path):
+    root = classes_in(tmp_path / "data", "a", "b", count=10)
+    classes_in(tmp_path / "elsewhere", "more", count=5)
+    for junk in ("@eaDir", ".thumbnails", "__MACOSX"):
+        classes_in(root / "a", junk, count=7)
+    (root / "b" / "linked").symlink_to(tmp_path / "elsewhere" / "more")
+    (root / "b" / "linked" / "loop").symlink_to(root / "b")  # must not be walked for ever
+    parts = [load_dataset(f"folder:{root}", 8, split) for split in ("train", "validation")]
+    assert np.bincount(np.concatenate([part.labels for part in parts])).tolist() == [10, 15]
+    assert not any(part.skipped for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("values", "grey"),
+    [
+        (np.full((9, 9), 0x8000, np.int32), 128),
+        (np.full((9, 9), 200, np.int32), 200),
+        (np.full((9, 9), 0.5, np.float32), 128),
+        (np.full((9, 9), 77.0, np.float32), 77),
+    ],
+)
+def test_wide_tiffs_keep_their_grey(values, grey, tmp_path):
+    Image.fromarray(values).save(tmp_path / "wide.tiff")
+    assert (read_image(tmp_path / "wide.tiff", 8) == grey).all()
+
+
+def test_a_range_that_cannot_be_told_is_named(tmp_path):
+    Image.fromarray(np.array([[-3.0, 5000.0]], np.float32)).save(tmp_path / "odd.tiff")
+    assert "grey values from -3 to 5000: expected" in read_image(tmp_path / "odd.tiff", 8)
+
+
+@pytest.mark.parametrize("suffix", ["jfif", "jpe", "avif", "pnm"])
+def test_what_pillow_reads_is_an_image(suffix, tmp_path):
+    formats = {"jfif": "JPEG", "jpe": "JPEG", "avif": "AVIF", "pnm": "PPM"}
+    try:
+        Image.new("RGB", (9, 9), "red").save(io.BytesIO(), formats[suffix])
+    except (KeyError, OSError):
+        pytest.skip(f"this Pillow writes no {suffix}")
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for k in range(2):
+            Image.new("RGB", (9, 9), "red").save(tmp_path / name / f"{k}.{suffix}", formats[suffix])
+    parts = [load_dataset(f"folder:{tmp_path}", 8, split) for split in ("train", "validation")]
+    assert sum(map(len, parts)) == 4 and not any(part.skipped for part in parts)

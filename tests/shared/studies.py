@@ -71,7 +71,7 @@ def code_cells(number: str, parameters: dict[str, Any] | None = None) -> list:
     return [cell for cell in book.cells if cell.cell_type == "code"]
 
 
-def open_study(number: str, parameters: dict[str, Any]) -> None:
+def run_opening(number: str, parameters: dict[str, Any]) -> None:
     """Execute a study up to its scrubber, in this process, which has imported what each kernel must import anew."""
     space = {"__name__": "__main__", "In": [""]}
     for cell in code_cells(number, parameters):

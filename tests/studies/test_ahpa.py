@@ -32,16 +32,7 @@ from maskalign_lab.runs.facts import Facts
 from maskalign_lab.runs.presets import LATENTS, make_recipe
 from maskalign_lab.runs.recipe import from_json, identity
 from maskalign_lab.runs.run import build, load_run, train
-from maskalign_lab.studies.ahpa.arms import (
-    SCALES,
-    WINDOWS,
-    mean_routing,
-    measure_ahpa,
-    numbers_table,
-    oracle_arm,
-    oracle_table,
-    routings,
-)
+from maskalign_lab.studies.ahpa.arms import SCALES, WINDOWS, measure_ahpa, oracle_arm
 from maskalign_lab.studies.ahpa.film import make_film
 from maskalign_lab.studies.ahpa.level_contents import centroid, level_power
 from maskalign_lab.studies.ahpa.routing import (
@@ -53,6 +44,7 @@ from maskalign_lab.studies.ahpa.routing import (
     trace_router,
     weights_over,
 )
+from maskalign_lab.studies.ahpa.tables import mean_routing, numbers_table, oracle_table, routings
 from maskalign_lab.training.methods import Batch, State, denoise, shard
 
 NAMES = ("down.0", "down.1", "mid", "latent")

@@ -11,7 +11,7 @@ from typing import Any
 import nbformat
 import pytest
 from shared.browser import changed_by, choose, run_study_in_lab, shown, there_and_back
-from shared.studies import check_figure, code_cells, open_study, run_job
+from shared.studies import check_figure, code_cells, run_job, run_opening
 
 from maskalign_lab.base import paths
 from maskalign_lab.workbench.jobs import run_study
@@ -187,11 +187,12 @@ def test_laptop_runs_end_to_end(study, tmp_path, own_folders):
 
 
 @every_study
-def test_the_scrubber_comes_by_the_third_code_cell(study):
-    """After the tagged parameters."""
-    cells = code_cells(study.number)
-    assert any("show(scrubber" in cell.source for cell in cells[:3])
-    assert "parameters" in cells[1].metadata.get("tags", [])
+def test_a_study_opens_by_one_call_and_its_scrubber_comes_by_the_third_code_cell(study):
+    """After a few imports and the tagged parameters."""
+    imports, parameters, opening = code_cells(study.number)[:3]
+    assert "parameters" in parameters.metadata.get("tags", [])
+    assert "open_study(**check_parameters())" in opening.source and "show(scrubber" in opening.source
+    assert max(len(cell.source.splitlines()) for cell in (imports, opening)) <= 5
 
 
 @pytest.mark.parametrize(
@@ -230,7 +231,7 @@ def test_a_lost_tag_is_refused(study, tmp_path):
 def test_mistakes_fail_with_a_clear_error_before_the_scrubber(study, given, message, own_folders):
     """In `test_study_01` a job shows how such an error ends it."""
     with pytest.raises(Exception) as error:
-        open_study(study.number, given)
+        run_opening(study.number, given)
     assert message in str(error.value)
 
 

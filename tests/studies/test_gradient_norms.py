@@ -1,5 +1,7 @@
-"""Gradient norms: closed form, equivariance, conservation, and the uniform null."""
+"""Gradient norms: closed form, equivariance, conservation, the uniform null, and what the findings say in words."""
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,8 +15,13 @@ from maskalign_lab.gradient_norms import (
     pulled_back,
     token_gradient_norms,
     token_gradients,
+    top_share,
     top_tokens,
 )
+from maskalign_lab.studies.gradient_norms.findings import finding, findings_text, share_rows, verdict
+from maskalign_lab.studies.gradient_norms.opening import open_study
+from maskalign_lab.studies.studied_runs import studied_runs
+from maskalign_lab.studies.wording import between
 from maskalign_lab.training.repa import projector
 
 
@@ -78,3 +85,96 @@ def test_few_images_bias_the_ratio_upwards():
 def test_times_outside_the_unit_interval_are_refused(t):
     with pytest.raises(ValueError, match=r"outside \[0, 1\].*never multiplied by 1000"):
         check_times([0.5, t])
+
+
+@settings(deadline=None, max_examples=30)
+@given(n=st.integers(1, 300), share=st.floats(0.01, 1.0), seed=st.integers(0, 99))
+def test_the_top_holds_at_least_its_share(n, share, seed):
+    norms = torch.rand(4, n, generator=torch.Generator().manual_seed(seed)).double() + 0.01
+    held, even = top_share(norms, share), max(1, round(share * n)) / n
+    assert (held >= even - 1e-9).all() and (held <= 1 + 1e-9).all()
+    torch.testing.assert_close(top_share(torch.ones(4, n).double(), share), torch.full((4,), even).double())
+
+
+# ---- the findings
+
+
+def probability(peak: float) -> np.ndarray:
+    found = np.full(64, 0.1)
+    found[0] = peak
+    return found
+
+
+SHARES = pd.DataFrame({"one": [0.131, 0.2], "other": [0.3, 0.334]}, pd.Index([0.0, 0.5], name="t"))
+POSITIONS = pd.DataFrame(
+    [{"run": name, "t": 0.5, "images": 4096} | finding(probability(p), 4096) for name, p in (("a", 0.3), ("b", 0.1))]
+)
+ON_OBJECT = pd.DataFrame(
+    {"t": [0.0, 1.0], "on the object": [0.032, 0.504], "+/-": 0.01, "object's share of the area": 0.169}
+)
+PLACES = pd.DataFrame({"run": ["a", "b"], "t": 0.5, "correlation with coverage": [-0.87, 0.96]})
+
+
+def test_the_verdict_says_what_the_rows_say():
+    text = verdict(SHARES, POSITIONS)
+    assert "13 to 33 % of an image's summed norm, less than half" in text
+    assert (
+        "at t = 0.50, in a survey of 4,096" in text
+        and "1.0 to 2.9 times" in text
+        and "is 1 to 3 (by chance 1.3)" in text
+    )
+    assert "above chance in 1 of 2 networks" in text and "undecided" in text
+    assert "less than half" not in verdict(SHARES + 0.3, POSITIONS)
+
+
+def test_a_position_that_is_never_marked_reads_as_infinite():
+    never = probability(0.3)
+    never[1] = 0
+    rows = POSITIONS.iloc[:1].assign(**finding(never, 4096))
+    assert "is infinite (by chance" in verdict(SHARES, rows)
+
+
+def test_findings_hold_every_row_and_say_when_there_are_no_masks():
+    text = findings_text(SHARES, POSITIONS, ON_OBJECT, PLACES)
+    assert (
+        text.count("\n* ") == 2
+        and "3 % of the marked tokens lie on the object at t = 0.00 and 50 % at t = 1.00" in text
+    )
+    assert "would hit it in 17 %" in text and "correlate by -0.87 to 0.96" in text
+    assert "has no masks" in findings_text(SHARES, POSITIONS, pd.DataFrame(), pd.DataFrame())
+
+
+def test_share_rows_are_means_over_images():
+    norms = torch.rand(5, 3, 20, generator=torch.Generator().manual_seed(0))
+    rows = share_rows({"one": norms}, np.array([0, 0.5, 1]))
+    assert rows.loc[0.5, "one"] == pytest.approx(top_share(norms[:, 1]).mean().item())
+
+
+@pytest.mark.parametrize(
+    ("values", "form", "expected"),
+    [
+        ([9.4, 12.2], ".0f", "9 to 12"),
+        ([0.2, float("inf")], ".1f", "0.2 to infinite"),
+        ([float("nan")], ".1f", "(not measured)"),
+    ],
+)
+def test_ranges_in_words(values, form, expected):
+    assert between(values, form) == expected
+
+
+# ---- the opening
+
+
+def test_a_given_run_is_shown_as_it_is_and_says_so(capsys):
+    given = dict(preset="smoke", dataset="shapes", device="cpu", seed=0, shipped=(), trained=())
+    assert [run.name for run in studied_runs("sit-shapes", overrides="", **given)] == ["sit-shapes"]
+    assert not capsys.readouterr().out
+    studied_runs("sit-shapes", overrides="training.steps=2", **given)
+    assert "overrides would change what is trained" in capsys.readouterr().out
+
+
+def test_an_unknown_preset_or_parameter_is_refused():
+    with pytest.raises(ValueError, match="Did you mean 'smoke'"):
+        open_study("smkoe")
+    with pytest.raises(TypeError, match="preest"):
+        open_study(preest="smoke")

@@ -1,5 +1,9 @@
 """Study 04: what its figures hold, and its measures against brute force and known answers."""
 
+import json
+
+import nbformat
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,6 +17,8 @@ from maskalign_lab.diffusion.sampling import SamplerConfig, sample
 from maskalign_lab.diffusion.sit import Output, SiT
 from maskalign_lab.runs.run import load_run
 from maskalign_lab.studies.reg.exchange import changed_share, exchange_all, partners, slope
+from maskalign_lab.studies.reg.findings import at, class_effect, findings_text, measured, read_off
+from maskalign_lab.studies.reg.opening import open_study
 from maskalign_lab.studies.reg.trace import Trace, class_attention, look, make_reader, settled, trace
 
 FIGURES = (
@@ -49,6 +55,87 @@ def test_findings_of_a_figure_are_one_a_measure_and_way(smoke, name):
 def test_a_run_without_a_class_token_is_refused():
     with pytest.raises(ValueError, match="no class token; take a run of method reg"):
         make_reader(load_run("sit-shapes"))
+
+
+def test_an_unknown_preset_is_refused_before_anything_is_loaded():
+    with pytest.raises(ValueError, match="Did you mean 'smoke'"):
+        open_study("smkoe")
+
+
+def test_the_findings_are_told_below_their_table(smoke):
+    book = nbformat.read(smoke.path(".ipynb"), as_version=4)
+    outputs = [output for cell in book.cells for output in cell.get("outputs", [])]
+    (text,) = (output.data["text/markdown"] for output in outputs if "text/markdown" in output.get("data", {}))
+    rows = pd.DataFrame(json.loads((smoke.path(".html").parent / "04_filmstrip.json").read_text())["findings"])
+    assert text.startswith("* **Class.**") and "(not measured)" not in text
+    (likeness,) = (line for line in text.splitlines() if "**Token after an exchange.**" in line)
+    found = rows.loc[rows["measure"] == "likeness of the final token to the donor's token, t = 0.6", "value"]
+    assert f"{found.min():.2f}" in likeness and f"{found.max():.2f}" in likeness
+
+
+# ---- the findings in words
+
+
+WAYS = ("label given", "no label")
+
+
+def findings(effects: dict[str, tuple[float, float]]) -> pd.DataFrame:
+    """Made up rows; the effect of the token's class by way of sampling, with its interval."""
+    rows = []
+    for i, way in enumerate(WAYS):
+        rows.append({"measure": "reader finds the final class in the final class token", "value": 0.09 + 0.03 * i})
+        rows.append({"measure": "changed: token of another class at t = 0.6", "value": 0.187 - 0.02 * i})
+        value, half = effects[way]
+        rows.append({"measure": "own class: same class less another class, t = 0.6", "value": value, "+/-": half})
+        rows[-3:] = [{"sampled with": way, "+/-": 0.05, "n": 40} | row for row in rows[-3:]]
+    return pd.DataFrame(rows)
+
+
+def test_findings_are_ranges_over_the_ways_of_sampling():
+    text = findings_text(findings({"label given": (-0.025, 0.11), "no label": (0.2, 0.16)}), 0.1, 0.43)
+    assert "in 9 to 12 % of the final tokens (chance 10 %), in 43 % of real ones." in text
+    assert "changes 17 to 19 % of the pixels" in text
+    assert "costs -0.03 +/- 0.11 (label given) and 0.20 +/- 0.16 (no label) more" in text
+    assert text.endswith("is seen for samples with no label.")
+
+
+def test_an_effect_within_its_interval_is_not_seen():
+    text = findings_text(findings(dict.fromkeys(WAYS, (0.1, 0.16))), 0.1, 0.43)
+    assert text.endswith("That the token's class acts on the image's is not seen.")
+
+
+def test_what_was_not_measured_is_not_told():
+    text = findings_text(findings(dict.fromkeys(WAYS, (0.1, 0.16))), 0.1, 0.43)
+    assert text.count("\n* ") == 1 and "Contrast" not in text and "Fit" not in text
+
+
+def test_rows_leave_out_what_never_came_about():
+    row = measured("no label", "t when settled", [0.4, float("nan"), 0.6])
+    assert row["value"] == pytest.approx(0.5) and row["n"] == 2
+
+
+def test_lines_are_read_off_at_the_nearest_time():
+    line = ([1.0, 0.6, 0.2], [1, 2, 3], [0.1, 0.2, 0.3])
+    assert read_off("no label", "likeness", line, 0.5, 7) == {
+        "sampled with": "no label", "measure": "likeness, t = 0.5", "value": 2, "+/-": 0.2, "n": 7
+    }  # fmt: skip
+
+
+def test_the_class_effect_pairs_samples_and_leaves_out_those_without_both():
+    frame = pd.DataFrame(
+        [(0.6, 0, "same class", "own class"), (0.6, 0, "another class", "donor's class"),
+         (0.6, 1, "same class", "another"), (0.6, 1, "another class", "own class"),
+         (0.6, 2, "same class", "own class"), (0.2, 0, "same class", "another")],
+        columns=["t", "sample", "token of", "shows"],
+    )  # fmt: skip
+    assert class_effect(frame, 0.5).tolist() == [1, -1]
+    assert len(class_effect(frame.iloc[:0], 0.5)) == 0
+
+
+def test_an_exchange_that_nobody_could_make_has_no_value():
+    summary = pd.DataFrame({"token of": ["same class"], "t": [0.6], "n": [4], "changed": [0.1], "+/- changed": [0.02]})
+    assert at(summary, "same class", 0.5, "changed") == {"value": 0.1, "+/-": 0.02, "n": 4}
+    assert at(summary, "another class", 0.5, "changed") == {"value": None, "+/-": None, "n": 0}
 
 
 # ---- what image tokens read

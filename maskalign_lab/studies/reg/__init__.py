@@ -1,1 +1,1 @@
-"""Study 04: traces of a class token, its exchange, and the film."""
+"""Study 04: its opening, traces of a class token, its exchange, film, figures and findings."""

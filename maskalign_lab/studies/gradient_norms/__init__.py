@@ -1,0 +1,1 @@
+"""Study 01: its film, its opening, and its findings in words."""
