@@ -38,7 +38,6 @@ from maskalign_lab.runs.batches import (
     teacher_names,
 )
 from .facts import Facts, check_facts, read_facts, write_facts
-from .presets import make_recipe
 from .recipe import NETWORKS, Recipe, from_json, identity, to_json
 from ..training.log import cut_log, with_log
 from ..training.loop import AVERAGES, fit

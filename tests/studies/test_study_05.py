@@ -9,6 +9,7 @@ from shared.studies import check_figure, run_job, smoke_fixture
 
 from maskalign_lab.base import paths
 from maskalign_lab.measure.verdicts import against
+from maskalign_lab.measure.wording import NotTrained
 from maskalign_lab.runs.experiments import lengths, load_rows, results_file, run_arms, run_identity
 from maskalign_lab.runs.presets import PRESETS, make_recipe
 from maskalign_lab.runs.run import train
@@ -23,7 +24,6 @@ from maskalign_lab.studies.maskalign.arms import (
     measure_arm,
 )
 from maskalign_lab.studies.maskalign.measures import load_records
-from maskalign_lab.studies.wording import NotTrained
 from maskalign_lab.training.methods import METHODS
 
 SAID = {  # by finding: what it says of the rows that ship

@@ -11,6 +11,7 @@ from shared.studies import smoke_fixture
 from maskalign_lab.ahpa import AHPAConfig
 from maskalign_lab.base import paths
 from maskalign_lab.measure.verdicts import against, by_seed
+from maskalign_lab.measure.wording import NotTrained
 from maskalign_lab.runs.experiments import Length, load_rows, results_file, run_identity
 from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.run import load_run
@@ -19,7 +20,6 @@ from maskalign_lab.studies.ahpa.arms import LEVELS, SCALES
 from maskalign_lab.studies.ahpa.film import load_film
 from maskalign_lab.studies.ahpa.routing import measure_routing
 from maskalign_lab.studies.ahpa.tables import routings, slopes_of
-from maskalign_lab.studies.wording import NotTrained
 
 smoke = smoke_fixture("06")
 

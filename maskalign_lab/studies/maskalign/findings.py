@@ -16,9 +16,9 @@ import numpy as np
 import pandas as pd
 
 from ...measure.verdicts import by_seed, paired
+from ...measure.wording import NotTrained, compared, findings, interval, mean_of, percent, plain, verdict
 from .arms import CLAIMS
 from .tables import STEADIER, interaction
-from ..wording import NotTrained, compared, findings, interval, mean_of, percent, plain, verdict
 
 # %% ../../../nbs/lib/studies/maskalign/findings.ipynb #dd5a46c0
 def stability(rows: Sequence[dict[str, Any]]) -> str:

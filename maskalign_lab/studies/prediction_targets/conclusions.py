@@ -11,6 +11,7 @@ __all__ = ['THREE', 'ERROR', 'LOSS', 'JITS', 'VERDICTS', 'SMALL', 'LEVEL', 'fact
 # %% ../../../nbs/lib/studies/prediction_targets/conclusions.ipynb #3dc97a17
 import numpy as np
 import pandas as pd
+from ..wording import between
 
 from ...prediction_targets import SIDE
 from maskalign_lab.studies.prediction_targets.findings import (
@@ -108,12 +109,11 @@ def width_conclusion(rows: Rows, width: int, toy: Rows, one: Rows) -> str:
     borne_out(min(*v, *eps) > 0, max(eps) < 5, least_energy(512, 1024) == 0, min(wide) > 0.1)
     return (
         "**Width.** A width below the dimension of a token is sufficient for v and $\\varepsilon$ to fail; that is "
-        f"RAE's condition. $\\varepsilon$ lies within {np.ceil(max(eps)):.0f} % of its bound, v {min(v):.0f} to "
-        f"{max(v):.0f} % above. It is not necessary. In the toy at D = 512, with 1,024 channels for 510 dimensions of "
-        f"noise, v keeps {min(wide):.2f} to {max(wide):.2f} of it in every coordinate, with 512 channels "
-        f"{np.exp(np.mean(np.log(same))):.2f}, and JiT's table 2a has v fail at n = d = 768. A single image is learned "
-        f"to within {excess[0]:.0f} to {excess[1]:.0f} % of v's bound, and by x to {x:.3f} or better. "
-        + channels_conclusion(rows, width)
+        f"RAE's condition. $\\varepsilon$ lies within {np.ceil(max(eps)):.0f} % of its bound, v {between(v, '.0f')} % "
+        "above. It is not necessary. In the toy at D = 512, with 1,024 channels for 510 dimensions of noise, v keeps "
+        f"{between(wide)} of it in every coordinate, with 512 channels {np.exp(np.mean(np.log(same))):.2f}, and JiT's "
+        f"table 2a has v fail at n = d = 768. A single image is learned to within {between(excess, '.0f')} % of v's "
+        f"bound, and by x to {x:.3f} or better. " + channels_conclusion(rows, width)
     )
 
 # %% ../../../nbs/lib/studies/prediction_targets/conclusions.ipynb #b9ca8c27
@@ -158,7 +158,7 @@ def weighting_conclusion(rows: Rows) -> str:
     """What decides at which size, with its spread over seeds."""
     shares, seeds = target_shares(rows), sorted({row["seed"] for row in rows})
     by_seed = [target_shares([row for row in rows if row["seed"] == seed]) for seed in seeds]
-    spread = [f"{min(each):.2f} to {max(each):.2f}" for each in zip(*by_seed, strict=True)]
+    spread = [between(each) for each in zip(*by_seed, strict=True)]
     small = pair_effects(rows, "velocity", 16)
     borne_out(min(shares) > 0.5, max(small.values()) < 0.5)
     return (

@@ -7,6 +7,7 @@ __all__ = ['untrained_errors', 'clean_end_share', 'near_data_text', 'rank_text',
 
 # %% ../../../nbs/lib/studies/prediction_targets/error_findings.ipynb #8aed1e9e
 import numpy as np
+from ..wording import between
 
 from ...data.datasets import load_dataset
 from ...prediction_targets import KINDS
@@ -60,13 +61,12 @@ def rank_text(
     borne_out(all(v[k][0] == v[k].min() < noise.min() and v[k][-1] == v[k].max() for k in (64, 128)))
     ends = {size: f"from {x[size].max():.0f} to {x[size][-1]:.0f}" for size in (16, 32)}
     return (
-        f"At 64 and 128 pixels $\\varepsilon$ uses nearly all that the width allows, {noise.min():.0f} to "
-        f"{noise.max():.0f} of {width} at all times; v uses fewer near the data, {v[64].min():.0f} to "
-        f"{v[64].max():.0f} at 64 pixels and {v[128].min():.0f} to {v[128].max():.0f} at 128. x-prediction gets along "
-        f"with {few.min():.0f} to {few.max():.0f} from 32 pixels on, and not with fewer the noisier the image is: at "
-        f"128 pixels its rank rises from {x[128][0]:.1f} to {x[128][-1]:.1f}, at 64 from {x[64][0]:.0f} to "
-        f"{x[64].max():.0f}. At 32 pixels it falls in the end, {ends[32]}, and at 16 {ends[16]}. Study 08 will build "
-        "on this."
+        f"At 64 and 128 pixels $\\varepsilon$ uses nearly all that the width allows, {between(noise, '.0f')} of "
+        f"{width} at all times; v uses fewer near the data, {between(v[64], '.0f')} at 64 pixels and "
+        f"{between(v[128], '.0f')} at 128. x-prediction gets along with {between(few, '.0f')} from 32 pixels on, and "
+        f"not with fewer the noisier the image is: at 128 pixels its rank rises from {x[128][0]:.1f} to "
+        f"{x[128][-1]:.1f}, at 64 from {x[64][0]:.0f} to {x[64].max():.0f}. At 32 pixels it falls in the end, "
+        f"{ends[32]}, and at 16 {ends[16]}. Study 08 will build on this."
     )
 
 # %% ../../../nbs/lib/studies/prediction_targets/error_findings.ipynb #6eb482bd

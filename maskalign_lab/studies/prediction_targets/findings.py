@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from IPython.display import Markdown
+from ..wording import between
 
 from ...measure.verdicts import Paired, beside
 from ...prediction_targets import KINDS, main_effects
@@ -110,7 +111,7 @@ def channels_text(
         raise Unsaid("there are no rows of wider networks")
     over = v["v-loss"] - v["bound"]
     borne_out(v["v-loss"].is_monotonic_decreasing, over.min() > 0)
-    return f"v's loss does fall with the bound, and stays {over.min():.2f} to {over.max():.2f} above it."
+    return f"v's loss does fall with the bound, and stays {between(over)} above it."
 
 # %% ../../../nbs/lib/studies/prediction_targets/findings.ipynb #896ff983
 def judge_table(rows: Rows) -> pd.DataFrame:  # one line a size, detail or width; no lines: no judge has seen samples
@@ -226,7 +227,7 @@ def scales_disagree(rows: Rows) -> bool:
 def weighting_text(rows: Rows) -> str:
     """What decides at which size."""
     effects = [pair_effects(rows, "velocity", size) for size in (64, 128)]
-    target, low_high = target_shares(rows), sorted(each["loss space"] for each in effects)
+    target = target_shares(rows)
     both = {f"{each['interaction']:.2f}" for each in effects}
     borne_out(min(target_shares(rows, "x error")) > 0.98, f"{target[0]:.1f}" == f"{target[1]:.1f}", len(both) == 1)
     borne_out(neither_rules(rows), scales_disagree(rows))
@@ -235,13 +236,13 @@ def weighting_text(rows: Rows) -> str:
     ]
     return (
         "So the answer depends on the size. At 64 and 128 pixels the target decides: on the error of $\\hat x$ almost "
-        f"alone, on the v-loss between x and v with a share of {target[0]:.1f}, beside {low_high[0]:.2f} to "
-        f"{low_high[1]:.2f} of the loss space and {both.pop()} of both together; there the v-loss of x trained with "
-        f"the x-loss is {series(times)} times that of x trained with the v-loss. At 16 pixels, where noise fits into "
-        "the width, neither rules: among x and v the loss space has the larger share on each of the three scales. And "
-        "the scales disagree: $\\varepsilon$ with its own loss has the worst error of $\\hat x$ of the nine at 16 "
-        "pixels and the best judge's distance of the three $\\varepsilon$, which may be because its loss neglects the "
-        "noisiest times, and few of a sampler's steps are taken there."
+        f"alone, on the v-loss between x and v with a share of {target[0]:.1f}, beside "
+        f"{between(each['loss space'] for each in effects)} of the loss space and {both.pop()} of both together; there "
+        f"the v-loss of x trained with the x-loss is {series(times)} times that of x trained with the v-loss. At 16 "
+        "pixels, where noise fits into the width, neither rules: among x and v the loss space has the larger share on "
+        "each of the three scales. And the scales disagree: $\\varepsilon$ with its own loss has the worst error of "
+        "$\\hat x$ of the nine at 16 pixels and the best judge's distance of the three $\\varepsilon$, which may be "
+        "because its loss neglects the noisiest times, and few of a sampler's steps are taken there."
     )
 
 # %% ../../../nbs/lib/studies/prediction_targets/findings.ipynb #db3092d8
@@ -261,10 +262,10 @@ def one_image_facts(
 
 def one_image_text(rows: Rows) -> str:
     """The bound is nearly all that v misses, and x misses little."""
-    (low, high), free, x = one_image_facts(rows)
-    borne_out(low > -3, high < 50, free < 0.1, x < 0.1)
+    excess, free, x = one_image_facts(rows)
+    borne_out(min(excess) > -3, max(excess) < 50, free < 0.1, x < 0.1)
     return (
-        f"So the bound is not only what v must miss but nearly all that it misses: {low:.0f} to {high:.0f} % more "
+        f"So the bound is not only what v must miss but nearly all that it misses: {between(excess, '.0f')} % more "
         f"where there is a bound, and at most {free:.3f} where there is none. x's loss is at most {x:.3f}, at any "
         "width and any dimension."
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from ..wording import between
 
 from .findings import Rows, Unsaid, borne_out, percent, series
 from .manifold import DATA, ToyConfig
@@ -155,6 +156,6 @@ def controls_text(rows: Rows) -> str:
     return (
         f"More of each helps: the energy falls from {left:.2f} to {more:.2f} with four times the steps, to {wider:.2f} "
         f"with four times the width, where no bound is left, and to {both:.2f} with both. None of it is enough, since "
-        f"every trajectory still leaves the plane, and in the plane nothing improves: points stray {min(stray):.2f} to "
-        f"{max(stray):.2f} in all six. So width below dimension suffices for v to fail, and is not needed."
+        f"every trajectory still leaves the plane, and in the plane nothing improves: points stray {between(stray)} in "
+        "all six. So width below dimension suffices for v to fail, and is not needed."
     )

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 
 from ...base.statistics import mean_interval
-from ..wording import MISSING, between
+from ...measure.wording import MISSING, between
 
 # %% ../../../nbs/lib/studies/reg/findings.ipynb #6a009b9d
 def measured(
