@@ -11,8 +11,8 @@ __all__ = ['THREE', 'ERROR', 'LOSS', 'JITS', 'VERDICTS', 'SMALL', 'LEVEL', 'fact
 # %% ../../../nbs/lib/studies/prediction_targets/conclusions.ipynb #3dc97a17
 import numpy as np
 import pandas as pd
-from ..wording import between
 
+from ...measure.wording import between
 from ...prediction_targets import SIDE
 from maskalign_lab.studies.prediction_targets.findings import (
     LARGER,

@@ -7,9 +7,9 @@ __all__ = ['untrained_errors', 'clean_end_share', 'near_data_text', 'rank_text',
 
 # %% ../../../nbs/lib/studies/prediction_targets/error_findings.ipynb #8aed1e9e
 import numpy as np
-from ..wording import between
 
 from ...data.datasets import load_dataset
+from ...measure.wording import between
 from ...prediction_targets import KINDS
 from ...runs.experiments import Arm
 from .arms import SIZES, target_arm

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from IPython.display import Markdown
-from ..wording import between
 
 from ...measure.verdicts import Paired, beside
+from ...measure.wording import between
 from ...prediction_targets import KINDS, main_effects
 from ...runs.experiments import Arm
 from .arms import SIZES, target_arm

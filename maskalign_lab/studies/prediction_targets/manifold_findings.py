@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from ..wording import between
 
+from ...measure.wording import between
 from .findings import Rows, Unsaid, borne_out, percent, series
 from .manifold import DATA, ToyConfig
 from .manifold_figures import diagram
