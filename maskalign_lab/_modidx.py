@@ -1698,8 +1698,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                       'maskalign_lab/studies/maskalign/opening.py'),
                                                          'maskalign_lab.studies.maskalign.opening.open_study': ( 'lib/studies/maskalign/opening.html#open_study',
                                                                                                                  'maskalign_lab/studies/maskalign/opening.py'),
-                                                         'maskalign_lab.studies.maskalign.opening.studied_runs': ( 'lib/studies/maskalign/opening.html#studied_runs',
-                                                                                                                   'maskalign_lab/studies/maskalign/opening.py'),
                                                          'maskalign_lab.studies.maskalign.opening.table_rows': ( 'lib/studies/maskalign/opening.html#table_rows',
                                                                                                                  'maskalign_lab/studies/maskalign/opening.py')},
             'maskalign_lab.studies.maskalign.tables': { 'maskalign_lab.studies.maskalign.tables.alignment_table': ( 'lib/studies/maskalign/tables.html#alignment_table',

@@ -10,6 +10,7 @@ from shared.studies import check_figure, run_job, smoke_fixture
 from maskalign_lab.base import paths
 from maskalign_lab.measure.verdicts import against
 from maskalign_lab.measure.wording import NotTrained
+from maskalign_lab.runs import studied_runs
 from maskalign_lab.runs.experiments import lengths, load_rows, results_file, run_arms, run_identity
 from maskalign_lab.runs.presets import PRESETS, make_recipe
 from maskalign_lab.runs.run import train
@@ -240,9 +241,9 @@ def test_a_job_displays_the_findings_of_its_own_rows(smoke):
 )
 def test_which_runs_a_study_looks_at(given, expected, monkeypatch):
     """Those that ship for the preset's defaults alone; nothing that was asked for is ignored."""
-    monkeypatch.setattr(opening, "load_run", lambda name, device: name)
-    monkeypatch.setattr(opening, "make_recipe", lambda *asked: " ".join(map(str, asked)))
-    monkeypatch.setattr(opening, "ensure_run", lambda recipe, device: recipe)
+    monkeypatch.setattr(studied_runs, "load_run", lambda name, device: name)
+    monkeypatch.setattr(studied_runs, "make_recipe", lambda *asked: " ".join(map(str, asked)))
+    monkeypatch.setattr(studied_runs, "ensure_run", lambda recipe, device: recipe)
     monkeypatch.setattr(opening, "observe", lambda run: run)
     monkeypatch.setattr(opening, "make_film", lambda studied, scale: None)
     study = opening.open_study(**given)
