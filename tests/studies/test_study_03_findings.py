@@ -11,6 +11,7 @@ import pytest
 from maskalign_lab.base import paths
 from maskalign_lab.data.datasets import load_dataset
 from maskalign_lab.measure.verdicts import Paired
+from maskalign_lab.measure.wording import NotTrained
 from maskalign_lab.prediction_targets import KINDS
 from maskalign_lab.runs.experiments import load_rows, results_file
 from maskalign_lab.studies.prediction_targets import (
@@ -22,7 +23,7 @@ from maskalign_lab.studies.prediction_targets import (
     manifold_findings,
 )
 from maskalign_lab.studies.prediction_targets.arms import BY_SIZE, JIT_ARMS, SCALES, target_arm
-from maskalign_lab.studies.prediction_targets.findings import Unsaid, in_words
+from maskalign_lab.studies.prediction_targets.findings import in_words
 from maskalign_lab.studies.prediction_targets.measures import by_width
 
 MODULES = (findings, error_findings, manifold_findings, conclusions, jit_parts, costs)
@@ -178,11 +179,11 @@ def made_up(metric, values, size=16, **more):
 
 def test_means_are_over_seeds_and_a_missing_arm_is_named():
     rows = made_up("x error", ([1, 3], [2], [4]))
-    assert findings.mean_of(rows, "x error", "x") == 2
-    with pytest.raises(Unsaid, match=r"no rows of 'x, v-loss, 32 px' with 'x error'"):
-        findings.mean_of(rows, "x error", "x", "v", 32)
-    with pytest.raises(Unsaid, match="with 'frechet'"):
-        findings.mean_of(rows, "frechet", "x")
+    assert findings.target_mean(rows, "x error", "x") == 2
+    with pytest.raises(NotTrained, match="'x, v-loss, 32 px' with 'x error'"):
+        findings.target_mean(rows, "x error", "x", "v", 32)
+    with pytest.raises(NotTrained, match="with 'frechet'"):
+        findings.target_mean(rows, "frechet", "x")
 
 
 def test_the_share_across_the_plane_is_told_by_size():
@@ -317,5 +318,5 @@ def test_the_smallest_size_is_not_asked_of_repeated_pixels():
     rows = [json.loads(json.dumps(row)) for row in tables()["rows"]]
     names = {arm.name for arm in BY_SIZE if arm.name.endswith("repeated")}
     assert len(conclusions.factors([row for row in rows if row["arm"] in names], "repeated", "v")) == 3
-    with pytest.raises(Unsaid, match="v does not stand beside x at all sizes with true detail"):
+    with pytest.raises(NotTrained, match="v beside x at all sizes with true detail"):
         conclusions.factors([row for row in rows if "16 px" not in row["arm"]], "true", "v")

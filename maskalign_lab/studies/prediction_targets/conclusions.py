@@ -12,22 +12,21 @@ __all__ = ['THREE', 'ERROR', 'LOSS', 'JITS', 'VERDICTS', 'SMALL', 'LEVEL', 'fact
 import numpy as np
 import pandas as pd
 
-from ...measure.wording import between
+from ...measure.wording import NotTrained, between
 from ...prediction_targets import SIDE
 from maskalign_lab.studies.prediction_targets.findings import (
     LARGER,
     Rows,
-    Unsaid,
     borne_out,
     class_seen,
     judge_agrees,
     judge_table,
-    mean_of,
     one_image_facts,
     pair_effects,
     prefers_x_loss,
     series,
     space_by_judge,
+    target_mean,
     target_shares,
 )
 from maskalign_lab.studies.prediction_targets.manifold_findings import (
@@ -60,7 +59,7 @@ def factors(rows: Rows, detail: str, kind: str, width: int = 96) -> pd.DataFrame
         table = table[(table["detail"] == detail) & (table["prediction"] == kind)].set_index("size")
     needed = [SMALL, *LARGE] if detail == "true" else LARGE  # at 16 pixels there is nothing to repeat
     if not set(needed) <= set(table.index):
-        raise Unsaid(f"{kind} does not stand beside x at all sizes with {detail} detail")
+        raise NotTrained(f"{kind} beside x at all sizes with {detail} detail")
     return table
 
 
@@ -93,7 +92,7 @@ def above_bound(rows: Rows, width: int, kind: str, detail: str = "true") -> list
         scale = size / 16 if detail == "matched" else 1
         bound = width_bound(kind, "velocity", width, 3 * (size // SIDE) ** 2, scale)
         borne_out(bound > 0)
-        found.append(100 * (mean_of(rows, "velocity", kind, "v", size, detail) / bound - 1))
+        found.append(100 * (target_mean(rows, "velocity", kind, "v", size, detail) / bound - 1))
     return found
 
 
@@ -122,7 +121,7 @@ def channels_conclusion(rows: Rows, width: int) -> str:
     table = by_width(rows, width)
     x, v = ([entry for _, entry in table.iterrows() if entry["prediction"] == kind] for kind in ("x", "v"))
     if not len(x) == len(v) == 3:
-        raise Unsaid("there are no rows of wider networks")
+        raise NotTrained("wider networks")
     x_loss, v_loss = ([entry["v-loss"] for entry in each] for each in (x, v))
     bounds = [f"{entry['bound']:g}" for entry in v]
     borne_out(sorted(x_loss) == x_loss[::-1], sorted(v_loss) == v_loss[::-1])
@@ -138,8 +137,8 @@ def detail_conclusion(rows: Rows, width: int) -> str:
     """Whether v fails for the details of larger images."""
     true, repeated = (factors(rows, detail, "v", width).loc[LARGE] for detail in ("true", "repeated"))
     eps = factors(rows, "repeated", "eps", width)
-    x, v = ([mean_of(rows, "x error", kind, "v", size, "matched") for size in LARGER] for kind in ("x", "v"))
-    small, above = mean_of(rows, "x error", "x"), above_bound(rows, width, "v", "matched")
+    x, v = ([target_mean(rows, "x error", kind, "v", size, "matched") for size in LARGER] for kind in ("x", "v"))
+    small, above = target_mean(rows, "x error", "x"), above_bound(rows, width, "v", "matched")
     borne_out(
         reproduced(repeated, eps), (repeated[[ERROR, LOSS]] > true[[ERROR, LOSS]]).all().all(), max(x) < 1.2 * small
     )

@@ -9,11 +9,11 @@ __all__ = ['untrained_errors', 'clean_end_share', 'near_data_text', 'rank_text',
 import numpy as np
 
 from ...data.datasets import load_dataset
-from ...measure.wording import between
+from ...measure.wording import between, percent
 from ...prediction_targets import KINDS
 from ...runs.experiments import Arm
 from .arms import SIZES, target_arm
-from .findings import LARGER, Rows, borne_out, mean_of, percent, values_of
+from .findings import LARGER, Rows, borne_out, target_mean, values_of
 from .measures import TIMES
 
 # %% ../../../nbs/lib/studies/prediction_targets/error_findings.ipynb #049b7eb4
@@ -34,7 +34,7 @@ def near_data_text(
     dataset: str,  # of the rows
 ) -> str:
     """How x-prediction fares where there is little noise."""
-    x, eps, v = (mean_of(rows, "x error per t", kind, "v", 128) for kind in KINDS)
+    x, eps, v = (target_mean(rows, "x error per t", kind, "v", 128) for kind in KINDS)
     share, ahead = clean_end_share(rows, target_arm("x", "v", 128)), (v / x)[1:]
     borne_out(x[0] > 2 * v[0], f"{eps[0]:.3f}" == f"{v[0]:.3f}", share > 0.5, ahead.min() > 1, (eps > x)[1:].all())
     unchanged, scaled = untrained_errors(dataset, TIMES[0])
@@ -44,9 +44,9 @@ def near_data_text(
         f"x-prediction and {v[0]:.3f} for the other two. Those two have no merit in it. Returning $x_t$ would be wrong "
         f"by {unchanged:.4f} and $x_t/(1-t)$ by {scaled:.4f}; v ({v[0]:.5f}) and $\\varepsilon$ ({eps[0]:.5f}) are "
         "hardly better. But x-prediction has to redraw the whole image through its channels, and what it cannot "
-        f"redraw is missed at any t, however little noise there is. The v-loss divides by $t^2$, so {percent(share)} "
-        f"of x's v-loss at 128 pixels come from this one time; at all later ones x is ahead, up to {ahead.max():.0f} "
-        "times. The factors on the v-loss are small for this reason."
+        "redraw is missed at any t, however little noise there is. The v-loss divides by $t^2$, so "
+        f"{percent(share, digits=0)} of x's v-loss at 128 pixels come from this one time; at all later ones x is "
+        f"ahead, up to {ahead.max():.0f} times. The factors on the v-loss are small for this reason."
     )
 
 # %% ../../../nbs/lib/studies/prediction_targets/error_findings.ipynb #cdaf20a9
@@ -55,7 +55,9 @@ def rank_text(
     width: int,  # channels of the networks
 ) -> str:
     """How many directions of its width each prediction uses."""
-    x, v, eps = ({size: mean_of(rows, "rank per t", kind, "v", size) for size in SIZES} for kind in ("x", "v", "eps"))
+    x, v, eps = (
+        {size: target_mean(rows, "rank per t", kind, "v", size) for size in SIZES} for kind in ("x", "v", "eps")
+    )
     noise, few = np.concatenate([eps[64], eps[128]]), np.concatenate([x[size] for size in LARGER])
     borne_out(noise.min() > 0.9 * width, few.max() < 0.3 * width, all(x[k][-1] > x[k][0] for k in (64, 128)))
     borne_out(all(v[k][0] == v[k].min() < noise.min() and v[k][-1] == v[k].max() for k in (64, 128)))
@@ -74,7 +76,7 @@ def spectra(
     rows: Rows, size: int
 ) -> list[np.ndarray]:  # of x, eps and v, without the last ring, which holds the corners
     """The power of the error over that of the images, by frequency."""
-    return [mean_of(rows, "spectrum", kind, "v", size)[:-1] for kind in KINDS]
+    return [target_mean(rows, "spectrum", kind, "v", size)[:-1] for kind in KINDS]
 
 
 def leading_cycles(first: np.ndarray, other: np.ndarray) -> int:

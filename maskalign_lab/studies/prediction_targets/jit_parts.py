@@ -11,9 +11,10 @@ from typing import Any
 import pandas as pd
 
 from ...measure.verdicts import comparison
+from ...measure.wording import percent
 from .arms import JIT_ARMS, JIT_WORDS
 from .error_findings import clean_end_share
-from .findings import Rows, Unsaid, borne_out, percent
+from .findings import Rows, Unsaid, borne_out
 from .measures import JITS_TIMES, with_jits_times
 
 # %% ../../../nbs/lib/studies/prediction_targets/jit_parts.ipynb #37ab98f1
@@ -54,7 +55,7 @@ def jit_conclusion(
     worse = [a["frechet"] > b["frechet"] for a, b in zip(parts["without bottleneck"], parts["JiT"], strict=True)]
     borne_out(little_is_decided(loss, over_times, judge), len(worse) == 3, *worse)
     jit, bare, seen = loss.loc["JiT"], loss.loc["without bottleneck"], judge.loc["without bottleneck"]
-    rope, share = over_times.loc["without rotary positions"], percent(clean_end_share(rows, JIT_ARMS[0]))
+    rope, share = over_times.loc["without rotary positions"], percent(clean_end_share(rows, JIT_ARMS[0]), digits=0)
     return (
         f"**JiT's parts.** After {rows[0]['step']} steps at 64 pixels three seeds decide little: JiT's own v-loss is "
         f"{jit['mean']:.2f}, with a deviation of {jit['deviation']:.2f} over seeds. Without the bottleneck the v-loss "

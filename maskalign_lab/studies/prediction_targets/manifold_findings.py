@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ...measure.wording import between
-from .findings import Rows, Unsaid, borne_out, percent, series
+from ...measure.wording import NotTrained, between, percent
+from .findings import Rows, Unsaid, borne_out, series
 from .manifold import DATA, ToyConfig
 from .manifold_figures import diagram
 from .manifold_measures import LEFT
@@ -31,9 +31,7 @@ from maskalign_lab.studies.prediction_targets.manifold_survey import (
 def case(rows: Rows, **fields: Any) -> list[dict[str, Any]]:
     """The rows of one case, see `pick`; a case that nobody trained is named."""
     if not (found := pick(rows, **fields)):
-        raise Unsaid(
-            "there are no rows of the toy with " + ", ".join(f"{name}={value}" for name, value in fields.items())
-        )
+        raise NotTrained("the toy with " + ", ".join(f"{name}={value}" for name, value in fields.items()))
     return found
 
 # %% ../../../nbs/lib/studies/prediction_targets/manifold_findings.ipynb #1b24308a
@@ -86,9 +84,10 @@ def stray_text(rows: Rows) -> str:
     kept, leave = found["v"]["energy per coordinate"], found["eps"]["share that leaves"]
     borne_out(5 * x < v < eps, leave > 0.5, kept < 0.001)
     return (
-        'At D = 16 the paper says that $\\varepsilon$ and v "struggle", and so they do here, in the plane: their points stray '
-        f"{series((eps, v), 2)} deviations from the spiral, those of x {x:.3f}, and {percent(leave)} of the trajectories of $\\varepsilon$ "
-        f"leave for good. Off the plane v keeps {kept:.4f} of the noise: it has lost the spiral's thin line, not the plane."
+        'At D = 16 the paper says that $\\varepsilon$ and v "struggle", and so they do here, in the plane: their '
+        f"points stray {series((eps, v), 2)} deviations from the spiral, those of x {x:.3f}, and "
+        f"{percent(leave, digits=0)} of the trajectories of $\\varepsilon$ leave for good. Off the plane v keeps "
+        f"{kept:.4f} of the noise: it has lost the spiral's thin line, not the plane."
     )
 
 # %% ../../../nbs/lib/studies/prediction_targets/manifold_findings.ipynb #32ba825a
@@ -100,14 +99,14 @@ def leaves_at_once(rows: Sequence[Mapping[str, Any]], share: float = 0.5) -> boo
 def leaving_text(rows: Rows) -> str:
     """Which trajectories leave the plane, and when."""
     some = case(rows, dim=16, prediction="eps")
+    left = np.mean([row["left"] for row in some])
     gone = [leaves_at_once(case(rows, dim=512, prediction=kind), 1) for kind in ("eps", "v")]
     stays = [row["left"] == 0 for row in rows if row["prediction"] == "x" and row["width"] == ToyConfig().width]
     borne_out(*gone, *stays, leaves_at_once(some))
     return (
         "At D = 512 all trajectories of v and $\\varepsilon$ are gone after the first of 20 steps; at D = 16 so are "
-        f"more than half of $\\varepsilon$'s, and {percent(np.mean([row['left'] for row in some]))} in the end; x's "
-        f"never leave. At D = 512 the threshold is {100 * LEFT / 510**0.5:.1f} % of the noise's length, so it says "
-        "when, not how badly."
+        f"more than half of $\\varepsilon$'s, and {percent(left, digits=0)} in the end; x's never leave. At D = 512 "
+        f"the threshold is {100 * LEFT / 510**0.5:.1f} % of the noise's length, so it says when, not how badly."
     )
 
 # %% ../../../nbs/lib/studies/prediction_targets/manifold_findings.ipynb #2673a26f
