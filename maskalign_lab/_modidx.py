@@ -879,6 +879,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'maskalign_lab/measure/verdicts.py')},
             'maskalign_lab.measure.wording': { 'maskalign_lab.measure.wording.NotTrained': ( 'lib/measure/wording.html#nottrained',
                                                                                              'maskalign_lab/measure/wording.py'),
+                                               'maskalign_lab.measure.wording.at_most': ( 'lib/measure/wording.html#at_most',
+                                                                                          'maskalign_lab/measure/wording.py'),
                                                'maskalign_lab.measure.wording.between': ( 'lib/measure/wording.html#between',
                                                                                           'maskalign_lab/measure/wording.py'),
                                                'maskalign_lab.measure.wording.by_luck': ( 'lib/measure/wording.html#by_luck',
