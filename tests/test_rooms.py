@@ -32,35 +32,6 @@ FLOORS = (
 )
 HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 LONGEST = 300  # lines of a module
-TOO_LONG: set[str] = {
-    "studies.maskalign.influence",
-    "studies.maskalign.measures",
-    "studies.ahpa.arms",
-    "encoders.autoencoder_training",
-    "encoders.teacher_training",
-    "encoders.autoencoders",
-    "encoders.teachers",
-    "data.shapes",
-    "gradient_norms",
-}  # still to be split
-IDLE: set[str] = {
-    "ahpa",
-    "base.statistics",
-    "diffusion.sampling",
-    "gradient_norms",
-    "maskalign",
-    "measure.judge",
-    "reg",
-    "runs.official_files",
-    "runs.official_shapes",
-    "runs.run",
-    "studies.maskalign.measures",
-    "training.haste",
-    "training.irepa",
-    "training.loop",
-    "training.repa",
-    "training.sra2",
-}  # still import what only the checks of their notebooks use
 
 
 def name_of(path: Path) -> str:
@@ -258,18 +229,10 @@ def test_a_module_imports_only_what_it_uses():
     command = [ruff, "check", "--isolated", "--no-cache", "--select", "F401", "--output-format", "json", str(PACKAGE)]
     found = json.loads(subprocess.run(command, capture_output=True, text=True).stdout)
     idle = {name_of(Path(each["filename"])): each["message"] for each in found if "_modidx" not in each["filename"]}
-    assert {name: told for name, told in idle.items() if name not in IDLE} == {}
-    assert IDLE - idle.keys() == set(), "these use all that they import now: take them off IDLE"
+    assert idle == {}
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_a_module_is_short(module):
     lines = MODULES[module].read_text(encoding="utf-8").count("\n")
-    if module in TOO_LONG and lines > LONGEST:
-        pytest.skip(f"{module} has {lines} lines, more than {LONGEST}, and is in TOO_LONG: still to be split")
     assert lines <= LONGEST, f"{module} has {lines} lines, more than {LONGEST}: split it along a natural line"
-    assert module not in TOO_LONG, f"{module} has become short enough: take it off TOO_LONG"
-
-
-def test_what_is_too_long_exists():
-    assert TOO_LONG <= MODULES.keys()

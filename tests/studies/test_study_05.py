@@ -1,14 +1,16 @@
-"""Study 05 as its users run it: papermill end to end, its table, and mistakes in seconds."""
+"""Study 05: what its smoke run leaves, the table that ships, its findings, and runs of other kinds."""
 
 from functools import partial
 
 import numpy as np
 import pytest
 from shared.displayed import displayed_markdown
-from shared.studies import check_figure, check_first_cells, check_smoke, own_folders, smoke_fixture  # noqa: F401  (fixtures)
+from shared.studies import check_figure, run_job, smoke_fixture
 
 from maskalign_lab.base import paths
 from maskalign_lab.measure.verdicts import against
+from maskalign_lab.measure.wording import NotTrained
+from maskalign_lab.runs import studied_runs
 from maskalign_lab.runs.experiments import lengths, load_rows, results_file, run_arms, run_identity
 from maskalign_lab.runs.presets import PRESETS, make_recipe
 from maskalign_lab.runs.run import train
@@ -23,9 +25,7 @@ from maskalign_lab.studies.maskalign.arms import (
     measure_arm,
 )
 from maskalign_lab.studies.maskalign.measures import load_records
-from maskalign_lab.studies.wording import NotTrained
 from maskalign_lab.training.methods import METHODS
-from maskalign_lab.workbench.jobs import run_study
 
 SAID = {  # by finding: what it says of the rows that ship
     "stability": ["REG's stability gap is .0011", "MaskAlign's +.0001 +/- .0002", "-.0010 +/- .0005 (*reproduced*)"],
@@ -95,11 +95,7 @@ ASKED = {  # by finding: arm, other, claim, metric and budget of the differences
 smoke = smoke_fixture("05")
 
 
-def test_smoke_runs_end_to_end(smoke):
-    check_smoke(smoke)
-
-
-def test_figures_are_small_and_traceable(smoke):
+def test_figures_tell_budgets_gaps_and_preference(smoke):
     for name in ("05_filmstrip", "05_arms", "05_preference", "05_influence"):
         side = check_figure(smoke, "05_maskalign", name)
         assert side["by_steps"] and side["gaps"] and side["preference"]
@@ -141,9 +137,8 @@ def test_the_table_that_ships_is_what_todays_recipes_would_train(group, baseline
         }
 
 
-def test_every_arm_trains_and_is_measured(tmp_path, monkeypatch):
+def test_every_arm_trains_and_is_measured(own_folders):
     """At the smallest size, through the same machinery: methods, controls, and networks whose projector needs the grid."""
-    monkeypatch.setenv("MASKALIGN_LAB_CACHE", str(tmp_path))
 
     def recipe_of(arm, seed):
         few = "data.n=32 training.batch_size=8 training.warmup=1 training.cooldown=0 training.steps=2"
@@ -246,9 +241,9 @@ def test_a_job_displays_the_findings_of_its_own_rows(smoke):
 )
 def test_which_runs_a_study_looks_at(given, expected, monkeypatch):
     """Those that ship for the preset's defaults alone; nothing that was asked for is ignored."""
-    monkeypatch.setattr(opening, "load_run", lambda name, device: name)
-    monkeypatch.setattr(opening, "make_recipe", lambda *asked: " ".join(map(str, asked)))
-    monkeypatch.setattr(opening, "ensure_run", lambda recipe, device: recipe)
+    monkeypatch.setattr(studied_runs, "load_run", lambda name, device: name)
+    monkeypatch.setattr(studied_runs, "make_recipe", lambda *asked: " ".join(map(str, asked)))
+    monkeypatch.setattr(studied_runs, "ensure_run", lambda recipe, device: recipe)
     monkeypatch.setattr(opening, "observe", lambda run: run)
     monkeypatch.setattr(opening, "make_film", lambda studied, scale: None)
     study = opening.open_study(**given)
@@ -271,27 +266,10 @@ def test_what_a_study_was_asked_for_reaches_its_table(monkeypatch, tmp_path):
     assert opening.open_study(preset="gpu").count == SCALES["gpu"].seeds and opening.open_study().count == 0
 
 
-def test_the_scrubber_comes_by_the_third_code_cell():
-    check_first_cells("05_maskalign")
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"preset": "smoke", "overrides": "method.mask_ratio=0.5"}, "Did you mean"),
-        ({"preset": "smoke", "overrides": "data.teacher=oracle"}, "class token"),
-        ({"preset": "smoke", "arms": "headlin"}, "Did you mean 'headline'"),
-        ({"run": "maskaling-shapes"}, "Did you mean 'maskalign-shapes'"),
-    ],
-)
-def test_mistakes_fail_with_a_clear_error(given, message, tmp_path):
-    job = run_study("05", given, tmp_path / "job")
-    assert job.status == "failed" and message in job.error
-
-
-def test_a_run_without_class_token_or_mixer_is_studied(tmp_path):
+def test_a_run_without_class_token_or_mixer_is_studied(tmp_path, after_smoke):
+    after_smoke("05")
     path = train(make_recipe("repa", "smoke", overrides="training.steps=2 data.n=64"), tmp_path / "mine", "cpu", 0)
-    job = run_study("05", {"preset": "smoke", "run": str(path), "seeds": 1}, tmp_path / "job")
+    job = run_job("05", {"preset": "smoke", "run": str(path), "seeds": 1}, tmp_path / "job")
     assert job.status == "ok", job.error
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from ..wording import compared, findings, mean_of, plain
+from ...measure.wording import compared, findings, mean_of, plain
 
 # %% ../../../nbs/lib/studies/ahpa/findings.ipynb #18c7f579
 def span(values: Sequence[float], digits: int) -> str:

@@ -15,18 +15,7 @@ from typing import Any
 import numpy as np
 
 from ...ahpa import AHPAConfig
-from .findings import dearer, span
-from .routing import Routing
-from maskalign_lab.studies.ahpa.tables import (
-    agreement,
-    as_routing,
-    contrasts,
-    mean_routing,
-    numbers_table,
-    oracle_table,
-    slopes_of,
-)
-from maskalign_lab.studies.wording import (
+from maskalign_lab.measure.wording import (
     NotTrained,
     compared,
     difference,
@@ -38,6 +27,17 @@ from maskalign_lab.studies.wording import (
     signed,
     signed_percent,
     verdict,
+)
+from .findings import dearer, span
+from .routing import Routing
+from maskalign_lab.studies.ahpa.tables import (
+    agreement,
+    as_routing,
+    contrasts,
+    mean_routing,
+    numbers_table,
+    oracle_table,
+    slopes_of,
 )
 
 # %% ../../../nbs/lib/studies/ahpa/router_findings.ipynb #5931e581

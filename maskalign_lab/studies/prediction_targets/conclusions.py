@@ -12,6 +12,7 @@ __all__ = ['THREE', 'ERROR', 'LOSS', 'JITS', 'VERDICTS', 'SMALL', 'LEVEL', 'fact
 import numpy as np
 import pandas as pd
 
+from ...measure.wording import NotTrained, between
 from ...prediction_targets import SIDE
 from maskalign_lab.studies.prediction_targets.findings import (
     LARGER,
@@ -43,7 +44,6 @@ from maskalign_lab.studies.prediction_targets.measures import (
     width_bound,
     with_jits_times,
 )
-from ..wording import NotTrained, between
 
 # %% ../../../nbs/lib/studies/prediction_targets/conclusions.ipynb #64adb393
 THREE = AXES | JITS_TIMES  # metric of the rows -> what it is called

@@ -9,12 +9,12 @@ __all__ = ['untrained_errors', 'clean_end_share', 'near_data_text', 'rank_text',
 import numpy as np
 
 from ...data.datasets import load_dataset
+from ...measure.wording import between, percent
 from ...prediction_targets import KINDS
 from ...runs.experiments import Arm
 from .arms import SIZES, target_arm
 from .findings import LARGER, Rows, borne_out, target_mean, values_of
 from .measures import TIMES
-from ..wording import between, percent
 
 # %% ../../../nbs/lib/studies/prediction_targets/error_findings.ipynb #049b7eb4
 def untrained_errors(dataset: str, t: float, size: int = 128) -> tuple[float, float]:

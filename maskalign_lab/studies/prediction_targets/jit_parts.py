@@ -11,11 +11,11 @@ from typing import Any
 import pandas as pd
 
 from ...measure.verdicts import comparison
+from ...measure.wording import percent
 from .arms import JIT_ARMS, JIT_WORDS
 from .error_findings import clean_end_share
 from .findings import Rows, Unsaid, borne_out
 from .measures import JITS_TIMES, with_jits_times
-from ..wording import percent
 
 # %% ../../../nbs/lib/studies/prediction_targets/jit_parts.ipynb #37ab98f1
 CLAIMS = {JIT_WORDS.get(arm.name, arm.name): arm.claim for arm in JIT_ARMS}

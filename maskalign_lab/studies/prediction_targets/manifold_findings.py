@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ...measure.wording import NotTrained, between, percent
 from .findings import Rows, Unsaid, borne_out, series
 from .manifold import DATA, ToyConfig
 from .manifold_figures import diagram
@@ -25,7 +26,6 @@ from maskalign_lab.studies.prediction_targets.manifold_survey import (
     paired_ratio,
     pick,
 )
-from ..wording import NotTrained, between, percent
 
 # %% ../../../nbs/lib/studies/prediction_targets/manifold_findings.ipynb #68369585
 def case(rows: Rows, **fields: Any) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maskalign_lab.measure.verdicts import paired
-from maskalign_lab.studies.wording import (
+from maskalign_lab.measure.wording import (
     NotTrained,
     compared,
     difference,
