@@ -17,7 +17,6 @@ from torch.func import functional_call
 from .base.errors import one_of
 from .base.seeding import generator
 from .diffusion.layers import sinusoids
-from .diffusion.objectives import Objective
 from .diffusion.sit import check_depths
 from .encoders.autoencoder_levels import WAYS
 from .training.methods import Batch, Draw, Losses, Method, MethodConfig, State, denoise, shard

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from .diffusion.layers import patchify, take, with_class_token
-from .diffusion.objectives import Objective
 from .diffusion.sit import Output
 from .reg import REGConfig
 from .training.methods import Batch, Draw, Losses, Method, MethodConfig, State, method_class

@@ -76,7 +76,7 @@ class OneImage:
         """What a v-prediction of this width must miss."""
         return max(0.0, 1 - self.width / self.token_dim)
 
-
+# %% ../nbs/03_prediction_targets.ipynb #97b4c22d
 def fit_one(
     case: OneImage,
     image: Tensor,  # (c, h, w)

@@ -32,38 +32,6 @@ FLOORS = (
 )
 HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 LONGEST = 300  # lines of a module
-TOO_LONG: set[str] = {
-    "studies.prediction_targets.manifold_film",
-    "studies.prediction_targets.manifold",
-    "studies.maskalign.influence",
-    "studies.maskalign.measures",
-    "studies.ahpa.arms",
-    "encoders.autoencoder_training",
-    "encoders.teacher_training",
-    "encoders.autoencoders",
-    "encoders.teachers",
-    "data.shapes",
-    "gradient_norms",
-}  # still to be split
-IDLE: set[str] = {
-    "ahpa",
-    "base.statistics",
-    "diffusion.sampling",
-    "gradient_norms",
-    "maskalign",
-    "measure.judge",
-    "reg",
-    "runs.official_files",
-    "runs.official_shapes",
-    "runs.run",
-    "studies.maskalign.measures",
-    "studies.prediction_targets.measures",
-    "training.haste",
-    "training.irepa",
-    "training.loop",
-    "training.repa",
-    "training.sra2",
-}  # still import what only the checks of their notebooks use
 
 
 def name_of(path: Path) -> str:
@@ -261,18 +229,38 @@ def test_a_module_imports_only_what_it_uses():
     command = [ruff, "check", "--isolated", "--no-cache", "--select", "F401", "--output-format", "json", str(PACKAGE)]
     found = json.loads(subprocess.run(command, capture_output=True, text=True).stdout)
     idle = {name_of(Path(each["filename"])): each["message"] for each in found if "_modidx" not in each["filename"]}
-    assert {name: told for name, told in idle.items() if name not in IDLE} == {}
-    assert IDLE - idle.keys() == set(), "these use all that they import now: take them off IDLE"
+    assert idle == {}
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_a_module_is_short(module):
     lines = MODULES[module].read_text(encoding="utf-8").count("\n")
-    if module in TOO_LONG and lines > LONGEST:
-        pytest.skip(f"{module} has {lines} lines, more than {LONGEST}, and is in TOO_LONG: still to be split")
     assert lines <= LONGEST, f"{module} has {lines} lines, more than {LONGEST}: split it along a natural line"
-    assert module not in TOO_LONG, f"{module} has become short enough: take it off TOO_LONG"
 
 
-def test_what_is_too_long_exists():
-    assert TOO_LONG <= MODULES.keys()
+# ---- what notebooks import
+
+
+def defined_in(path: Path) -> set[str]:
+    """Every name that a module binds, wherever in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {alias.asname or alias.name for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", [*LIBRARY, *STUDIES], ids=lambda path: path.stem)
+def test_what_a_notebook_imports_exists(path):
+    """A study's late cells run for minutes before they fail; this takes none."""
+    for text in texts(path, "code"):
+        for node in ast.walk(ast.parse(re.sub(r"^\s*[%!].*$", "", text, flags=re.MULTILINE))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("maskalign_lab."):
+                module = node.module.removeprefix("maskalign_lab.")
+                names = {alias.name for alias in node.names}
+                missing = {name for name in names if f"{module}.{name}" not in MODULES}
+                assert module in SOURCES and missing <= defined_in(SOURCES[module]), f"{node.module}: {missing}"

@@ -17,7 +17,7 @@ from ..base.errors import one_of
 from ..base.seeding import generator
 from .guidance import Field, pack, unpack
 from .objectives import Objective, check_velocity, draw_noise
-from .solvers import DIFFUSIONS, LAST, SOLVERS, Solver
+from .solvers import DIFFUSIONS, LAST, SOLVERS
 
 # %% ../../nbs/lib/diffusion/sampling.ipynb #7091ad11
 @dataclass(frozen=True)

@@ -16,16 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from ..base.errors import one_of
-from ..diffusion.objectives import Objective
 from ..diffusion.sit import SIZES
-from maskalign_lab.runs.official import (
-    ARGUMENTS,
-    PATHS,
-    arguments,
-    backbone,
-    family_method,
-    has_projectors,
-)
+from .official import ARGUMENTS, PATHS, has_projectors
 from .official_jit import bare, flat, published_jit, typed
 
 # %% ../../nbs/lib/runs/official_shapes.ipynb #34e0c243

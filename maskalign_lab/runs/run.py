@@ -41,7 +41,6 @@ from maskalign_lab.runs.batches import (
     teacher_names,
 )
 from .facts import Facts, check_facts, read_facts, write_facts
-from .presets import make_recipe
 from .recipe import NETWORKS, Recipe, from_json, identity, to_json
 from ..training.log import cut_log, with_log
 from ..training.loop import AVERAGES, fit
@@ -123,7 +122,7 @@ class Run:
             return dataset.images(index, self.device)
         return mean_latents(self.autoencoder, dataset)[index].to(self.device)
 
-    def pictures(self, x: Tensor) -> Tensor:
+    def decode(self, x: Tensor) -> Tensor:
         """Images (b, 3, h, w), about in [-1, 1], of what a network gives or is given."""
         return self.autoencoder.decode(x) if self.autoencoder else x
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..diffusion.objectives import Objective
 from ..diffusion.sit import SiT, check_depths
 from ..diffusion.taps import attention_logits, qkv_names, taps
 from .methods import Batch, Draw, Losses, State, denoise

@@ -11,9 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..base.seeding import generator
-from ..diffusion.objectives import Objective
-from ..diffusion.sit import SiT
 from .methods import Batch, Draw, Losses, MethodConfig, State, denoise
 from .repa import REPA
 

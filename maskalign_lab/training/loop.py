@@ -10,7 +10,6 @@ __all__ = ['AVERAGES', 'Trainee', 'make_averages', 'make_optimizer', 'check_comp
 # %% ../../nbs/lib/training/loop.ipynb #b189e706
 import contextlib
 import copy
-import json
 import signal
 import time
 from collections.abc import Callable, Iterator

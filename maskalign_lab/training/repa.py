@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..diffusion.layers import take
-from ..diffusion.objectives import Objective
 from ..diffusion.sit import check_depths
 from .methods import Batch, Draw, Losses, Method, MethodConfig, State, denoise
 

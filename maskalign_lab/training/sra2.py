@@ -8,13 +8,10 @@ __all__ = ['deep_projector', 'SRA2Config', 'SRA2']
 # %% ../../nbs/lib/training/sra2.ipynb #67fefe31
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
-from ..base.seeding import generator
 from ..diffusion.layers import patchify, take
-from ..diffusion.objectives import Objective
-from ..diffusion.sit import SiT, check_depths
+from ..diffusion.sit import check_depths
 from .methods import Batch, Draw, Losses, Method, MethodConfig, State, denoise
 from .repa import smooth_l1
 

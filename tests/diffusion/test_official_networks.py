@@ -3,21 +3,15 @@
 import pytest
 import torch
 from shared.golden import close, golden, opened
+from shared.transport import PATHS, cases, form_of, transport
 from torch import nn
 from torch.testing import assert_close
 
-from maskalign_lab.diffusion import solvers
-from maskalign_lab.diffusion.guidance import Field
 from maskalign_lab.diffusion.interpolants import coefficients, convert, interpolate, score, velocity
 from maskalign_lab.diffusion.layers import TimestepEmbedder, patchify, sincos_2d
 from maskalign_lab.diffusion.objectives import Objective, denoising_loss
-from maskalign_lab.diffusion.sampling import SamplerConfig, sample
-from maskalign_lab.diffusion.sit import Output
-from maskalign_lab.diffusion.solvers import denoise_last, euler_maruyama, runge_kutta, stochastic_heun
+from maskalign_lab.diffusion.solvers import DIFFUSIONS, diffusion
 from maskalign_lab.training.methods import Batch, Draw, PlainSiT, State
-
-PATHS = {"Linear": "linear", "GVP": "cosine", "VP": "vp"}
-
 
 # --- networks ---------------------------------------------------------------------------------------------------------
 
@@ -53,15 +47,6 @@ def test_the_projector_gives_the_recorded_features():
     official, record = opened("repa"), golden("repa")
     hidden = official.net(*(record.inputs[k] for k in "xty"), collect=(2,)).hidden[2]
     close(official.method.projectors[0](hidden), record.out["zs.0"])
-
-
-def test_sit_guides_three_channels():
-    official, record = opened("sit_ls1"), golden("sit_ls1")
-    x, t, y = record.inputs["x_cfg"][:2].double(), record.inputs["t_cfg"], record.inputs["y_cfg"]
-    config = SamplerConfig(guidance=float(record.inputs["cfg_scale"]), guided_channels=3)
-    for i in range(2):  # the recorded times differ
-        field = Field(official.net, official.objective, y[i : i + 1], config)
-        close(-field(x[i : i + 1], 1 - t[i].item()).float(), record.out["pred_cfg_first3ch"][i : i + 1])
 
 
 # --- losses and gradients ---------------------------------------------------------------------------------------------
@@ -118,37 +103,6 @@ def test_the_gradients_of_repa(path):
     assert_close(norm, golden("repa").out[f"grad.{path}.global_norm"].squeeze(), rtol=1e-4, atol=0)
 
 
-# --- REPA's samplers --------------------------------------------------------------------------------------------------
-
-MODES = {
-    "nocfg": {}, "cfg": {"guidance": 2.5},
-    "cfg_int": {"guidance": 2.5, "guidance_low": 0.25, "guidance_high": 0.7},
-    "cfg_high": {"guidance": 1.8, "guidance_high": 0.7},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("solver", ["euler", "heun"])
-def test_the_deterministic_samplers_of_repa(solver, mode):
-    record, official = golden("repa_sampler"), opened("repa_sampler")
-    config = SamplerConfig(solver, record.config["num_steps"], **MODES[mode])
-    assert_close(torch.tensor(solvers.SOLVERS[config.solver].times(config)), record.out["euler.t_steps"].float())
-    *_, last = sample(official.net, official.objective, record.inputs["y"], config, start=record.inputs["latents"])
-    close(last.x, record.out[f"{solver}.{mode}"])
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("path", ["linear", "cosine"])
-def test_the_stochastic_sampler_of_repa(path, mode, monkeypatch):
-    record, official = golden("repa_sampler"), opened("repa_sampler")
-    config = SamplerConfig("euler-maruyama", record.config["num_steps"], **MODES[mode])
-    assert_close(torch.tensor(solvers.SOLVERS[config.solver].times(config)), record.out["em.t_steps"].float())
-    noises = iter(record.inputs["em_noises"])
-    monkeypatch.setattr(solvers.torch, "randn", lambda *_, **__: next(noises))
-    *_, last = sample(official.net, Objective(path), record.inputs["y"], config, start=record.inputs["latents"])
-    close(last.x, record.out[f"em.{path}.{mode}"])
-
-
 @pytest.mark.parametrize("path", ["linear", "cosine"])
 def test_the_score_of_repa(path):
     record = golden("repa_sampler")
@@ -156,44 +110,7 @@ def test_the_score_of_repa(path):
     assert_close(score(v, x, t, path), record.out[f"score_from_velocity.{path}"].double(), rtol=1e-6, atol=1e-6)
 
 
-# --- SiT's transport: an analytic field instead of a network ----------------------------------------------------------
-
-
-class Analytic(nn.Module):
-    """The recorded field, in the lab's time: it means a velocity, a score or a noise, as `kind` says."""
-
-    in_channels, side, patch_size, num_classes, class_dim = 4, 4, 1, 1, None
-
-    def __init__(self, kind, path):
-        super().__init__()
-        self.kind, self.path, self.dtype_holder = kind, path, nn.Parameter(torch.zeros((), dtype=torch.float64))
-
-    def forward(self, x, t, y=None):
-        s = (1 - t).view(-1, 1, 1, 1)
-        given = torch.sin(1.3 * x) * (0.5 + s) - 0.2 * x + 0.1 * s
-        if self.kind == "velocity":
-            return Output(-given, None, {})
-        noise = given if self.kind == "noise" else -coefficients(self.path, t, x).sigma * given
-        return Output(noise, None, {})
-
-
-def transport(path, kind, **config):
-    """The field as the lab's samplers see it, and the recorded tensors in float64."""
-    record, prediction = golden("sit_transport"), "v" if kind == "velocity" else "eps"
-    net = Analytic(kind, PATHS[path])
-    field = Field(
-        net, Objective(PATHS[path], prediction=prediction), torch.zeros(3, dtype=torch.long), SamplerConfig(**config)
-    )
-    return field, {k: v.double() for k, v in record.inputs.items()}, record.out, record.config
-
-
-BY_LUCK = ("VP.sde.velocity.Heun.sigma.None",)  # 0 / 0 at the very end: finite upstream by a rounding of sigma alone
-
-
-def cases(pattern):
-    """Recorded keys `PATH.pattern.rest`, without those where upstream itself is not finite."""
-    keys = [k for k in golden("sit_transport").out if k.split(".")[1] == pattern]
-    return [k for k in keys if not k.endswith("NONFINITE") and k not in BY_LUCK]
+# --- SiT's transport ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -214,7 +131,7 @@ def test_the_drift_of_sit(path):
     t, x = 1 - given["t"], given["x"]
     c = coefficients(PATHS[path], t, x)
     close((c.d_alpha / c.alpha * x).float(), out[f"{path}.drift_mean"])
-    variance = solvers.DIFFUSIONS["sbdm"](t.view(-1, 1, 1, 1), c)
+    variance = DIFFUSIONS["sbdm"](t.view(-1, 1, 1, 1), c)
     close(variance.expand_as(x).float(), out[f"{path}.drift_var"].expand_as(x))
 
 
@@ -222,9 +139,8 @@ def test_the_drift_of_sit(path):
 def test_the_diffusions_of_sit(key):
     path, _, form = key.split(".")
     _, given, out, _ = transport(path, "velocity")
-    form = {"SBDM": "sbdm", "inccreasing-decreasing": "increasing-decreasing"}.get(form, form)
     mine = [
-        solvers.diffusion(form, PATHS[path], 1 - t.item(), torch.zeros(1, dtype=torch.float64)).item()
+        diffusion(form_of(form), PATHS[path], 1 - t.item(), torch.zeros(1, dtype=torch.float64)).item()
         for t in given["t"]
     ]
     close(torch.tensor(mine), out[key].flatten().expand(3))
@@ -260,39 +176,8 @@ def test_the_losses_of_sit_transport(key):
     losses = denoising_loss(Objective(PATHS[path], field.objective.prediction, space), prediction, x, noise, t)
     if weight == "likelihood":
         c = coefficients(PATHS[path], t, t)
-        losses = losses * solvers.DIFFUSIONS["sbdm"](t, c) / c.sigma**2
+        losses = losses * DIFFUSIONS["sbdm"](t, c) / c.sigma**2
     assert_close(losses.float(), out[key], rtol=1e-3, atol=1e-6)
-
-
-@pytest.mark.parametrize("key", cases("ode"))
-def test_the_ode_solvers_of_sit(key):
-    path, _, kind, solver = key.split(".")
-    field, given, out, config = transport(path, kind)
-    start, end = out[f"{path}.interval.{kind}"][2:4].double().tolist()
-    if solver == "dopri5":
-        *_, (_, x) = solvers.dopri5(field, given["init"], 1 - start, 1 - end)
-        error = (x - out[key]).norm() / out[key].norm()  # adaptive: two implementations agree to the solver's own error
-        assert error < (1e-3 if kind == "velocity" else 5e-2)
-        return
-    times, x = torch.linspace(1 - start, 1 - end, config["ode_points"], dtype=torch.float64).tolist(), given["init"]
-    for t, t_next in zip(times, times[1:]):
-        x = runge_kutta("heun" if solver == "heun2" else solver, field, x, t, t_next)
-    assert_close(x.float(), out[key], rtol=1e-3, atol=1e-3 * out[key].abs().max().item())
-
-
-@pytest.mark.parametrize("key", cases("sde"))
-def test_the_sde_solvers_of_sit(key):
-    path, _, kind, solver, form, last = key.split(".")
-    form = {"SBDM": "sbdm", "inccreasing-decreasing": "increasing-decreasing"}.get(form, form)
-    field, given, out, config = transport(path, kind, diffusion=form, last="mean" if last == "None" else last.lower())
-    start, end = out[f"{path}.interval.{kind}"][4:6].double().tolist()
-    end = 1 - 1e-7 if last == "None" else end  # upstream is finite at the very end only where it rounds sigma off zero
-    times, x = torch.linspace(1 - start, 1 - end, config["sde_num_steps"], dtype=torch.float64).tolist(), given["init"]
-    step = euler_maruyama if solver == "Euler" else stochastic_heun
-    for noise, t, t_next in zip(given["sde_noises"], times, times[1:]):
-        x = step(field, x, t, t_next, noise)
-    x = x if last == "None" else denoise_last(field, x, times[-1])
-    assert_close(x.float(), out[key], rtol=1e-3, atol=1e-3 * out[key].abs().max().item())
 
 
 def test_patches_are_ordered_as_in_the_official_code():

@@ -20,12 +20,8 @@ from maskalign_lab.runs.experiments import (
 )
 from maskalign_lab.runs.presets import make_recipe
 
+pytestmark = pytest.mark.usefixtures("own_folders")
 ARMS = (Arm("narrow", "sit"), Arm("deep", "sit", "network.depth=8"))
-
-
-@pytest.fixture(autouse=True)
-def own_folders(monkeypatch, tmp_path):
-    monkeypatch.setenv("MASKALIGN_LAB_CACHE", str(tmp_path / "cache"))
 
 
 def recipe_of(arm: Arm, seed: int):

@@ -17,18 +17,13 @@ from maskalign_lab.runs.presets import PRESETS, make_recipe
 from maskalign_lab.runs.recipe import from_json, identity, override, to_json
 from maskalign_lab.runs.run import ensure_run, find_run, load_run, train
 
+pytestmark = pytest.mark.usefixtures("own_folders")
 TINY = "network.width=16 network.depth=2 network.heads=2 data.n=64 training.batch_size=8 training.warmup=2"
 
 
 def tiny(method: str = "sit", steps: int = 6, more: str = ""):
     aligned = " method.depth=1 method.projector_width=16" if method == "repa" else ""
     return make_recipe(method, "smoke", overrides=f"{TINY} training.steps={steps} {more}{aligned}")
-
-
-@pytest.fixture(autouse=True)
-def own_folders(monkeypatch, tmp_path):
-    monkeypatch.setenv("MASKALIGN_LAB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("MASKALIGN_LAB_OUTPUT", str(tmp_path / "runs"))
 
 
 @pytest.mark.parametrize("preset", list(PRESETS))
@@ -130,25 +125,23 @@ def test_a_step_that_was_not_saved_names_those_that_were(tmp_path):
         load_run(tmp_path / "run", step=7)
 
 
-@pytest.mark.parametrize("stop", [1, 3, 5])
-def test_resuming_in_a_new_process_is_exact(tmp_path, stop):
-    recipe = tiny("repa", more="training.save_every=1 training.precision=float32")
-    whole = train(recipe, tmp_path / "whole", "cpu", 0)
-    broken = tmp_path / "broken"
-    train(recipe, broken, "cpu", 0)
-    for step in range(stop + 1, 7):  # as if the process had died after `stop`
-        for file in (broken / "steps" / f"{step:06d}").iterdir():
-            file.unlink()
-        (broken / "steps" / f"{step:06d}").rmdir()
-    (broken / "latest").write_text(f"{stop:06d}")
+def test_resuming_in_a_new_process_is_exact(tmp_path):
+    whole = train(tiny("repa", more="training.save_every=1 training.precision=float32"), tmp_path / "whole", "cpu", 0)
+    broken = [tmp_path / f"broken{stop}" for stop in (1, 3, 5)]
+    for run, stop in zip(broken, (1, 3, 5)):  # as if the process had died after that step
+        shutil.copytree(whole, run)
+        for step in range(stop + 1, 7):
+            shutil.rmtree(run / "steps" / f"{step:06d}")
+        (run / "latest").write_text(f"{stop:06d}")
     code = (
-        "import sys; from pathlib import Path; from maskalign_lab.runs.run import from_json, train;"
-        "path = Path(sys.argv[1]); train(from_json((path / 'recipe.json').read_text()), path, 'cpu', 0)"
+        "import sys; from pathlib import Path; from maskalign_lab.runs.run import from_json, train\n"
+        "for path in map(Path, sys.argv[1:]): train(from_json((path / 'recipe.json').read_text()), path, 'cpu', 0)"
     )
-    subprocess.run([sys.executable, "-c", code, str(broken)], check=True, cwd=ROOT)
-    for name in ("model", "ema", "method", "optimizer"):
-        a, b = (load_tensors(step_folder(run), name) for run in (whole, broken))
-        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), name
+    subprocess.run([sys.executable, "-c", code, *map(str, broken)], check=True, cwd=ROOT)
+    for run in broken:
+        for name in ("model", "ema", "method", "optimizer"):
+            a, b = (load_tensors(step_folder(each), name) for each in (whole, run))
+            assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), (run.name, name)
 
 
 def test_the_log_holds_losses_and_rate(tmp_path, capsys):

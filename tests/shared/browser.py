@@ -1,6 +1,7 @@
-"""Fixtures for tests in a real browser: JupyterLab on a free port, Chromium with and without a network."""
+"""For tests in a real browser: JupyterLab on a free port, Chromium with and without a network, a study run and scrubbed."""
 
 import contextlib
+import json
 import os
 import shutil
 import socket
@@ -28,6 +29,17 @@ class Lab:
     url: str
     folder: Path  # its root
 
+    def kernels(self) -> set[str]:
+        """The kernels that run."""
+        with urllib.request.urlopen(f"{self.url}/api/kernels", timeout=10) as answer:
+            return {kernel["id"] for kernel in json.load(answer)}
+
+    def end(self, kernels: set[str]) -> None:
+        """Shut kernels down."""
+        for kernel in kernels:
+            request = urllib.request.Request(f"{self.url}/api/kernels/{kernel}", method="DELETE")
+            urllib.request.urlopen(request, timeout=30).close()
+
 
 def chromium_path() -> str | None:
     """The Chromium of this machine."""
@@ -42,18 +54,24 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def jupyterlab(folder: Path):
+def jupyterlab(folder: Path, cache: Path):
     """JupyterLab with its root in `folder` and all its own files below it, without a token and without news."""
     port, home = free_port(), folder / ".jupyter"
-    settings = home / "settings" / "@jupyterlab" / "apputils-extension"
-    settings.mkdir(parents=True)
-    (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
+    quiet = home / "settings" / "@jupyterlab" / "apputils-extension"
+    quiet.mkdir(parents=True)
+    (quiet / "notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
     places = {"JUPYTER_CONFIG_DIR": "config", "JUPYTER_RUNTIME_DIR": "runtime", "JUPYTERLAB_SETTINGS_DIR": "settings",
               "JUPYTERLAB_WORKSPACES_DIR": "workspaces", "IPYTHONDIR": "ipython"}  # fmt: skip
     env = os.environ | {name: str(home / path) for name, path in places.items()} | {"PYTHONPATH": str(ROOT)}
+    env["MASKALIGN_LAB_CACHE"] = str(cache)
     env.pop("MASKALIGN_LAB_STATIC", None)
-    command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", f"--port={port}", "--ServerApp.port_retries=0",
-               "--IdentityProvider.token=", f"--ServerApp.root_dir={folder}", "--ContentsManager.allow_hidden=False"]  # fmt: skip
+    settings = ("port_retries=0", "disable_check_xsrf=True", f"root_dir={folder}")
+    command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", f"--port={port}"]
+    command += [
+        "--IdentityProvider.token=",
+        "--ContentsManager.allow_hidden=False",
+        *(f"--ServerApp.{one}" for one in settings),
+    ]
     with open(home / "server.log", "w") as log:
         server = subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=folder)
         try:
@@ -102,34 +120,46 @@ def listen(page) -> None:
     )
 
 
-@pytest.fixture
-def page(chromium):
+@contextlib.contextmanager
+def new_page(chromium, width: int = 1440, height: int = 1000):
     """A page in which `page.errors` collects what goes wrong."""
-    context = chromium.new_context(viewport={"width": 1440, "height": 1000})
+    context = chromium.new_context(viewport={"width": width, "height": height})
     page = context.new_page()
     listen(page)
     yield page
     context.close()
+
+
+@pytest.fixture
+def page(chromium):
+    """A page of its own for a test."""
+    with new_page(chromium) as page:
+        yield page
 
 
 @pytest.fixture
 def offline_page(chromium):
     """A page without a network: `page.requests` collects what it asked for beyond files."""
-    context = chromium.new_context(viewport={"width": 1280, "height": 900})
-    context.set_offline(True)
-    page = context.new_page()
-    listen(page)
-    page.requests = []
-    page.on("request", lambda request: request.url.startswith(("http", "ws")) and page.requests.append(request.url))
-    yield page
-    context.close()
+    with new_page(chromium, 1280, 900) as page:
+        page.context.set_offline(True)
+        page.requests = []
+        page.on("request", lambda request: request.url.startswith(("http", "ws")) and page.requests.append(request.url))
+        yield page
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    """JupyterLab in an empty folder."""
-    with jupyterlab(tmp_path_factory.mktemp("lab")) as running:
+@pytest.fixture(scope="session")
+def running_lab(tmp_path_factory, studies_cache):
+    """One JupyterLab for all tests of a worker, started in an empty folder."""
+    with jupyterlab(tmp_path_factory.mktemp("lab"), studies_cache) as running:
         yield running
+
+
+@pytest.fixture
+def lab(running_lab):
+    """JupyterLab; the kernels that a test starts end with it."""
+    before = running_lab.kernels()
+    yield running_lab
+    running_lab.end(running_lab.kernels() - before)
 
 
 def run_all(page, lab: Lab, notebook: str, timeout: float = 90) -> None:
@@ -141,11 +171,15 @@ def run_all(page, lab: Lab, notebook: str, timeout: float = 90) -> None:
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
 
 
+WRONG = ".jp-OutputArea-output[data-mime-type*='error'], .jp-RenderedText[data-mime-type*='stderr']"
+
+
 def settled(page, seconds: float = 90) -> None:
-    """Wait until no cell waits for the kernel."""
+    """Wait until no cell waits for the kernel; a cell that fails ends the waiting of all."""
     page.wait_for_function(
-        """() => { const prompts = [...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')].map(p => p.textContent);
-                   return prompts.length && prompts.every(p => /\\[\\d+\\]/.test(p)) }""",
+        """wrong => { const prompts = [...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')].map(p => p.textContent);
+                   return document.querySelector(wrong) || prompts.length && prompts.every(p => /\\[\\d+\\]/.test(p)) }""",
+        arg=WRONG,
         timeout=seconds * 1000,
     )  # fmt: skip
 
@@ -160,23 +194,55 @@ def messages(page) -> list[str]:
     return page.locator(".jp-LogConsolePanel .jp-OutputArea-child").all_inner_texts()
 
 
-SHOWN = """() => { const plot = document.querySelector('.js-plotly-plot');
-  return JSON.stringify(plot.layout.annotations.map(a => a.text)) }"""
+FIGURE = """number => { const plot = document.querySelectorAll('.js-plotly-plot')[number];
+  const maps = plot.data.filter(trace => trace.type === 'heatmap').map(map => Array.from(map.z, row => Array.from(row)));
+  return JSON.stringify([plot.layout.annotations.map(a => a.text), maps]) }"""
+HANDLE = ".widget-slider .noUi-handle, .jupyter-widgets .noUi-handle"
 
 
-def scrub(page, lab: Lab, study: str, first: str, then: str, choice: str) -> None:
-    """Run a study in JupyterLab, move the slider by one, and press a button of its controls; the words in the figure must follow."""
-    shutil.copy(paths.notebooks() / f"{study}.ipynb", lab.folder)
+def run_study_in_lab(page, lab: Lab, study: str, preset: str) -> None:
+    """Open a study in JupyterLab, run all its cells, and bring its scrubber into view; nothing may be said in red."""
+    book = (paths.notebooks() / f"{study}.ipynb").read_text(encoding="utf-8")
+    chosen = book.replace('preset: str = \\"laptop\\"', f'preset: str = \\"{preset}\\"')
+    assert book.count('preset: str = \\"laptop\\"') == 1
+    (lab.folder / f"{study}.ipynb").write_text(chosen, encoding="utf-8")
     run_all(page, lab, f"{study}.ipynb")
     settled(page, 400)
-    errors = ".jp-OutputArea-output[data-mime-type*='error'], .jp-RenderedText[data-mime-type*='stderr']"
-    assert page.locator(errors).all_text_contents() == []
+    assert page.locator(WRONG).all_text_contents() == []
     page.locator(".js-plotly-plot").first.scroll_into_view_if_needed()
-    assert first in page.evaluate(SHOWN)
-    page.locator(".widget-slider .noUi-handle, .jupyter-widgets .noUi-handle").first.focus()
+
+
+def shown(page, number: int = 0) -> tuple[list[str], list]:
+    """What a figure of the page shows: its words and its maps."""
+    words, maps = json.loads(page.evaluate(FIGURE, number))
+    return words, maps
+
+
+def changed_by(page, act, number: int = 0) -> tuple[list[str], list]:
+    """Do something and wait until a figure follows; what it shows then."""
+    before = page.evaluate(FIGURE, number)
+    act()
+    follows = f"([number, before]) => ({FIGURE})(number) !== before"
+    page.wait_for_function(follows, arg=[number, before], timeout=10_000)
+    return shown(page, number)
+
+
+def choose(page, label: str, number: int = 0) -> tuple[list[str], list]:
+    """Press a button of a scrubber's controls, or take an entry of a list; what the figure shows then."""
+    button = page.get_by_role("button", name=label, exact=True)
+    entry = page.locator("option").get_by_text(label, exact=True)
+    entries = page.locator(".jupyter-widgets select").filter(has=entry)
+    act = button.first.click if button.count() else lambda: entries.first.select_option(label)
+    return changed_by(page, act, number)
+
+
+def there_and_back(page, first: str, then: str) -> None:
+    """One step of the slider by the keyboard, and back: the figure shows the next time, and then what it showed."""
+    before = page.evaluate(FIGURE, 0)
+    assert f"t = {first}" in before
+    page.locator(HANDLE).first.focus()
     page.keyboard.press("ArrowRight")
-    page.wait_for_function(f"then => ({SHOWN})().includes(then)", arg=then, timeout=10_000)
-    before = page.evaluate(SHOWN)
-    page.get_by_role("button", name=choice, exact=True).first.click()
-    page.wait_for_function(f"before => ({SHOWN})() !== before", arg=before, timeout=10_000)
-    assert not page.errors
+    page.wait_for_function(f"then => ({FIGURE})(0).includes(then)", arg=f"t = {then}", timeout=10_000)
+    assert page.evaluate(FIGURE, 0) != before
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_function(f"before => ({FIGURE})(0) === before", arg=before, timeout=10_000)

@@ -32,16 +32,7 @@ from maskalign_lab.runs.facts import Facts
 from maskalign_lab.runs.presets import LATENTS, make_recipe
 from maskalign_lab.runs.recipe import from_json, identity
 from maskalign_lab.runs.run import build, load_run, train
-from maskalign_lab.studies.ahpa.arms import (
-    SCALES,
-    WINDOWS,
-    mean_routing,
-    measure_ahpa,
-    numbers_table,
-    oracle_arm,
-    oracle_table,
-    routings,
-)
+from maskalign_lab.studies.ahpa.arms import SCALES, WINDOWS, measure_ahpa, oracle_arm
 from maskalign_lab.studies.ahpa.film import make_film
 from maskalign_lab.studies.ahpa.level_contents import centroid, level_power
 from maskalign_lab.studies.ahpa.routing import (
@@ -53,6 +44,7 @@ from maskalign_lab.studies.ahpa.routing import (
     trace_router,
     weights_over,
 )
+from maskalign_lab.studies.ahpa.tables import mean_routing, numbers_table, oracle_table, routings
 from maskalign_lab.training.methods import Batch, State, denoise, shard
 
 NAMES = ("down.0", "down.1", "mid", "latent")
@@ -416,7 +408,7 @@ def test_every_method_learns_latents(method, vae, tmp_path):
     run = load_run(train(recipe(vae(), method), tmp_path / method, "cpu", 0))
     assert run.net.in_channels == 4 and run.net.side == 8
     few, many = run.images("validation", 4), run.images("validation", 300)  # encoded on the spot, and on disk
-    assert run.pictures(run.inputs(few)).shape == (4, 3, 64, 64)
+    assert run.decode(run.inputs(few)).shape == (4, 3, 64, 64)
     torch.testing.assert_close(run.inputs(few), run.inputs(many, slice(0, 4)), rtol=1e-4, atol=1e-4)
     same = recipe("tiny", "sit", f"network.mixer_depth={run.recipe.network.mixer_depth}")
     plain, _ = build(same, Facts(10, channels=4, factor=4))

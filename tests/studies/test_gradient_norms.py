@@ -18,10 +18,10 @@ from maskalign_lab.gradient_norms import (
     top_share,
     top_tokens,
 )
+from maskalign_lab.measure.wording import between
+from maskalign_lab.runs.studied_runs import studied_runs
 from maskalign_lab.studies.gradient_norms.findings import finding, findings_text, share_rows, verdict
 from maskalign_lab.studies.gradient_norms.opening import open_study
-from maskalign_lab.studies.studied_runs import studied_runs
-from maskalign_lab.studies.wording import between
 from maskalign_lab.training.repa import projector
 
 

@@ -15,21 +15,23 @@ from maskalign_lab.studies.maskalign.influence import (
     Influence,
     Outputs,
     alignment_outputs,
-    at_positions,
     exact_influence,
-    grid_distance,
     hidden_outputs,
-    influence_figure,
-    loss_influence,
     predicted_patches,
     probed_columns,
     probed_influence,
+    squared_pullbacks,
+    velocity_outputs,
+)
+from maskalign_lab.studies.maskalign.influence_shares import (
+    at_positions,
+    grid_distance,
+    influence_figure,
+    loss_influence,
     restored,
     split,
-    squared_pullbacks,
     summary,
     token_maps,
-    velocity_outputs,
 )
 from maskalign_lab.training.repa import projector
 from maskalign_lab.workbench.plots import png

@@ -14,27 +14,29 @@ from maskalign_lab.base.seeding import generator
 from maskalign_lab.diffusion.interpolants import interpolate
 from maskalign_lab.measure.verdicts import comparison
 from maskalign_lab.runs.experiments import load_rows
-from maskalign_lab.studies.prediction_targets import manifold_film, manifold_survey
+from maskalign_lab.studies.prediction_targets import manifold_figures, manifold_film, manifold_survey
 from maskalign_lab.studies.prediction_targets.manifold import (
     DATA,
+    ToyConfig,
+    begin_toy,
+    draw_batch,
+    draw_points,
+    embedding,
+    plane_parts,
+    train_toy,
+    trained_toy,
+)
+from maskalign_lab.studies.prediction_targets.manifold_measures import (
     LEFT,
     ExactNet,
     Flow,
-    ToyConfig,
-    begin,
-    draw_batch,
-    draw_points,
-    draw_start,
-    embedding,
     error_split,
     least_energy,
     leaving_time,
     off_energy,
     sliced_distance,
-    split,
     stray_distance,
-    train,
-    trained,
+    toy_start,
     watch_flow,
 )
 from maskalign_lab.studies.prediction_targets.manifold_survey import (
@@ -46,8 +48,8 @@ from maskalign_lab.studies.prediction_targets.manifold_survey import (
     paired_ratio,
     pick,
     sample_cases,
-    survey,
     survey_cases,
+    survey_toy,
     toy_identity,
 )
 from maskalign_lab.workbench import plotly_figure, plots
@@ -82,7 +84,7 @@ def test_the_embedding_is_orthonormal_and_fixed(dim, seed):
 @given(DIMS, SEEDS)
 def test_the_two_parts_add_up_and_do_not_mix(dim, seed):
     basis, z = embedding(dim).double(), normal(50, dim, seed=seed)
-    on, off = split(z, basis)
+    on, off = plane_parts(z, basis)
     assert torch.allclose(on.square().sum(1) + off.square().sum(1), z.square().sum(1), atol=1e-4)
     assert torch.allclose(on @ basis.mT + off, z) and (off @ basis).abs().max() < 1e-5
     assert off_energy(on @ basis.mT, basis) < 1e-10
@@ -95,7 +97,7 @@ def test_another_basis_of_the_same_plane_changes_no_measure(dim, seed):
     basis, z = embedding(dim).double(), normal(64, dim, seed=seed)
     turned, data = basis @ rotation(seed), normal(256, 2, seed=seed + 1)
     assert math.isclose(off_energy(z, basis), off_energy(z, turned), rel_tol=1e-6)
-    here, there = split(z, basis)[0], split(z, turned)[0]
+    here, there = plane_parts(z, basis)[0], plane_parts(z, turned)[0]
     moved = data @ rotation(seed)
     assert math.isclose(stray_distance(here, data), stray_distance(there, moved), rel_tol=1e-6)
     # 64 directions stand for all; a rotation looks along others
@@ -122,7 +124,7 @@ def test_data_are_standardised_and_counted(data):
 @settings(max_examples=10, deadline=None)
 @given(st.sampled_from([3, 8, 64]), st.integers(0, 50))
 def test_starts_are_normal_and_alike_on_the_plane(dim, seed):
-    start, flat = draw_start(ToyConfig(dim=dim, seed=seed), 1024), draw_start(ToyConfig(dim=2, seed=seed), 1024)
+    start, flat = toy_start(ToyConfig(dim=dim, seed=seed), 1024), toy_start(ToyConfig(dim=2, seed=seed), 1024)
     assert torch.allclose(start @ embedding(dim), flat @ embedding(2), atol=1e-4)
     assert (start.std(0) - 1).abs().max() < 0.12 and start.mean(0).abs().max() < 0.16
     assert torch.isfinite(start).all()
@@ -193,14 +195,14 @@ def test_no_network_beats_the_exact_one_on_the_plane():
     config, times = ToyConfig(dim=8, width=32, steps=60), torch.tensor([0.2, 0.5, 0.8])
     dense = ExactNet(draw_points("spiral", 4096, generator(0, 0, "dense")), embedding(8))
     least = error_split(dense, config, times, 1024)
-    on, off = error_split(trained(config), config, times, 1024)
+    on, off = error_split(trained_toy(config), config, times, 1024)
     assert (least[0] < on).all() and (least[1] < 1e-9).all() and (off > 0).all()
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_the_parts_of_the_error_are_the_whole_error(prediction):
     config = replace(TINY, prediction=prediction)
-    net, t = trained(config), 0.3
+    net, t = trained_toy(config), 0.3
     on, off = error_split(net, config, torch.tensor([t]), 64)
     x = draw_points("spiral", 64, generator(0, 0, "test points")).double() @ embedding(6).double().mT
     noise = torch.randn(64, 6, generator=generator(0, 0, "test noise")).double()
@@ -222,9 +224,9 @@ def test_paired_cases_see_the_same_draws(change):
     other = replace(TINY, **change)
     for step in (0, 5):
         assert all(torch.equal(a, b) for a, b in zip(draw_batch(TINY, step), draw_batch(other, step)))
-    assert torch.equal(draw_start(TINY, 8), draw_start(other, 8))
+    assert torch.equal(toy_start(TINY, 8), toy_start(other, 8))
     if "prediction" in change:
-        weights = (begin(config).net.state_dict().values() for config in (TINY, other))
+        weights = (begin_toy(config).net.state_dict().values() for config in (TINY, other))
         assert all(torch.equal(a, b) for a, b in zip(*weights))
 
 
@@ -237,27 +239,27 @@ def test_seeds_and_steps_see_other_draws():
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_a_training_goes_on_where_it_stopped(prediction):
     config = replace(TINY, prediction=prediction)
-    whole, parts = [now.loss for now in train(begin(config))], []
-    progress = begin(config)
+    whole, parts = [now.loss for now in train_toy(begin_toy(config))], []
+    progress = begin_toy(config)
     while progress.step < config.steps:
-        for now in train(progress):
+        for now in train_toy(progress):
             parts.append(now.loss)
             if now.step % 5 == 0:
                 break
     assert parts == whole and len(whole) == config.steps
-    assert list(train(progress)) == []
+    assert list(train_toy(progress)) == []
 
 
 def test_the_global_generator_is_left_alone():
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    trained(TINY)
+    trained_toy(TINY)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_the_loss_falls(prediction):
-    losses = [now.loss for now in train(begin(ToyConfig(dim=4, width=64, prediction=prediction, steps=200)))]
+    losses = [now.loss for now in train_toy(begin_toy(ToyConfig(dim=4, width=64, prediction=prediction, steps=200)))]
     assert np.mean(losses[-30:]) < 0.7 * np.mean(losses[:10])
 
 
@@ -265,10 +267,10 @@ def test_the_loss_falls(prediction):
 def test_a_narrow_velocity_keeps_the_noise_that_it_cannot_reach(dim, width):
     """Whatever the weights: here they are random, and large."""
     config = ToyConfig(dim=dim, width=width, prediction="v")
-    net = begin(config).net
+    net = begin_toy(config).net
     torch.nn.init.normal_(net.layers[-1].weight, generator=generator(0, 0, "large"))
     bias, weight = net.layers[-1].bias, net.layers[-1].weight.double()
-    start = draw_start(config, 2048).double()
+    start = toy_start(config, 2048).double()
     span = torch.linalg.qr(torch.cat([weight, embedding(dim).double(), bias.double()[:, None]], 1)).Q
     unreached = (start - start @ span @ span.mT).square().sum(1).mean().item()
     energy = watch_flow(net, config).off[-1].square().mean().item()
@@ -317,17 +319,17 @@ def without_time(rows):
 
 
 def test_a_survey_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    whole = survey(small_cases(), tmp_path / "whole.json", 64)
-    survey(small_cases((0,)), tmp_path / "parts.json", 64)
-    parts = survey(small_cases(), tmp_path / "parts.json", 64)
+    whole = survey_toy(small_cases(), tmp_path / "whole.json", 64)
+    survey_toy(small_cases((0,)), tmp_path / "parts.json", 64)
+    parts = survey_toy(small_cases(), tmp_path / "parts.json", 64)
     assert without_time(parts) == without_time(whole)
     monkeypatch.setattr(manifold_survey, "case_row", None)  # nothing may be trained any more
-    assert survey(small_cases(), tmp_path / "parts.json", 64) == parts
+    assert survey_toy(small_cases(), tmp_path / "parts.json", 64) == parts
     assert load_rows(tmp_path / "parts.json") == parts
 
 
 def test_rows_are_json_and_can_be_compared(tmp_path):
-    rows = survey(small_cases(), tmp_path / "rows.json", 64)
+    rows = survey_toy(small_cases(), tmp_path / "rows.json", 64)
     json.dumps(rows, allow_nan=False)
     same = {name: getattr(TINY, name) for name in ("dim", "width", "steps", "batch")}
     ours, theirs = pick(rows, **same), pick(rows, prediction="v", **same)
@@ -344,7 +346,7 @@ def test_an_identity_names_one_case():
 
 
 def test_only_what_is_shown_is_kept(tmp_path):
-    flow = watch_flow(begin(ToyConfig(dim=2, width=4)).net, ToyConfig(dim=2), 16, 4)
+    flow = watch_flow(begin_toy(ToyConfig(dim=2, width=4)).net, ToyConfig(dim=2), 16, 4)
     for config in (
         ToyConfig(dim=2),
         ToyConfig("moons", 2),
@@ -361,7 +363,7 @@ def test_only_what_is_shown_is_kept(tmp_path):
 
 
 def film(times=5):
-    nets = {p: begin(replace(TINY, prediction=p)) for p in PREDICTIONS}
+    nets = {p: begin_toy(replace(TINY, prediction=p)) for p in PREDICTIONS}
     flows = {p: watch_flow(now.net, now.config, 64, times - 1) for p, now in nets.items()}
     return manifold_film.make_film({6: flows, 8: flows})
 
@@ -380,27 +382,27 @@ def test_the_player_shows_the_exact_way_and_three_predictions():
 
 def test_the_player_fits_a_page_and_a_paper():
     shown = film(21)
-    player = manifold_film.scrubber(shown)
+    player = manifold_film.player(shown)
     views = [player.view(**player.defaults() | {"time": time}) for time in player.slider().values]
     assert len(plotly_figure.film(views, 10).to_json()) < 600_000
     assert len(plots.png(player.strip())) <= 100_000
 
 
 def test_clouds_out_of_sight_are_told():
-    assert manifold_film.outside(np.zeros((10, 2))) == ""
-    assert manifold_film.outside(np.array([[0, 0], [0, 9.0]])) == "50% outside"
+    assert manifold_figures.outside(np.zeros((10, 2))) == ""
+    assert manifold_figures.outside(np.array([[0, 0], [0, 9.0]])) == "50% outside"
 
 
 def test_an_unknown_flow_or_metric_is_refused():
     with pytest.raises(ValueError, match="unknown flow 'spiral-2-x'"):
-        manifold_film.samples_figure({})
+        manifold_figures.samples_figure({})
     with pytest.raises(ValueError, match="unknown metric 'of'. Did you mean 'off'"):
-        manifold_film.diagram([], "x", "of")
+        manifold_figures.diagram([], "x", "of")
 
 
 def test_a_diagram_has_holes_where_nothing_is_known():
     rows = [{**asdict(ToyConfig(dim=8, width=32, seed=seed)), "off": value} for seed, value in ((0, 6.0), (1, 24.0))]
-    grid = manifold_film.diagram(rows, "x", "off", (8, 32), (32, 64))
+    grid = manifold_figures.diagram(rows, "x", "off", (8, 32), (32, 64))
     assert grid[0, 0] == pytest.approx(12 / 6) and np.isnan(grid).sum() == 3
 
 
@@ -432,7 +434,7 @@ def test_one_seed_has_a_ratio_and_no_interval():
 def test_marks_of_leaving_do_not_hide_one_another():
     """Both leave at once: a ring around a dot."""
     rows = [made_up_row(dim=8, prediction=prediction) for prediction in PREDICTIONS]
-    axis = manifold_film.excess_figure(rows, dims=(8,)).axes[0]
+    axis = manifold_figures.excess_figure(rows, dims=(8,)).axes[0]
     marks = [line for line in axis.lines if line.get_marker() == "o"]
     sizes = [(line.get_markersize(), line.get_markerfacecolor()) for line in marks]
     assert len(marks) == 3 and sizes[1][0] > sizes[2][0] and sizes[1][1] == "none"
@@ -440,6 +442,6 @@ def test_marks_of_leaving_do_not_hide_one_another():
 
 def test_samples_are_drawn_of_any_data_with_both_coordinates_named():
     flows = {manifold_survey.flow_name("moons", 8, p): np.zeros((1, 5, 2)) for p in PREDICTIONS}
-    figure = manifold_film.samples_figure(flows, "moons", (8,))
+    figure = manifold_figures.samples_figure(flows, "moons", (8,))
     assert figure.get_suptitle() == "moons" and figure.get_supylabel() == "second coordinate"
     assert "first coordinate" in figure.get_supxlabel()

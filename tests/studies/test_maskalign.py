@@ -229,8 +229,7 @@ def test_mistakes_are_told_before_any_work():
 
 
 @pytest.mark.parametrize("inner", ["reg", "repa"])
-def test_a_run_comes_back_as_it_was_trained(tmp_path, monkeypatch, inner):
-    monkeypatch.setenv("MASKALIGN_LAB_CACHE", str(tmp_path / "cache"))
+def test_a_run_comes_back_as_it_was_trained(tmp_path, own_folders, inner):
     recipe = make_recipe(
         "maskalign", "smoke", overrides=f"method.inner.name={inner} training.steps=3 training.warmup=1 data.n=64"
     )

@@ -10,7 +10,8 @@ from maskalign_lab.gradient_norms import concentration, observe
 from maskalign_lab.maskalign import draw_keep
 from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.run import load_run, train
-from maskalign_lab.studies.maskalign.influence import exact_influence, hidden_outputs, restored
+from maskalign_lab.studies.maskalign.influence import exact_influence, hidden_outputs
+from maskalign_lab.studies.maskalign.influence_shares import restored
 from maskalign_lab.studies.maskalign.measures import (
     dropped_share,
     look,

@@ -1,11 +1,11 @@
-"""Study 01 as its users run it: papermill end to end, mistakes in seconds, and an edited loss that is really trained."""
+"""Study 01: a mistake, a given run, an edited loss that is really trained, and the runs that ship."""
 
 import json
 from dataclasses import replace
 
 import nbformat
 import pytest
-from shared.studies import check_figure, check_first_cells, check_smoke, own_folders, smoke_fixture  # noqa: F401  (fixtures)
+from shared.studies import run_job
 
 from maskalign_lab.base import paths
 from maskalign_lab.data.datasets import load_dataset
@@ -14,65 +14,13 @@ from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.recipe import from_json, identity
 from maskalign_lab.runs.run import train
 from maskalign_lab.studies.shipped_runs import SHIPPED, shipped_recipe
-from maskalign_lab.workbench.jobs import run_study
-from maskalign_lab.workbench.study_parameters import study_parameters
-
-STUDY = paths.notebooks() / "01_gradient_norms.ipynb"
 
 
-smoke = smoke_fixture("01")
-
-
-def test_smoke_runs_end_to_end(smoke):
-    check_smoke(smoke)
-
-
-def test_figures_are_small_and_traceable(smoke):
-    for name in ("01_position_probability", "01_filmstrip"):
-        check_figure(smoke, "01_gradient_norms", name)
-
-
-def test_the_scrubber_comes_by_the_third_code_cell():
-    check_first_cells("01_gradient_norms")
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"preest": "smoke"}, "Did you mean 'preset'"),
-        ({"preset": "smkoe"}, "Did you mean 'smoke'"),
-        ({"seed": "zero"}, "expected int, got str"),
-    ],
-)
-def test_bad_parameters_are_refused_before_a_kernel_starts(given, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        run_study("01", given, tmp_path / "job")
-    assert not (tmp_path / "job").exists()
-
-
-def test_a_lost_tag_is_refused(tmp_path):
-    book = nbformat.read(STUDY, as_version=4)
-    for cell in book.cells:
-        cell.metadata.pop("tags", None)
-    nbformat.write(book, tmp_path / "untagged.ipynb")
-    with pytest.raises(ValueError, match="tag"):
-        study_parameters(tmp_path / "untagged.ipynb")
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"run": "repa-shaeps"}, "no run 'repa-shaeps'"),
-        ({"preset": "smoke", "dataset": "shpaes"}, "Did you mean 'shapes'"),
-        ({"preset": "smoke", "overrides": "method.depth=9"}, "depth 9 is outside the network"),
-        ({"preset": "smoke", "overrides": "network.patch_size=8"}, "grid"),
-        ({"preset": "smoke", "overrides": "method.dpeth=2"}, "Did you mean 'method.depth'"),
-    ],
-)
-def test_mistakes_inside_fail_with_a_clear_error_and_keep_the_notebook(given, message, tmp_path):
-    job = run_study("01", given, tmp_path / "job")
+def test_a_mistake_inside_ends_the_job_with_its_error_and_keeps_the_notebook(tmp_path, own_folders):
+    """For the mistakes of all studies, see `test_all_studies`."""
+    job = run_job("01", {"run": "repa-shaeps"}, tmp_path / "job")
     assert job.status == "failed" and job.exit_code == 1
-    assert message in job.error and job.path(".ipynb").exists()
+    assert "no run 'repa-shaeps'" in job.error and job.path(".ipynb").exists()
 
 
 def test_an_empty_folder_and_one_class_are_refused(tmp_path):
@@ -87,9 +35,10 @@ def test_an_empty_folder_and_one_class_are_refused(tmp_path):
         load_dataset(f"folder:{tmp_path / 'one'}")
 
 
-def test_a_given_run_is_studied(tmp_path):
+def test_a_given_run_is_studied(tmp_path, after_smoke):
+    after_smoke("01")
     path = train(make_recipe("sit", "smoke", overrides="training.steps=2"), tmp_path / "mine", "cpu", 0)
-    job = run_study("01", {"preset": "smoke", "run": str(path)}, tmp_path / "job")
+    job = run_job("01", {"preset": "smoke", "run": str(path)}, tmp_path / "job")
     assert job.status == "ok", job.error
     findings = json.loads((tmp_path / "job" / "01_filmstrip.json").read_text())["findings"]
     assert findings[0]["run"] == "mine"
@@ -145,9 +94,9 @@ def test_shipped_runs_are_what_their_recipes_say():
     pixels = [recipe for recipe in recipes if not recipe.data.autoencoder]
     assert len({(r.data, replace(r.network, mixer_depth=0), r.objective, r.training) for r in pixels}) == 1
     assert {recipe.training for recipe in recipes} == {pixels[0].training}
+    digests = {data: images_of(data, "train").digest for data in {recipe.data for recipe in recipes}}
     for path, recipe in zip(folders, recipes, strict=True):
-        digest = images_of(recipe.data, "train").digest
-        assert json.loads((path.parent / "facts.json").read_text())["data_digest"] == digest
+        assert json.loads((path.parent / "facts.json").read_text())["data_digest"] == digests[recipe.data]
         assert identity(recipe) == identity(shipped_recipe(path.parent.name))
         assert (path.parent / "card.md").exists() and (path.parent / "loss.png").exists()
         assert (path.parent / "maps.safetensors").exists() is (recipe in pixels)

@@ -1,54 +1,101 @@
-"""Study 05 as its users run it: papermill end to end, its table, and mistakes in seconds."""
+"""Study 05: what its smoke run leaves, the table that ships, its findings, and runs of other kinds."""
 
 from functools import partial
 
 import numpy as np
 import pytest
-from shared.studies import check_figure, check_first_cells, check_smoke, own_folders, smoke_fixture  # noqa: F401  (fixtures)
+from shared.displayed import displayed_markdown
+from shared.studies import check_figure, run_job, smoke_fixture
 
+from maskalign_lab.base import paths
 from maskalign_lab.measure.verdicts import against
+from maskalign_lab.measure.wording import NotTrained
+from maskalign_lab.runs import studied_runs
 from maskalign_lab.runs.experiments import lengths, load_rows, results_file, run_arms, run_identity
 from maskalign_lab.runs.presets import PRESETS, make_recipe
 from maskalign_lab.runs.run import train
-from maskalign_lab.studies.maskalign.measures import ABLATIONS, CLAIMS, CONTROLS, HEADLINE, ON_REPA, TABLE, measure_arm
+from maskalign_lab.studies.maskalign import findings, opening
+from maskalign_lab.studies.maskalign.arms import (
+    ABLATIONS,
+    ARMS,
+    CONTROLS,
+    HEADLINE,
+    ON_REPA,
+    SCALES,
+    measure_arm,
+)
+from maskalign_lab.studies.maskalign.measures import load_records
 from maskalign_lab.training.methods import METHODS
-from maskalign_lab.workbench.jobs import run_study
 
-ARMS = (*HEADLINE, *ABLATIONS, *CONTROLS, *ON_REPA)
-FINDINGS = {  # (metric, budget, arm, other) -> verdict and difference, as the study's findings tell them
-    ("gap", "steps", "MaskAlign", "REG"): ("reproduced", -0.0010),
-    ("gap", "steps", "REPA + MaskAlign", "REPA"): ("reproduced", -0.0022),
-    ("peak full", "steps", "MaskAlign", "REG"): ("undecided", -0.04),
-    ("peak masked", "steps", "MaskAlign", "REG"): ("undecided", -0.09),
-    ("velocity", "steps", "mask, no mixer", "REG"): ("reproduced", 0.0027),
-    ("velocity", "steps", "ratio 0.5", "REG"): ("contradicted", 0.0073),
-    ("velocity", "steps", "ratio 0.75", "REG"): ("reproduced", 0.0217),
-    ("velocity", "steps", "MaskAlign", "REG"): ("undecided", 0.0028),
-    ("velocity", "steps", "MaskAlign", "mask, no mixer"): ("undecided", 0.0001),
-    ("velocity", "steps", "MaskAlign", "mixer, no mask"): ("contradicted", 0.0022),
-    ("velocity", "steps", "REPA + MaskAlign", "REPA"): ("contradicted", 0.0027),
-    ("velocity", "steps", "HASTE", "REPA"): ("undecided", 0.0001),
-    ("velocity", "steps", "iREPA", "REPA"): ("undecided", 0.0011),
-    ("velocity", "steps", "two blocks behind", "REG"): ("lower", -0.0017),
-    ("velocity", "steps", "two blocks behind", "mixer, no mask"): ("lower", -0.0024),
-    ("velocity", "steps", "mask the loss", "MaskAlign"): ("lower", -0.0021),
-    ("velocity", "steps", "mask the input", "REG"): ("higher", 0.0157),
-    ("velocity", "flops", "mask, no mixer", "REG"): ("lower", -0.0098),
-    ("velocity", "flops", "ratio 0.5", "REG"): ("lower", -0.0122),
-    ("velocity", "flops", "ratio 0.75", "REG"): ("lower", -0.0181),
-    ("velocity", "flops", "MaskAlign", "REG"): ("undecided", -0.0025),
-    ("velocity", "flops", "REPA + MaskAlign", "REPA"): ("lower", -0.0030),
+SAID = {  # by finding: what it says of the rows that ship
+    "stability": ["REG's stability gap is .0011", "MaskAlign's +.0001 +/- .0002", "-.0010 +/- .0005 (*reproduced*)"],
+    "parts_alone": [
+        "mask alone changes the gap by -.0004 +/- .0003 (*lower*)",
+        "mixer alone by -.0007 +/- .0005 (*lower*)",
+    ],
+    "stability_on_repa": [".0026 without MaskAlign and .0005 with it: -.0022 +/- .0004 (*reproduced*)"],
+    "carried": ["one block restores .26", "one of two .42", "one of three .43", "`) .24."],
+    "preference": ["-.04 +/- .12 (*undecided*) when all", "-.09 +/- .17 (*undecided*) under a mask"],
+    "dropping": ["+.0027 +/- .0011 (*reproduced*)"],
+    "dropping_more": [
+        "+.0073 +/- .0048 (*contradicted*) for a half",
+        "+.0217 +/- .0089 (*reproduced*) for three quarters",
+    ],
+    "repair": [
+        "+.0028 +/- .0031 (*undecided*) beside REG",
+        "+.0001 +/- .0041 (*undecided*) beside the mask alone",
+        "+.0022 +/- .0021 (*contradicted*) beside the mixer alone",
+        "interaction is -.0005 +/- .0028 (*undecided*)",
+    ],
+    "depth_of_the_mixer": [
+        "one block is at -.0013 +/- .0063 (*undecided*)",
+        "three are at -.0011 +/- .0031 (*undecided*)",
+    ],
+    "on_repa": [
+        "MaskAlign on REPA is at +.0027 +/- .0022 (*contradicted*)",
+        "HASTE at +.0001 +/- .0046 (*undecided*)",
+        "iREPA at +.0011 +/- .0020 (*undecided*)",
+    ],
+    "controls": [
+        "aligned layer are at -.0017 +/- .0012 (*lower*)",
+        "-.0024 +/- .0021 (*lower*) beside two in front",
+        "-.0021 +/- .0020 (*lower*) beside MaskAlign",
+        "+.0157 +/- .0043 (*higher*) beside REG",
+    ],
+    "equal_operations": [
+        "without a mixer is at -.0098 +/- .0014 (*lower*)",
+        "a half at -.0122 +/- .0033 (*lower*)",
+        "three quarters at -.0181 +/- .0075 (*lower*)",
+        "MaskAlign itself at -.0025 +/- .0031 (*undecided*)",
+    ],
+    "equal_operations_on_repa": ["MaskAlign is at -.0030 +/- .0010 (*lower*)"],
+}
+ASKED = {  # by finding: arm, other, claim, metric and budget of the differences that it states, in order
+    "stability": [("MaskAlign", "REG", -1, "gap", "steps")],
+    "parts_alone": [(arm, "REG", 0, "gap", "steps") for arm in ("mask, no mixer", "mixer, no mask")],
+    "stability_on_repa": [("REPA + MaskAlign", "REPA", -1, "gap", "steps")],
+    "dropping": [("mask, no mixer", "REG", +1, "velocity", "steps")],
+    "dropping_more": [("ratio 0.5", "REG", -1, "velocity", "steps"), ("ratio 0.75", "REG", +1, "velocity", "steps")],
+    "repair": [("MaskAlign", arm, -1, "velocity", "steps") for arm in ("REG", "mask, no mixer", "mixer, no mask")],
+    "depth_of_the_mixer": [(arm, "MaskAlign", 0, "velocity", "steps") for arm in ("mixer of 1", "mixer of 3")],
+    "on_repa": [(arm, "REPA", -1, "velocity", "steps") for arm in ("REPA + MaskAlign", "HASTE", "iREPA")],
+    "controls": [
+        ("two blocks behind", "REG", 0, "velocity", "steps"),
+        ("two blocks behind", "mixer, no mask", 0, "velocity", "steps"),
+        ("mask the loss", "MaskAlign", 0, "velocity", "steps"),
+        ("mask the input", "REG", 0, "velocity", "steps"),
+    ],
+    "equal_operations": [
+        (arm, "REG", 0, "velocity", "flops") for arm in ("mask, no mixer", "ratio 0.5", "ratio 0.75", "MaskAlign")
+    ],
+    "equal_operations_on_repa": [("REPA + MaskAlign", "REPA", 0, "velocity", "flops")],
 }
 
 
 smoke = smoke_fixture("05")
 
 
-def test_smoke_runs_end_to_end(smoke):
-    check_smoke(smoke)
-
-
-def test_figures_are_small_and_traceable(smoke):
+def test_figures_tell_budgets_gaps_and_preference(smoke):
     for name in ("05_filmstrip", "05_arms", "05_preference", "05_influence"):
         side = check_figure(smoke, "05_maskalign", name)
         assert side["by_steps"] and side["gaps"] and side["preference"]
@@ -81,18 +128,17 @@ def test_the_table_that_ships_is_paired(shipped):
 @pytest.mark.parametrize(("group", "baseline"), [((*HEADLINE, *ABLATIONS, *CONTROLS), "REG"), (ON_REPA, "REPA")])
 def test_the_table_that_ships_is_what_todays_recipes_would_train(group, baseline, shipped):
     """`-p seeds 5` finds the rows by the identity of their runs: nothing is trained again."""
-    plan = lengths({arm.name: arm.recipe(overrides=TABLE["laptop"]) for arm in group}, baseline)
+    plan = lengths({arm.name: arm.recipe(overrides=SCALES["laptop"].overrides) for arm in group}, baseline)
     for arm in group:
         rows = [row for row in shipped if row["arm"] == arm.name]
-        recipes = {row["seed"]: arm.recipe(seed=row["seed"], overrides=TABLE["laptop"]) for row in rows}
+        recipes = {row["seed"]: arm.recipe(seed=row["seed"], overrides=SCALES["laptop"].overrides) for row in rows}
         assert {row["identity"] for row in rows} == {
             run_identity(recipe, plan[arm.name]) for recipe in recipes.values()
         }
 
 
-def test_every_arm_trains_and_is_measured(tmp_path, monkeypatch):
+def test_every_arm_trains_and_is_measured(own_folders):
     """At the smallest size, through the same machinery: methods, controls, and networks whose projector needs the grid."""
-    monkeypatch.setenv("MASKALIGN_LAB_CACHE", str(tmp_path))
 
     def recipe_of(arm, seed):
         few = "data.n=32 training.batch_size=8 training.warmup=1 training.cooldown=0 training.steps=2"
@@ -107,7 +153,7 @@ def test_every_arm_trains_and_is_measured(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_arms_differ_by_the_same_at_every_preset(preset):
-    recipes = {arm.name: arm.recipe(preset, overrides=TABLE[preset]) for arm in ARMS}
+    recipes = {arm.name: arm.recipe(preset, overrides=SCALES[preset].overrides) for arm in ARMS}
     base, haste = recipes["REG"], recipes["HASTE"]
     assert recipes["two blocks behind"].network.depth == base.network.depth + 2
     assert recipes["aligned two deeper"].method.depth == base.method.depth + 2 <= base.network.depth
@@ -115,36 +161,115 @@ def test_arms_differ_by_the_same_at_every_preset(preset):
     assert len({recipe.training for recipe in recipes.values()}) == 1
 
 
-@pytest.mark.parametrize("finding", FINDINGS)
-def test_what_the_findings_say_is_what_the_table_says(finding, shipped):
-    metric, budget, arm, other = finding
-    verdict, difference = FINDINGS[finding]
-    found = against(shipped, metric, arm, other, CLAIMS[arm] if budget == "steps" else 0, budget)
-    assert found["verdict"].startswith(verdict)
-    assert found["difference"] == pytest.approx(difference, abs=5.1e-3 if "peak" in metric else 5.1e-5)
+@pytest.mark.parametrize("name", SAID)
+def test_what_a_finding_says_of_the_rows_that_ship(name, shipped):
+    text = getattr(findings, name)(shipped)
+    assert all(part in text for part in SAID[name]), text
 
 
-def test_the_scrubber_comes_by_the_third_code_cell():
-    check_first_cells("05_maskalign")
+@pytest.fixture(scope="module")
+def made():
+    """Rows of every arm with values of no meaning."""
+    draw = np.random.default_rng(0)
+    return [
+        {"arm": arm.name, "seed": seed, "budget": budget, "relative_flops": 1.0}
+        | {metric: value for metric, value in zip(("velocity", "gap"), draw.normal(0.2, 0.05, 2), strict=True)}
+        for arm in ARMS
+        for seed in range(4)
+        for budget in ("steps", "flops")
+    ]
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_a_finding_states_value_interval_and_verdict_of_its_arms(name, made):
+    text, place = getattr(findings, name)(made), 0
+    for arm, other, claim, metric, budget in ASKED[name]:
+        found = against(made, metric, arm, other, claim, budget)
+        expected = f"{found['difference']:+.4f} +/- {found['+/-']:.4f} (*{found['verdict'].split()[0]}*)".replace(
+            "0.", "."
+        )
+        assert expected in text[place:], (text, expected)
+        place = text.index(expected, place) + 1
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_a_finding_is_left_out_if_an_arm_is_missing(name, made):
+    for arm in {arm for asked in ASKED[name] for arm in asked[:2]}:
+        with pytest.raises(NotTrained):
+            getattr(findings, name)([row for row in made if row["arm"] != arm])
+
+
+def test_all_findings_of_the_rows_that_ship(shipped):
+    """Each of them once, with runs' records and photographs."""
+    text = shipped_findings(shipped)
+    assert text.count("\n* ") + 1 == len(findings.ON_ROWS) + 2 and "no rows here" not in text
+    assert "At step 7,000, of one seed, MaskAlign's gap is 14 % of REG's" in text
+    assert "(CIFAR-10) the gap is 21 % of REG's, a difference of -.0007 +/- .0002 (*reproduced*)" in text
+    assert "at +.0032 +/- .0010 (*higher*) after equal steps, at -.0007 +/- .0012 (*undecided*)" in text
+    assert "Of 30 verdicts luck would decide about 1.5" in text
+
+
+def shipped_findings(rows):
+    records = {name: load_records(paths.data() / "runs" / name) for name in ("reg-shapes", "maskalign-shapes")}
+    return findings.all_findings(rows, load_rows(results_file("05_maskalign", "folder:cifar10/train")), records)
+
+
+def test_the_notebook_displays_the_findings_of_the_rows_that_ship(shipped):
+    assert shipped_findings(shipped) in displayed_markdown(paths.notebooks() / "05_maskalign.ipynb")
+
+
+def test_a_job_displays_the_findings_of_its_own_rows(smoke):
+    rows = load_rows(smoke.path(".html").parent / "05_rows.json")
+    photographs = load_rows(results_file("05_maskalign", "folder:cifar10/train"))
+    expected = findings.all_findings(rows, photographs, {})
+    assert expected in displayed_markdown(smoke.path(".ipynb"))
+    assert f"no rows here: {len(findings.ON_ROWS) + 1 - 2}." in expected  # REG and MaskAlign: stability, preference
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("given", "expected"),
     [
-        ({"preset": "smoke", "overrides": "method.mask_ratio=0.5"}, "Did you mean"),
-        ({"preset": "smoke", "overrides": "data.teacher=oracle"}, "class token"),
-        ({"preset": "smoke", "arms": "headlin"}, "Did you mean 'headline'"),
-        ({"run": "maskaling-shapes"}, "Did you mean 'maskalign-shapes'"),
+        ({}, ["reg-shapes", "maskalign-shapes"]),
+        ({"run": "mine"}, ["mine"]),
+        ({"seed": 1}, ["reg laptop shapes 1 ", "maskalign laptop shapes 1 "]),
+        ({"preset": "smoke", "dataset": "digits"}, ["reg smoke digits 0 ", "maskalign smoke digits 0 "]),
+        (
+            {"overrides": "training.steps=2"},
+            [f"{name} laptop shapes 0 training.steps=2" for name in ("reg", "maskalign")],
+        ),
     ],
 )
-def test_mistakes_fail_with_a_clear_error(given, message, tmp_path):
-    job = run_study("05", given, tmp_path / "job")
-    assert job.status == "failed" and message in job.error
+def test_which_runs_a_study_looks_at(given, expected, monkeypatch):
+    """Those that ship for the preset's defaults alone; nothing that was asked for is ignored."""
+    monkeypatch.setattr(studied_runs, "load_run", lambda name, device: name)
+    monkeypatch.setattr(studied_runs, "make_recipe", lambda *asked: " ".join(map(str, asked)))
+    monkeypatch.setattr(studied_runs, "ensure_run", lambda recipe, device: recipe)
+    monkeypatch.setattr(opening, "observe", lambda run: run)
+    monkeypatch.setattr(opening, "make_film", lambda studied, scale: None)
+    study = opening.open_study(**given)
+    assert study.studied == expected
 
 
-def test_a_run_without_class_token_or_mixer_is_studied(tmp_path):
+def test_what_a_study_was_asked_for_reaches_its_table(monkeypatch, tmp_path):
+    monkeypatch.setattr(opening, "studied_runs", lambda *asked: [])
+    monkeypatch.setattr(opening, "make_film", lambda studied, scale: None)
+    trained = []
+    monkeypatch.setattr(opening, "run_arms", lambda *asked: trained.append(asked) or [len(trained)])
+    given = dict(
+        preset="gpu", seeds=2, arms="pair repa", overrides="training.steps=9", out_dir=str(tmp_path), device="cpu"
+    )
+    study = opening.open_study(**given)
+    assert opening.table_rows(study) == [1, 2]
+    arms, seeds, recipe_of, baseline, _, _, keep, device = trained[1]
+    assert (list(seeds), baseline, keep, device) == ([0, 1], "REPA", tmp_path / "05_rows.json", "cpu")
+    assert arms == ON_REPA and recipe_of(arms[0], 3).training.steps == 9
+    assert opening.open_study(preset="gpu").count == SCALES["gpu"].seeds and opening.open_study().count == 0
+
+
+def test_a_run_without_class_token_or_mixer_is_studied(tmp_path, after_smoke):
+    after_smoke("05")
     path = train(make_recipe("repa", "smoke", overrides="training.steps=2 data.n=64"), tmp_path / "mine", "cpu", 0)
-    job = run_study("05", {"preset": "smoke", "run": str(path), "seeds": 1}, tmp_path / "job")
+    job = run_job("05", {"preset": "smoke", "run": str(path), "seeds": 1}, tmp_path / "job")
     assert job.status == "ok", job.error
 
 

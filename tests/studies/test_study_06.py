@@ -1,54 +1,27 @@
-"""Study 06 as its users run it: papermill end to end, what ships, and mistakes in seconds."""
+"""Study 06: what its smoke run leaves, the runs and tables that ship, and what it says of them."""
 
-from dataclasses import replace
+from types import SimpleNamespace
 
-import nbformat
 import numpy as np
+import pandas as pd
 import pytest
-from shared.studies import check_figure, check_first_cells, check_smoke, own_folders, smoke_fixture  # noqa: F401  (fixtures)
+from shared.displayed import displayed_markdown
+from shared.studies import smoke_fixture
 
 from maskalign_lab.ahpa import AHPAConfig
 from maskalign_lab.base import paths
-from maskalign_lab.measure.verdicts import Paired, beside, by_seed, paired
+from maskalign_lab.measure.verdicts import against, by_seed
+from maskalign_lab.measure.wording import NotTrained
 from maskalign_lab.runs.experiments import Length, load_rows, results_file, run_identity
+from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.run import load_run
-from maskalign_lab.studies.ahpa.arms import (
-    LEVELS,
-    SCALES,
-    TRACED,
-    agreement,
-    as_routing,
-    coarse_in_noise,
-    mean_routing,
-    numbers_table,
-    oracle_table,
-    routings,
-)
+from maskalign_lab.studies.ahpa import findings, opening, router_findings
+from maskalign_lab.studies.ahpa.arms import LEVELS, SCALES
 from maskalign_lab.studies.ahpa.film import load_film
 from maskalign_lab.studies.ahpa.routing import measure_routing
-from maskalign_lab.workbench.jobs import run_study
+from maskalign_lab.studies.ahpa.tables import routings, slopes_of
 
 smoke = smoke_fixture("06")
-
-
-def test_smoke_runs_end_to_end(smoke):
-    check_smoke(smoke)
-
-
-def test_figures_are_small_and_traceable(smoke):
-    for name in (
-        "filmstrip",
-        "contents",
-        "weights",
-        "skill",
-        "traces",
-        "oracle",
-        "arms",
-        "per_t",
-        "larger_arms",
-        "larger_weights",
-    ):
-        check_figure(smoke, "06_ahpa", f"06_{name}")
 
 
 def test_the_tables_of_the_job_are_kept(smoke):
@@ -104,213 +77,307 @@ def test_the_tables_that_ship_are_what_todays_recipes_would_train(table, preset)
         assert {row["identity"] for row in budgets.values()} == {run_identity(recipe, length)}, (arm, seed)
 
 
-def test_the_scrubber_comes_by_the_third_code_cell():
-    check_first_cells("06_ahpa")
+LEARNED = {"AHPA": AHPAConfig(), "bilevel": AHPAConfig(router="bilevel")}
+SAID = {  # by finding: what it says of the rows that ship
+    "helps": [
+        "loss is .5281 and SiT's .5386, a difference of -.0105 +/- .0037 (*reproduced*)",
+        "A step costs 7 % more; after equal operations the difference is -.0041 +/- .0032 (*lower*)",
+    ],
+    "baselines": ["SRA 2 is at -.0012 +/- .0048 (*undecided*)", "REPA at +.0010 +/- .0069 (*undecided*)"],
+    "judged": [
+        "distance differs by -1.3 +/- 1.0 (*reproduced*)",
+        "coarse to fine by -1.7 +/- 1.0 (*lower*)",
+        "Floor 2.1; distances are 4.9 times theirs or more; wanted class seen: 0.07 to 0.13",
+    ],
+    "adapts": [
+        "Beside equal weights AHPA is at -.0007 +/- .0013 (*undecided*)",
+        "-.0001 +/- .0023 (*undecided*) beside its reverse",
+        "+.0004 +/- .0006 (*undecided*) beside equal weights",
+    ],
+    "choices": [
+        "is at -.0095 +/- .0037 (*lower*) beside SiT",
+        "*smooth L1* at -.0062 +/- .0059 (*lower*)",
+        "*averaged levels* at -.0034 +/- .0070 (*undecided*)",
+    ],
+    "single_levels": [
+        "`down.0` at -.0122 +/- .0070 (*lower*)",
+        "`down.1` at -.0071 +/- .0091 (*undecided*)",
+        "`mid` at -.0118 +/- .0110 (*lower*)",
+        "`latent` at -.0053 +/- .0063 (*undecided*)",
+        "AHPA is at +.0009 +/- .0037 (*undecided*) beside `down.0`",
+        "-.0042 +/- .0031 (*reproduced*) beside `down.1`",
+        "+.0005 +/- .0027 (*undecided*) beside `mid`",
+        "-.0060 +/- .0052 (*reproduced*) beside `latent`",
+    ],
+    "follows": ["Of its weight 1.7 +/- .4 % lies elsewhere", "3.7 +/- .6 % elsewhere"],
+    "fluctuates": ["the slope was -.20 at step 745 and -.11 at 800, that of the closed form -.13 and -.12"],
+    "leans": [
+        "has .35 of the weight near the data, .14 to .18 in the noisy half",
+        "slope -.135 +/- .027 (*contradicted*), without the latent -.024 +/- .018 (*contradicted*)",
+    ],
+    "bilevel": [
+        "`down.0` with .43, `latent` with .47, `down.1` with .49 of the weight, of which 17, 19, 9 % moved on",
+        "its slope is +.001 +/- .003",
+        "at -.0078 +/- .0072 (*lower*) beside SiT, at +.0035 +/- .0037 (*undecided*) beside AHPA",
+        "a step costs 29 % more",
+    ],
+    "pulls": [
+        "`latent` has at least 1.00 of the weight at all times",
+        "within .022 of equal ones",
+        "the router has .57 on `down.0` near the data and .46 on `latent` in the noise",
+    ],
+    "classes": ["differ by .088 of the weight"],
+    "when": [
+        "middle of the times the loss changes by -.6 %, -1.1 %, -.9 %",
+        "clean end by -.2 %, -1.2 %, -.2 %",
+        "noisy end by +.5 %, +1.2 %, +.2 %",
+    ],
+    "which": [
+        "`down.0` changes the loss by -2.0 +/- .6 %, `latent` by -.0 +/- 2.0 %",
+        "-.0008 +/- .0068 for `down.1` (*undecided*)",
+        "-.0008 +/- .0065 for `mid` (*undecided*)",
+        "-.0007 +/- .0085 for `latent` (*undecided*)",
+    ],
+    "ranks": ["is -.4 near the data, +1.0 in the middle and +.8 in the noise"],
+    "larger_gain": [
+        "at -.0030 +/- .0049 (*undecided*) beside SiT's .3685",
+        "a gain of .8 % of the loss where the small network has 1.9 %",
+        "after equal operations at +.0017 +/- .0046 (*undecided*)",
+    ],
+    "larger_arms": [
+        "Equal weights are at -.0033 +/- .0053 (*undecided*), fine to coarse at -.0024 +/- .0072 (*undecided*)",
+        "coarse to fine at -.0037 +/- .0024 (*lower*)",
+        "AHPA is at +.0003 +/- .0010 (*undecided*) beside equal weights",
+        "its distance of 3.9 differs by -.2 +/- .7 (*undecided*)",
+    ],
+    "larger_router": [
+        "to .9 +/- .6 % of its weight",
+        "slope -.075 +/- .025 (*contradicted*), without the latent -.044 +/- .012 (*contradicted*)",
+    ],
+    "photographs": [
+        "AHPA is at -.0030 +/- .0215 (*undecided*) beside SiT, equal weights at -.0031 +/- .0215 (*undecided*)",
+        "has .37 of the weight on `latent` near the data, .11 in the middle",
+        "slope -.154 +/- .051 (*contradicted*)",
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def tables():
+    """What ships: rows of arms, of the oracle, of routers along their training, of a larger network, of photographs."""
+    names = {"arms": ("06_ahpa", "shapes"), "oracle": ("06_oracle", "shapes"), "traces": ("06_router", "shapes")}
+    names |= {"larger": ("06_ahpa", "shapes", "gpu"), "photographs": ("06_ahpa", "folder:cifar10/train")}
+    return {name: load_rows(results_file(*table)) for name, table in names.items()}
+
+
+@pytest.fixture(scope="module")
+def learned(tables):
+    """What became of the routers of each table of arms."""
+    return {name: routings(tables[name], LEARNED) for name in ("arms", "larger", "photographs")}
+
+
+@pytest.fixture(scope="module")
+def asked(tables, learned):
+    """What each finding is made from."""
+    rows, oracle, traces, larger, photographs = tables.values()
+    ahpa = {name: each["AHPA"] for name, each in learned.items()}
+    return {name: (rows,) for name in ("helps", "baselines", "judged", "adapts", "choices")} | {
+        "single_levels": (rows, LEVELS),
+        "follows": (ahpa["arms"],),
+        "fluctuates": (rows, LEARNED["AHPA"]),
+        "leans": (ahpa["arms"],),
+        "bilevel": (rows, learned["arms"]["bilevel"]),
+        "pulls": (traces, LEVELS),
+        "classes": (traces,),
+        "when": (oracle, LEVELS),
+        "which": (oracle, LEVELS),
+        "ranks": (oracle, ahpa["arms"]),
+        "larger_gain": (larger, rows),
+        "larger_arms": (larger,),
+        "larger_router": (ahpa["larger"],),
+        "photographs": (photographs, ahpa["photographs"]),
+    }
+
+
+def finding(name: str, *given) -> str:
+    return getattr(findings if hasattr(findings, name) else router_findings, name)(*given)
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_what_a_finding_says_of_the_rows_that_ship(name, asked):
+    text = finding(name, *asked[name])
+    assert all(part in text for part in SAID[name]), text
+
+
+ARM_PAIRS = {  # by finding: arm, other, claim, metric, budget, digits of the differences that it states, in order
+    "helps": [("AHPA", "SiT", -1, "velocity", "steps", 4), ("AHPA", "SiT", 0, "velocity", "flops", 4)],
+    "baselines": [(arm, "SiT", -1, "velocity", "steps", 4) for arm in ("SRA 2", "REPA")],
+    "judged": [("AHPA", "SiT", -1, "frechet", "steps", 1), ("coarse to fine", "SiT", 0, "frechet", "steps", 1)],
+    "adapts": [
+        ("AHPA", "uniform", -1, "velocity", "steps", 4),
+        ("coarse to fine", "fine to coarse", -1, "velocity", "steps", 4),
+        ("coarse to fine", "uniform", -1, "velocity", "steps", 4),
+    ],
+    "choices": [(arm, "SiT", 0, "velocity", "steps", 4) for arm in ("target mixing", "smooth L1", "averaged levels")],
+    "single_levels": [(f"{level} alone", "SiT", 0, "velocity", "steps", 4) for level in LEVELS]
+    + [("AHPA", f"{level} alone", -1, "velocity", "steps", 4) for level in LEVELS],
+}
+
+
+@pytest.fixture(scope="module")
+def made():
+    """Rows of every arm with values of no meaning."""
+    draw = np.random.default_rng(0)
+    return [
+        {"arm": arm.name, "seed": seed, "budget": budget, "relative_flops": 1.0, "velocity": 0.2 + 0.05 * draw.normal()}
+        | {"frechet": 10 + draw.normal(), "frechet floor": 2.0, "accuracy": 0.1}
+        for arm in SCALES["laptop"].arms
+        for seed in range(4)
+        for budget in ("steps", "flops")
+    ]
+
+
+@pytest.mark.parametrize("name", ARM_PAIRS)
+def test_a_finding_states_value_interval_and_verdict_of_its_arms(name, made):
+    text, place = finding(name, made, *[LEVELS] * (name == "single_levels")), 0
+    for arm, other, claim, metric, budget, digits in ARM_PAIRS[name]:
+        found = against(made, metric, arm, other, claim, budget)
+        numbers = f"{found['difference']:+.{digits}f} +/- {found['+/-']:.{digits}f}".replace("+0.", "+.").replace(
+            "-0.", "-."
+        )
+        expected = f"{numbers.replace(' 0.', ' .')} (*{found['verdict'].split()[0]}*)"
+        assert expected in text[place:], (text, expected)
+        place = text.index(expected, place) + 1
+
+
+@pytest.mark.parametrize("name", ARM_PAIRS)
+def test_a_finding_is_left_out_if_an_arm_is_missing(name, made):
+    for arm in {arm for pair in ARM_PAIRS[name] for arm in pair[:2]}:
+        with pytest.raises(NotTrained):
+            finding(name, [row for row in made if row["arm"] != arm], *[LEVELS] * (name == "single_levels"))
+
+
+def test_findings_on_routers_need_their_rows(tables, learned):
+    oracle, traces, ahpa = tables["oracle"], tables["traces"], learned["arms"]["AHPA"]
+    some = [row for row in oracle if not row["arm"].startswith("mid")]
+    few = [row for row in traces if row["arm"] != "tau 0.5" and row["class"] == "all"]
+    missing = {"when": (some, LEVELS), "which": (some, LEVELS), "ranks": (some, ahpa), "pulls": (few, LEVELS)}
+    missing |= {"classes": (few,), "fluctuates": ([], LEARNED["AHPA"])}
+    for name, given in missing.items():
+        with pytest.raises(NotTrained):
+            finding(name, *given)
+
+
+def test_numbers_of_routers_are_those_of_arithmetic(tables, learned):
+    """Against the rows themselves: what moved on, and the slopes."""
+    rows = [row for row in tables["arms"] if row["arm"] == "bilevel"]
+    for seed, share in enumerate(router_findings.moved(tables["arms"], "bilevel")):
+        ends = [np.mean(row["weights"], 0) for row in rows if row["seed"] == seed]
+        assert share == pytest.approx(np.abs(ends[0] - ends[1]).sum() / 2)
+    each = learned["arms"]["AHPA"]
+    whole, without = slopes_of(each).values()
+    assert whole.mean == pytest.approx(np.mean([one.coarseness() for one in each]))
+    assert without.mean == pytest.approx(np.mean([one.coarseness(("latent",)) for one in each]))
+    assert router_findings.slope_words(each).startswith(f"slope {whole.mean:.3f}".replace("0.", "."))
+
+
+def test_how_many_seeds_stand_behind_an_arm(tables):
+    many = ("SiT", "AHPA", "uniform", "coarse to fine", "fine to coarse")
+    seeds = {arm: len(of) for arm, of in by_seed(tables["arms"], "velocity").items()}
+    assert seeds == {arm: 5 if arm in many else 3 for arm in seeds}
+    judged = [row for row in tables["arms"] if "frechet" in row and row["budget"] == "steps"]
+    assert len(judged) == sum(seeds.values())
+
+
+def shipped_lists(tables, learned) -> list[str]:
+    """What the study displays of the rows that ship."""
+    rows, oracle, traces, larger, photographs = tables.values()
+    return [
+        router_findings.of_routers(rows, learned["arms"], LEARNED["AHPA"], traces),
+        findings.of_arms(rows, LEVELS),
+        router_findings.of_the_oracle(oracle, LEVELS, learned["arms"]),
+        router_findings.elsewhere(rows, larger, learned["larger"]["AHPA"], photographs, learned["photographs"]["AHPA"]),
+    ]
+
+
+def test_nothing_is_left_out_of_the_rows_that_ship(tables, learned):
+    lists = shipped_lists(tables, learned)
+    assert [text.count("\n* ") + 1 for text in lists] == [6, 6, 3, 4]
+    assert not any("no rows here" in text for text in lists)
+
+
+def test_the_notebook_displays_the_findings_of_the_rows_that_ship(tables, learned):
+    shown = displayed_markdown(paths.notebooks() / "06_ahpa.ipynb")
+    assert all(text in shown for text in shipped_lists(tables, learned))
+
+
+def test_a_job_displays_the_findings_of_its_own_rows(smoke):
+    rows, scale = load_rows(smoke.path(".html").parent / "06_rows.json"), SCALES["smoke"]
+    text = findings.of_arms(rows, scale.levels)
+    assert text in displayed_markdown(smoke.path(".ipynb")) and "**Does it help?**" in text
+
+
+def test_what_is_said_of_levels_is_what_their_table_says():
+    table = pd.DataFrame({
+        "level": ["down.0", "mid", "(the teacher)", "(chance)"],
+        "inside cells": [0.175, 0.14, np.nan, np.nan],
+        "of that kept": [0.76, 1.0, np.nan, np.nan],
+        "cycles per image": [3.35, 2.04, np.nan, np.nan],
+        "as aligned": [2.56, 2.46, np.nan, np.nan],
+        "class probe": [0.129, 0.119, 0.35, 0.102],
+        "CKNNA to the teacher": [0.138, 0.108, 1.0, 0.024],
+    })  # fmt: skip
+    text = findings.fineness(table) + findings.meaning(table)
+    for part in (
+        "3.4 for `down.0`, 2.0 for `mid`",
+        "Between tokens the levels have 2.5 to 2.6",
+        "lie 14 to 18 % of a level's variance",
+        "keep 76 % of the first level and 100 % of the last",
+        "names 12 to 13 % of the classes (chance: 10 %)",
+        "most with `down.0` and least with `mid` (CKNNA .14 and .11; .02 by chance)",
+    ):
+        assert part in text, text
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("given", "expected"),
     [
-        ({"preset": "smoke", "overrides": "method.tua=0.1"}, "Did you mean 'method.tau'"),
-        ({"preset": "smoke", "overrides": "data.autoencoder=tinny"}, "Did you mean 'tiny'"),
-        ({"preset": "smoke", "overrides": "method.levels=down.0,middle"}, "middle"),
-        ({"run": "repa-shapes"}, "expected ahpa"),
+        ({}, None),
+        ({"run": "mine"}, {"mine": "mine"}),
+        ({"seed": 1}, ["AHPA", "bilevel", "coarse to fine"]),
+        ({"seeds": 1}, ["AHPA", "bilevel", "coarse to fine"]),
+        ({"dataset": "digits"}, ["AHPA", "bilevel", "coarse to fine"]),
+        ({"preset": "smoke"}, ["AHPA", "bilevel"]),
     ],
 )
-def test_mistakes_fail_with_a_clear_error(given, message, tmp_path):
-    job = run_study("06", given, tmp_path / "job")
-    assert job.status == "failed" and message in job.error
+def test_which_runs_a_film_is_made_of(given, expected, monkeypatch):
+    """The film that ships is shown for the preset's defaults alone; nothing that was asked for is ignored."""
+    shown = []
+    loaded = SimpleNamespace(recipe=make_recipe("ahpa", "smoke", overrides="method.levels=down.0,mid"))
+    monkeypatch.setattr(opening, "load_run", lambda name, device: loaded)
+    monkeypatch.setattr(opening, "check_ahpa", lambda run: None)
+    monkeypatch.setattr(opening, "trained_runs", lambda recipes, device: dict(recipes))
+    monkeypatch.setattr(opening, "film_of", lambda runs, times, keep: shown.append(runs))
+    study = opening.open_study(**given)
+    assert shown == [None] if expected is None else list(shown[0]) == list(expected)
+    assert study.scale.levels == (("down.0", "mid") if "run" in given else LEVELS)
+    assert study.settings.training.seed == given.get("seed", 0)
 
 
-def study_text() -> str:
-    book = nbformat.read(paths.notebooks() / "06_ahpa.ipynb", as_version=4)
-    return " ".join(" ".join(cell.source for cell in book.cells if cell.cell_type == "markdown").split())
-
-
-def short(value: float, digits: int = 4) -> str:
-    """ "-.0113", as the text has it."""
-    return f"{value:+.{digits}f}".replace("0.", ".", 1)
-
-
-def interval(found: Paired, digits: int = 4) -> str:
-    return f"{short(found.mean, digits)} +/- {short(found.half, digits)[1:]}"
-
-
-def percent(mean: float, half: float | None = None) -> str:
-    """ "1.7 +/- .4 %" of shares."""
-    each = [f"{100 * abs(value):.1f}".removeprefix("0") for value in (mean, half) if value is not None]
-    return " +/- ".join(each) + " %"
-
-
-def test_the_findings_say_what_the_tables_say():
-    text, rows = study_text(), load_rows(results_file("06_ahpa", "shapes"))
-    steps, flops, judge = by_seed(rows, "velocity"), by_seed(rows, "velocity", "flops"), by_seed(rows, "frechet")
-    sit = {arm: beside(of, steps["SiT"]) for arm, of in steps.items()}
-    ahpa = {arm: beside(steps["AHPA"], of) for arm, of in steps.items()}
-    coarse = [beside(steps["coarse to fine"], steps[other]) for other in ("fine to coarse", "uniform")]
-    fewer, nearer = (beside(of["AHPA"], of["SiT"]) for of in (flops, judge))
-    near = beside(judge["coarse to fine"], judge["SiT"])
-    mean = {arm: short(np.mean(list(steps[arm].values())))[1:] for arm in ("AHPA", "SiT")}
-    lower = {level: interval(ahpa[f"{level} alone"])[1:] for level in ("down.1", "latent")}
-    alone = {level: interval(sit[f"{level} alone"]) for level in LEVELS}
-    for told in (
-        f"AHPA's velocity loss is {mean['AHPA']} and SiT's {mean['SiT']}, a difference of {interval(sit['AHPA'])}: *reproduced*",
-        f"after equal operations it is {interval(fewer)}, *lower*",
-        f"SRA 2 and REPA are at {interval(sit['SRA 2'])} and {interval(sit['REPA'])}.",
-        f"AHPA's distance is {-nearer.mean:.1f} +/- {nearer.half:.1f} lower, *reproduced*",
-        f"that of coarse to fine {-near.mean:.1f} +/- {near.half:.1f};",
-        f"Beside equal weights AHPA is at {interval(ahpa['uniform'])}",
-        f"its reverse at {interval(coarse[0])}, beside equal weights at {interval(coarse[1])}: all undecided",
-        f"is at {short(sit['target mixing'].mean)} beside SiT, *smooth L1* at {short(sit['smooth L1'].mean)}",
-        f"*averaged levels* at {short(sit['averaged levels'].mean)}.",
-        f"`down.0` alone is at {alone['down.0']} and `mid` at {alone['mid']}, `down.1` at {alone['down.1']}",
-        f"and the latent at {alone['latent']}. AHPA beats the two worse ones, by {lower['down.1']} and {lower['latent']}",
-        f"not `down.0` ({interval(ahpa['down.0 alone'])}) or `mid` ({interval(ahpa['mid alone'])}).",
-        f"Its loss is at {interval(sit['bilevel'])} beside SiT and {interval(beside(steps['bilevel'], steps['AHPA']))} beside AHPA",
+def test_overrides_and_folders_reach_the_tables(monkeypatch, tmp_path):
+    monkeypatch.setattr(opening, "trained_runs", lambda recipes, device: recipes)
+    monkeypatch.setattr(opening, "film_of", lambda runs, times, keep: keep)
+    trained = []
+    monkeypatch.setattr(opening, "run_arms", lambda *asked: trained.append(asked) or [])
+    study = opening.open_study("laptop", seeds=4, overrides="method.tau=0.5", out_dir=str(tmp_path), device="cpu")
+    assert study.film == tmp_path / "06_film.safetensors"
+    opening.table_rows(study, [])
+    opening.oracle_rows(study, [])
+    for (arms, seeds, recipe_of, baseline, _, known, keep, device), count, name, steps in zip(
+        trained, (4, 3), ("06_rows.json", "06_oracle_rows.json"), (800, 400), strict=True
     ):
-        assert told in text, told
-    assert [found.verdict(-1) for found in (sit["AHPA"], fewer, nearer)] == ["reproduced"] * 3
-    cost = {row["arm"]: 100 * (row["relative_flops"] - 1) for row in rows}
-    assert (
-        f"A step costs {cost['AHPA']:.0f} % more;" in text and f"a step costs {cost['bilevel']:.0f} % more than" in text
-    )
-    seen = [row for row in rows if "frechet" in row and row["budget"] == "steps"]
-    assert "about five times the floor or more" in text and len(seen) == sum(map(len, steps.values()))
-    assert min(row["frechet"] / row["frechet floor"] for row in seen) > 4.8
-    assert 0.05 < min(row["accuracy"] for row in seen) < max(row["accuracy"] for row in seen) < 0.15  # chance: 0.1
-    undecided = [ahpa[other] for other in ("uniform", "down.0 alone", "mid alone", "bilevel")] + coarse
-    assert all(found.verdict(-1).startswith("undecided") for found in (*undecided, sit["SRA 2"], sit["REPA"]))
-    assert [ahpa[f"{level} alone"].verdict(-1) for level in ("down.1", "latent")] == ["reproduced"] * 2
-    assert {arm: len(of) for arm, of in steps.items()} == {
-        arm: 5 if arm in ("SiT", "AHPA", "uniform", "coarse to fine", "fine to coarse") else 3 for arm in steps
-    }
-
-
-def weights_at(rows: list[dict], arm: str, budget: str):
-    """The weights (10, K) of every seed of an arm."""
-    return (row["weights"] for row in rows if (row["arm"], row["budget"]) == (arm, budget))
-
-
-def slope(each: list, *without: str) -> Paired:
-    return paired([one.coarseness(without) for one in each], [0.0] * len(each))
-
-
-def test_the_findings_on_routers_say_what_the_tables_say():
-    text, rows = study_text(), load_rows(results_file("06_ahpa", "shapes"))
-    learned = routings(rows, {"AHPA": AHPAConfig(), "bilevel": AHPAConfig(router="bilevel")})
-    table, slopes = numbers_table(learned)["AHPA"], [slope(learned["AHPA"], *without) for without in ((), ("latent",))]
-    latent = mean_routing(learned["AHPA"]).weights[:, -1]
-    for told in (
-        f"Of its weight {percent(*table.loc['from closed form'])} lies elsewhere",
-        f"and {percent(*table.loc['from that of loss / constant'])} elsewhere",
-        f"The slope is {interval(slopes[0], 3)}, by the rule *contradicted*",
-        f"without the latent {interval(slopes[1], 3)}, *contradicted*",
-        f"The latent has {short(latent[0], 2)[1:]} of the weight near the data",
-        f"{short(latent[5:].min(), 2)[1:]} to {short(latent[5:].max(), 2)[1:]} in the noise",
-        f"time plays no part (slope {interval(slope(learned['bilevel']), 3)})",
-    ):
-        assert told in text, told
-    assert [found.verdict(+1) for found in slopes] == ["contradicted"] * 2
-    moved = [
-        100 * np.abs(np.mean(np.subtract(*weights), 0)).sum() / 2
-        for weights in zip(*(list(weights_at(rows, "bilevel", budget)) for budget in ("steps", "flops")), strict=True)
-    ]
-    assert "Between step 622 and the last {:.0f}, {:.0f} and {:.0f} % of the weight moved on".format(*moved) in text
-    first = [
-        as_routing(next(row for row in rows if (row["arm"], row["budget"]) == ("AHPA", at)))
-        for at in ("flops", "steps")
-    ]
-    leans = [short(each.coarseness(), 2) for each in first]
-    ends = [short(replace(each, weights=each.closed).coarseness(), 2) for each in first]
-    assert f"was {leans[0]} at step 745 and {leans[1]} at 800, that of the closed form {ends[0]} and {ends[1]}." in text
-    favourites = [each.weights.mean(0) for each in learned["bilevel"]]
-    assert [LEVELS[weights.argmax()] for weights in favourites] == ["down.0", "latent", "down.1"]
-    named = zip(("`down.0`", "the latent", "`down.1`"), favourites, strict=True)
-    assert ", ".join(f"{name} with {short(weights.max(), 2)[1:]} of the weight" for name, weights in named) in text
-
-
-def test_the_findings_on_photographs_say_what_the_tables_say():
-    text, rows = study_text(), load_rows(results_file("06_ahpa", "folder:cifar10/train"))
-    found, routers = by_seed(rows, "velocity"), routings(rows, {"AHPA": AHPAConfig()})["AHPA"]
-    beside_sit = {arm: beside(found[arm], found["SiT"]) for arm in ("AHPA", "uniform")}
-    latent = mean_routing(routers).weights[:, -1]
-    for told in (
-        f"AHPA is at {interval(beside_sit['AHPA'])} beside SiT, equal weights at {interval(beside_sit['uniform'])}.",
-        f"{short(latent[0], 2)[1:]} of the weight on the latent near the data, {short(latent[5], 2)[1:]} in the middle",
-        f"slope {interval(slope(routers), 3)}, *contradicted*.",
-    ):
-        assert told in text, told
-    assert all(one.verdict(-1) == "undecided (3 seeds)" for one in beside_sit.values())
-    assert slope(routers).verdict(+1) == "contradicted"
-
-
-def test_the_findings_at_a_larger_scale_say_what_the_tables_say():
-    text, rows = study_text(), load_rows(results_file("06_ahpa", "shapes", "gpu"))
-    steps, flops, judge = by_seed(rows, "velocity"), by_seed(rows, "velocity", "flops"), by_seed(rows, "frechet")
-    sit = {arm: beside(of, steps["SiT"]) for arm, of in steps.items()}
-    fewer, nearer = (beside(of["AHPA"], of["SiT"]) for of in (flops, judge))
-    distance = np.mean(list(judge["AHPA"].values()))
-    adapts, routers = beside(steps["AHPA"], steps["uniform"]), routings(rows, {"AHPA": AHPAConfig()})["AHPA"]
-    slopes, small = (
-        [slope(routers, *left_out) for left_out in ((), ("latent",))],
-        load_rows(results_file("06_ahpa", "shapes")),
-    )
-    shares = [
-        -beside(of["AHPA"], of["SiT"]).mean / np.mean(list(of["SiT"].values()))
-        for of in (steps, by_seed(small, "velocity"))
-    ]
-    for told in (
-        f"At SiT-S AHPA is at {interval(sit['AHPA'])} beside SiT's {short(np.mean(list(steps['SiT'].values())))[1:]}",
-        f"{percent(shares[0])} of the loss where the small network has {percent(shares[1])}",
-        f"after equal operations {interval(fewer)}.",
-        f"Equal weights are at {interval(sit['uniform'])}, fine to coarse at {interval(sit['fine to coarse'])}",
-        f"coarse to fine at {interval(sit['coarse to fine'])}, the only arm that is *lower*",
-        f"{interval(adapts)} beside equal weights",
-        f"AHPA's distance of {distance:.1f} is {short(-nearer.mean, 1)[1:]} +/- {short(nearer.half, 1)[1:]} lower.",
-        f"to {percent(*numbers_table({'AHPA': routers})['AHPA'].loc['from closed form'])} of its weight",
-        f"slope is {interval(slopes[0], 3)}, without the latent {interval(slopes[1], 3)}: both *contradicted*.",
-    ):
-        assert told in text, told
-    assert [found.verdict(+1) for found in slopes] == ["contradicted"] * 2
-    undecided = [sit["AHPA"], sit["uniform"], sit["fine to coarse"], fewer, nearer, adapts]
-    assert all(found.verdict(-1) == "undecided (4 seeds)" for found in undecided)
-    assert sit["coarse to fine"].verdict(0) == "lower"
-
-
-def test_the_findings_on_the_oracle_and_on_traces_say_what_their_rows_say():
-    text, rows = study_text(), load_rows(results_file("06_oracle", "shapes"))
-    table, half = oracle_table(rows)
-    near, middle, far = table.mean(1)  # aligned where; of the loss in each window
-    contrasts = [coarse_in_noise(rows, level, "down.0") for level in LEVELS[1:]]
-    first, last_level = (percent(table[1, k, 1], half[1, k, 1]) for k in (0, -1))
-    for told in (
-        f"takes off most: {percent(middle[1])} of the loss there, {percent(middle[0])} near the data and {percent(middle[2])} in",
-        f"At the clean end it takes off {percent(near[1])} in the middle",
-        f"it adds {percent(far[1])} in the middle and {percent(far[0])[:-2]} and {percent(far[2])} elsewhere",
-        f"`down.0` takes off {first} there, the latent {last_level}.",
-        ", ".join(
-            f"{interval(one)} ({name})"
-            for one, name in zip(contrasts, ("`down.1`", "`mid`", "the latent"), strict=True)
-        ),
-    ):
-        assert told in text, told
-    assert all(one.verdict(-1) == "undecided (3 seeds)" for one in contrasts)
-    of = routings(load_rows(results_file("06_ahpa", "shapes")), {"AHPA": AHPAConfig()})["AHPA"]
-    assert "in the middle, nearly so in the noise, and not near the data" in text
-    ranks = agreement(mean_routing(of).weights, table)
-    assert ranks[0] < 0 and 0.5 < ranks[2] < 1 and ranks[1] == pytest.approx(1)
-
-    last = {
-        row["arm"]: np.array(row["weights"])
-        for row in load_rows(results_file("06_router", "shapes"))
-        if row["class"] == "all"
-    }
-    assert last.keys() == {arm.name for arm in TRACED}
-    assert last["tau 0.02"][:, -1].min() > 0.99 and np.abs(last["tau 0.5"] - 0.25).max() < 0.0301
-    prior = last["prior coarse to fine"]
-    assert (
-        f"the router has {short(prior[0, 0], 2)[1:]} on `down.0` near the data and {short(prior[-1, -1], 2)[1:]} on"
-        in text
-    )
-    by_class = [row["weights"] for row in load_rows(results_file("06_router", "shapes")) if row["class"] != "all"]
-    assert f"Classes differ by {short(np.ptp(by_class, axis=0).max(), 2)[1:]} at most." in text
+        assert (list(seeds), baseline, known, keep, device) == (list(range(count)), "SiT", [], tmp_path / name, "cpu")
+        ahpa = next(arm for arm in arms if arm.method == "ahpa")
+        recipe = recipe_of(ahpa, 0)
+        assert recipe.training.steps == steps and recipe.method.tau == 0.5
+    assert opening.table_cost(study, []).startswith("tables: 15 arms x 4 seeds x 800 steps; oracle: 13 x 3 x 400;")

@@ -66,7 +66,7 @@ def test_a_training_stopped_after_any_step_continues_to_the_same_bits(whole, tmp
 
 
 def test_a_new_process_continues_to_the_same_bits(whole, tmp_path):
-    assert start(tmp_path, 6).wait(120) == 0
+    survive.train(tmp_path, 6)
     assert start(tmp_path, 12).wait(120) == 0
     same(content(tmp_path), content(whole))
 

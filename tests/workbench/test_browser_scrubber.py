@@ -9,7 +9,7 @@ import numpy as np
 import papermill
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
-from shared.browser import messages, run_all, settled
+from shared.browser import messages, new_page, run_all, settled
 
 from maskalign_lab.workbench.offline_page import write_page
 from maskalign_lab.workbench.plots import Curve, Panels, Points, filmstrip
@@ -89,19 +89,30 @@ SPY = """() => {
 }"""
 
 
-@pytest.fixture
-def demo(page, lab):
+@pytest.fixture(scope="module")
+def opened(chromium, running_lab):
     """The demonstration, open in JupyterLab with all cells run."""
-    write_demonstration(lab.folder / "demo.ipynb")
-    run_all(page, lab, "demo.ipynb")
-    page.locator(".js-plotly-plot .heatmaplayer image").first.wait_for(timeout=90_000)
-    settled(page)
-    page.locator(".js-plotly-plot").scroll_into_view_if_needed()
-    at_rest(page.locator(".js-plotly-plot"))
-    page.evaluate(SPY)
-    yield page
-    assert page.errors == []
-    assert messages(page) == []
+    write_demonstration(running_lab.folder / "demo.ipynb")
+    with new_page(chromium) as page:
+        run_all(page, running_lab, "demo.ipynb")
+        page.locator(".js-plotly-plot .heatmaplayer image").first.wait_for(timeout=90_000)
+        settled(page)
+        page.evaluate(SPY)
+        yield page
+
+
+@pytest.fixture
+def demo(opened):
+    """The demonstration as it was when it was opened; nothing may have gone wrong when a test is done."""
+    opened.get_by_role("button", name="Restore defaults").click()
+    sees(opened, "t = 0.50 | ")
+    sees(opened, "token None")
+    opened.locator(".js-plotly-plot").scroll_into_view_if_needed()
+    at_rest(opened.locator(".js-plotly-plot"))
+    opened.evaluate("trips.length = 0")
+    yield opened
+    assert opened.errors == []
+    assert messages(opened) == []
 
 
 def at_rest(locator):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TIMES', 'run_levels', 'shown_levels', 'check_ahpa', 'has_losses', 'Routing', 'level_losses_at', 'constant_losses',
-           'measure_routing', 'weights_over', 'trace_router']
+           'weights_over', 'measure_routing', 'trace_router']
 
 # %% ../../../nbs/lib/studies/ahpa/routing.ipynb #53420c7f
 from collections.abc import Sequence
@@ -128,6 +128,13 @@ def constant_losses(method: AHPA, levels: Tensor) -> Tensor:  # (b, K, n, d) -> 
     return method.distance(((low + high) / 2).expand_as(rows), rows).mean(1)
 
 # %% ../../../nbs/lib/studies/ahpa/routing.ipynb #c392bd89
+def weights_over(run: Run, t: Tensor, y: Tensor) -> Tensor:  # (T,), (b,) labels of the images -> (T, K)
+    """Weights over time, a mean over the images' own classes if the router sees them."""
+    classes, counts = y.unique(return_counts=True) if run.recipe.method.by_class else (y[:1], torch.ones_like(y[:1]))
+    each = [run.method.log_weights(t, label.expand(len(t))).exp() for label in classes]
+    return torch.einsum("ctk,c->tk", torch.stack(each), counts / counts.sum())
+
+# %% ../../../nbs/lib/studies/ahpa/routing.ipynb #99625df8
 @torch.no_grad()
 def measure_routing(
     run: Run,
@@ -152,13 +159,6 @@ def measure_routing(
     closed, relative = (closed_form(each, prior, config.tau) for each in (losses, losses / constant))
     found = (losses, constant, weights_over(run, t, y), closed, relative)
     return Routing(config.levels, np.array(times), *(values.float().cpu().numpy() for values in found))
-
-
-def weights_over(run: Run, t: Tensor, y: Tensor) -> Tensor:  # (T,), (b,) labels of the images -> (T, K)
-    """Weights over time, a mean over the images' own classes if the router sees them."""
-    classes, counts = y.unique(return_counts=True) if run.recipe.method.by_class else (y[:1], torch.ones_like(y[:1]))
-    each = [run.method.log_weights(t, label.expand(len(t))).exp() for label in classes]
-    return torch.einsum("ctk,c->tk", torch.stack(each), counts / counts.sum())
 
 # %% ../../../nbs/lib/studies/ahpa/routing.ipynb #94b938ca
 def trace_router(

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ...gradient_norms import concentration, null_concentration, top_share
+from ...measure.wording import between, number
 from .film import Film
-from ..wording import between, number
 
 # %% ../../../nbs/lib/studies/gradient_norms/findings.ipynb #e4fb1a1c
 def share_rows(

@@ -11,8 +11,8 @@ from typing import Any
 
 from ...base.errors import one_of
 from ...gradient_norms import Observed, observe
+from ...runs.studied_runs import studied_runs
 from .film import SCALES, Film, Scale, make_film
-from ..studied_runs import studied_runs
 
 # %% ../../../nbs/lib/studies/gradient_norms/opening.ipynb #299245fb
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ JIT_ARMS = (
     Arm("JiT", "jit"),
     *(Arm(f"without {part}", "jit", f"network.{part}={off}", claim=+1) for part, off in JIT_PARTS.items()),
 )
-JIT_WORDS = {  # arm of the rows -> what readers are told
+JIT_WORDS = {  # arm of the rows -> in readers' words
     "without context_tokens": "without class tokens in context",
     "without swiglu": "without SwiGLU",
     "without rms_norm": "without RMSNorm",

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PREDICTIONS', 'DIMS', 'SEEDS', 'DIAGRAM_DIMS', 'WIDTHS', 'SHOWN', 'sample_cases', 'diagram_cases', 'control_cases',
-           'survey_cases', 'toy_identity', 'rounded', 'case_row', 'flow_name', 'load_flows', 'keep_flow', 'survey',
+           'survey_cases', 'toy_identity', 'rounded', 'case_row', 'flow_name', 'load_flows', 'keep_flow', 'survey_toy',
            'pick', 'paired_ratio', 'energies']
 
 # %% ../../../nbs/lib/studies/prediction_targets/manifold_survey.ipynb #81feaae4
@@ -20,7 +20,8 @@ import numpy as np
 
 from ...measure.verdicts import paired
 from ...runs.experiments import load_rows, save_rows
-from .manifold import DATA, Flow, ToyConfig, least_energy, measure, trained
+from .manifold import DATA, ToyConfig, trained_toy
+from .manifold_measures import Flow, least_energy, measure_toy
 
 # %% ../../../nbs/lib/studies/prediction_targets/manifold_survey.ipynb #ebb9fb60
 PREDICTIONS, DIMS, SEEDS = ("x", "eps", "v"), (2, 8, 16, 512), {"spiral": 5, "moons": 3, "gaussians": 3}
@@ -38,7 +39,7 @@ def sample_cases() -> list[ToyConfig]:
         if seed < SEEDS[data]
     ]
 
-
+# %% ../../../nbs/lib/studies/prediction_targets/manifold_survey.ipynb #8c59c371
 def diagram_cases(
     seeds: int = 3,
 ) -> list[ToyConfig]:
@@ -81,16 +82,16 @@ def rounded(value: Any) -> Any:
         return [rounded(each) for each in value]
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
-
+# %% ../../../nbs/lib/studies/prediction_targets/manifold_survey.ipynb #5f2d7e60
 def case_row(
     config: ToyConfig,
     n: int = 2048,  # trajectories and test points
 ) -> tuple[dict[str, Any], Flow]:
     """Train a case and measure it; `seconds` are of the training, on one processor."""
     began = time.process_time()
-    net = trained(config)
+    net = trained_toy(config)
     spent = time.process_time() - began
-    numbers, flow = measure(net, config, n)
+    numbers, flow = measure_toy(net, config, n)
     row = {"arm": config.prediction, "identity": toy_identity(config), **asdict(config)}
     row |= {"budget": "steps", "relative_flops": 1.0, "seconds": round(spent, 1)}
     return row | {name: rounded(value) for name, value in numbers.items()}, flow
@@ -113,7 +114,7 @@ def load_flows(
     with np.load(path) as file:
         return {name: file[name].astype(np.float32) for name in file.files}
 
-
+# %% ../../../nbs/lib/studies/prediction_targets/manifold_survey.ipynb #8f6bdeaf
 def keep_flow(path: Path, config: ToyConfig, flow: Flow) -> None:
     """Add a flow to the file if it is one that is shown."""
     if config in sample_cases() and config.seed == 0:
@@ -122,7 +123,7 @@ def keep_flow(path: Path, config: ToyConfig, flow: Flow) -> None:
         np.savez_compressed(path, **{name: value.astype(np.float16) for name, value in kept.items()})
 
 # %% ../../../nbs/lib/studies/prediction_targets/manifold_survey.ipynb #b47c183d
-def survey(
+def survey_toy(
     cases: Iterable[ToyConfig],
     keep: Path,  # .json of the rows; flows go beside it, as .npz
     n: int = 2048,  # trajectories and test points

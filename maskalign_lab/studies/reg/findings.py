@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 
 from ...base.statistics import mean_interval
-from ..wording import MISSING, between
+from ...measure.wording import MISSING, between
 
 # %% ../../../nbs/lib/studies/reg/findings.ipynb #6a009b9d
 def measured(
@@ -87,7 +87,8 @@ def effect_in_words(rows: pd.DataFrame) -> str:
     ]
     seen = found.loc[found["value"].abs() > found["+/-"], "sampled with"]
     return (
-        f"Another class's token costs {' and '.join(told)} more of the images their class than one of the same class. "
+        f"Another class's token costs {' and '.join(told)} more of the images their class than one of the same class, the largest of the "
+        "contrasts that were looked at. "
         f"That the token's class acts on the image's is {'seen for samples with ' + ' and '.join(seen) if len(seen) else 'not seen'}"
     )
 

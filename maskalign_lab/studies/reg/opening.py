@@ -14,9 +14,9 @@ import torch
 from ...base.errors import one_of
 from ...diffusion.sampling import SamplerConfig
 from ...runs.run import Run
+from ...runs.studied_runs import studied_runs
 from .film import Film, make_film
 from .trace import Reader, Watched, make_reader, watch
-from ..studied_runs import studied_runs
 
 # %% ../../../nbs/lib/studies/reg/opening.ipynb #d4e803a7
 @dataclass(frozen=True)

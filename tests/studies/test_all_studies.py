@@ -1,0 +1,263 @@
+"""Every study as its users meet it: run by papermill, opened with mistakes, scrubbed in JupyterLab, its page read offline.
+
+A new study is a new row of STUDIES. What only one study promises stands in its own file.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import nbformat
+import pytest
+from shared.browser import changed_by, choose, run_study_in_lab, shown, there_and_back
+from shared.studies import check_figure, code_cells, run_job, run_opening
+
+from maskalign_lab.base import paths
+from maskalign_lab.workbench.jobs import run_study
+from maskalign_lab.workbench.study_parameters import study_parameters
+
+# ---- what a person does with the controls of a study, beyond its slider
+
+
+def other_runs(page):
+    choose(page, "reg-shapes")
+
+
+def other_targets(page):
+    """Another prediction, another loss and patch, and the toy in another dimension."""
+    choose(page, "v")
+    choose(page, "x, 8")
+    page.locator(".js-plotly-plot").nth(1).scroll_into_view_if_needed()
+    choose(page, "16", number=1)
+
+
+def other_classes(page):
+    choose(page, "no label")
+
+
+PLACE = """() => { const plot = document.querySelector('.js-plotly-plot');
+  const map = plot._fullData.find(trace => trace.type === 'heatmap'), box = plot.getBoundingClientRect();
+  const axes = [map.xaxis, map.yaxis].map(name => plot._fullLayout[name[0] + 'axis' + name.slice(1)]);
+  return [box.x + axes[0]._offset + 0.8 * axes[0]._length, box.y + axes[1]._offset + 0.8 * axes[1]._length] }"""
+
+
+def grey(page) -> int:
+    """Tokens of the first map without a value."""
+    return sum(value is None for row in shown(page)[1][0] for value in row)
+
+
+def other_tokens(page):
+    """Dropped tokens are grey; a larger share of them, and another token whose sources are shown."""
+    assert grey(page) == 16  # a quarter of 64
+    choose(page, "50%")
+    assert grey(page) == 32
+    x, y = page.evaluate(PLACE)
+    page.mouse.move(x - 2, y)
+    changed_by(page, lambda: page.mouse.click(x, y))
+
+
+def other_arms(page):
+    choose(page, "coarse to fine")
+
+
+# ---- the studies
+
+
+@dataclass(frozen=True)
+class Study:
+    name: str  # of the notebook
+    figures: tuple[str, ...]  # that a job writes, without the number in front
+    times: tuple[str, str]  # where the slider stands in JupyterLab, and one step to the right
+    explore: Callable[[Any], None]  # the other controls, on the page in JupyterLab
+    mistakes: tuple[tuple[dict[str, Any], str], ...]  # parameters that the opening refuses, and what it says
+    preset: str = "laptop"  # in JupyterLab
+
+    @property
+    def number(self) -> str:
+        return self.name[:2]
+
+
+def smoke(**overrides: Any) -> dict[str, Any]:
+    return {"preset": "smoke", **overrides}
+
+
+STUDIES = [
+    Study(
+        "01_gradient_norms",
+        ("position_probability", "filmstrip"),
+        ("0.50", "0.60"),
+        other_runs,
+        (
+            ({"run": "repa-shaeps"}, "no run 'repa-shaeps'"),
+            (smoke(dataset="shpaes"), "Did you mean 'shapes'"),
+            (smoke(overrides="method.depth=9"), "depth 9 is outside the network"),
+            (smoke(overrides="network.patch_size=8"), "grid"),
+            (smoke(overrides="method.dpeth=2"), "Did you mean 'method.depth'"),
+        ),
+    ),
+    Study(
+        "03_prediction_targets",
+        tuple("filmstrip by_size width per_t rank spectrum toy toy_excess toy_diagram jit_parts".split()),
+        ("0.50", "0.65"),
+        other_targets,
+        (
+            (smoke(overrides="objective.clmap=0.1"), "Did you mean 'objective.clamp'"),
+            (smoke(overrides="objective.clamp=0"), "set objective.clamp"),
+            ({"run": "reg-shapes"}, "needs a class token"),
+        ),
+    ),
+    Study(
+        "04_reg",
+        tuple(
+            "class_over_t attention exchange_grid exchange_class exchange_pixels likeness directions following".split()
+        )
+        + ("description_over_t", "transfer", "filmstrip"),
+        ("0.50", "0.75"),
+        other_classes,
+        ((smoke(run="sit-shapes"), "no class token; take a run of method reg"),),
+        preset="smoke",  # with laptop it takes a minute and a half
+    ),
+    Study(
+        "05_maskalign",
+        ("filmstrip", "arms", "preference", "influence"),
+        ("0.50", "1.00"),
+        other_tokens,
+        (
+            (smoke(overrides="method.mask_ratio=0.5"), "Did you mean"),
+            (smoke(overrides="data.teacher=oracle"), "class token"),
+            (smoke(arms="headlin"), "Did you mean 'headline'"),
+            ({"run": "maskaling-shapes"}, "Did you mean 'maskalign-shapes'"),
+        ),
+        preset="smoke",  # with laptop it takes a minute and a half
+    ),
+    Study(
+        "06_ahpa",
+        tuple("filmstrip contents weights skill traces oracle arms per_t larger_arms larger_weights".split()),
+        ("0.50", "0.60"),
+        other_arms,
+        (
+            (smoke(overrides="method.tua=0.1"), "Did you mean 'method.tau'"),
+            (smoke(overrides="data.autoencoder=tinny"), "Did you mean 'tiny'"),
+            (smoke(overrides="method.levels=down.0,middle"), "middle"),
+            ({"run": "repa-shapes"}, "expected ahpa"),
+        ),
+    ),
+]
+every_study = pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.number)
+
+
+def test_no_study_is_forgotten():
+    assert [study.name for study in STUDIES] == sorted(path.stem for path in paths.notebooks().glob("[0-9]*.ipynb"))
+
+
+# ---- run by papermill
+
+
+@every_study
+def test_smoke_runs_end_to_end(study, smoke_job):
+    """Every cell has run; the page has at most 1 MB for each slider and asks the network for nothing."""
+    job = smoke_job(study.number)
+    assert job.status == "ok", job.error
+    executed = nbformat.read(job.path(".ipynb"), as_version=4)
+    assert "widgets" not in executed.metadata
+    assert all(cell.execution_count for cell in executed.cells if cell.cell_type == "code")
+    page = job.path(".html").read_text(encoding="utf-8")
+    films = page.count('<div class="film">')
+    assert len(page) < 1_000_000 * films and (job.path(".html").parent / "plotly.min.js").exists()
+    assert not re.findall(r"""(?:src|href)=["']https?://[^"']+\.(?:js|css|woff2?)""", page)
+
+
+@pytest.mark.parametrize(
+    ("study", "figure"),
+    [pytest.param(study, name, id=f"{study.number}-{name}") for study in STUDIES for name in study.figures],
+)
+def test_figures_are_small_and_traceable(study, figure, smoke_job):
+    check_figure(smoke_job(study.number), study.name, f"{study.number}_{figure}")
+
+
+@pytest.mark.slow
+@every_study
+def test_laptop_runs_end_to_end(study, tmp_path, own_folders):
+    job = run_job(study.number, {"preset": "laptop"}, tmp_path / "job")
+    assert job.status == "ok", job.error
+
+
+# ---- its beginning, and mistakes
+
+
+@every_study
+def test_a_study_opens_by_one_call_and_its_scrubber_comes_by_the_third_code_cell(study):
+    """After a few imports and the tagged parameters."""
+    imports, parameters, opening = code_cells(study.number)[:3]
+    assert "parameters" in parameters.metadata.get("tags", [])
+    assert "open_study(**check_parameters())" in opening.source and "show(scrubber" in opening.source
+    assert max(len(cell.source.splitlines()) for cell in (imports, opening)) <= 5
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"preest": "smoke"}, "Did you mean 'preset'"),
+        ({"preset": "smkoe"}, "Did you mean 'smoke'"),
+        ({"seed": "zero"}, "expected int, got str"),
+    ],
+)
+@every_study
+def test_bad_parameters_are_refused_before_a_kernel_starts(study, given, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run_study(study.number, given, tmp_path / "job")
+    assert not (tmp_path / "job").exists()
+
+
+@every_study
+def test_a_lost_tag_is_refused(study, tmp_path):
+    book = nbformat.read(paths.notebooks() / f"{study.name}.ipynb", as_version=4)
+    for cell in book.cells:
+        cell.metadata.pop("tags", None)
+    nbformat.write(book, tmp_path / "untagged.ipynb")
+    with pytest.raises(ValueError, match="tag"):
+        study_parameters(tmp_path / "untagged.ipynb")
+
+
+@pytest.mark.parametrize(
+    ("study", "given", "message"),
+    [
+        pytest.param(study, given, message, id=f"{study.number}-{message}")
+        for study in STUDIES
+        for given, message in study.mistakes
+    ],
+)
+def test_mistakes_fail_with_a_clear_error_before_the_scrubber(study, given, message, own_folders):
+    """In `test_study_01` a job shows how such an error ends it."""
+    with pytest.raises(Exception) as error:
+        run_opening(study.number, given)
+    assert message in str(error.value)
+
+
+# ---- in a browser
+
+
+@pytest.mark.browser
+@every_study
+def test_it_is_run_and_scrubbed_in_jupyterlab(study, smoke_job, page, lab):
+    smoke_job(study.number)  # with preset smoke, JupyterLab finds its runs trained
+    run_study_in_lab(page, lab, study.name, study.preset)
+    there_and_back(page, *study.times)
+    study.explore(page)
+    assert not page.errors
+
+
+OUTPUT = "() => document.querySelector('.film .film-controls output').textContent"
+
+
+@pytest.mark.browser
+@every_study
+def test_the_page_works_from_disk_without_a_network(study, smoke_job, offline_page):
+    offline_page.goto(smoke_job(study.number).path(".html").as_uri())
+    offline_page.locator(".film.live .js-plotly-plot").first.wait_for(timeout=20_000)
+    before = offline_page.evaluate(OUTPUT)
+    offline_page.locator(".film input[type=range]").first.focus()
+    offline_page.keyboard.press("ArrowRight")
+    offline_page.wait_for_function(f"before => ({OUTPUT})() !== before", arg=before, timeout=5_000)
+    assert not offline_page.errors and not offline_page.requests
