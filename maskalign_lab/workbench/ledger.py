@@ -81,7 +81,9 @@ def published(
     word: str,  # of a command, or a parameter's value
 ) -> str:
     """The word without the folders of this machine."""
-    return re.sub(r"(^|:)/.*/", r"\1", word).removesuffix(".ipynb")
+    if re.match("(folder:)?/", word):  # it is a path, which may hold anything
+        return re.sub("/.*/", "", word, count=1).removesuffix(".ipynb")
+    return re.sub(r"(?<=[:=])/[^\s,]*/", "", word)
 
 
 def published_command(
