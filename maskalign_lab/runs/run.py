@@ -107,6 +107,7 @@ class Run:
     def autoencoder(self) -> Autoencoder | None:
         """What turns images into what the network sees, if it does not see pixels."""
         if not (name := self.recipe.data.autoencoder):
+            self.check_pixels()
             return None
         found, before = kept_autoencoder(name, self.device), read_facts(self.path).autoencoder_digest
         if before and found.digest != before:
@@ -115,6 +116,14 @@ class Run:
                 f"name now has {found.digest}; bring back the first, or train the run again"
             )
         return found
+
+    def check_pixels(self) -> None:
+        """Refuse a network on latents of an autoencoder that nobody named."""
+        if not self.recipe.data.autoencoder and self.net.in_channels != 3:
+            raise ValueError(
+                f"run {self.name!r} makes latents of {self.net.in_channels} channels, and names no autoencoder that turns them into "
+                "images; import it again with --autoencoder, such as stabilityai/sd-vae-ft-mse"
+            )
 
     def inputs(self, dataset: Dataset, index: Any = slice(None)) -> Tensor:
         """What the network sees of images without noise, on its device: pixels, or the means of their latents."""
