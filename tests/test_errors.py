@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -210,6 +211,17 @@ def test_home_is_filled_in_behind_an_equals_sign(tmp_path, monkeypatch):
     words = ["sample", "repa-shapes", "--classes", "0", "--n", "1", "--steps", "1", "--solver", "euler"]
     assert main([*words, "--out=~/grid.png"]) == 0
     assert (tmp_path / "home" / "grid.png").is_file() and not (tmp_path / "~").exists()
+
+
+def test_an_import_names_data_and_autoencoder_by_absolute_paths(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr("maskalign_lab.runs.official_files.import_run", lambda *words: given.append(words))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cats" / "a").mkdir(parents=True)
+    words = ["import", "~/x.pt", "--out", "run", "--dataset", "folder:cats", "--autoencoder", "tiny:mine"]
+    assert main([*words, "--config", '{"num_heads": 12}']) == 0
+    names = f"folder:{tmp_path}/cats", f"tiny:{tmp_path}/mine"
+    assert given == [(tmp_path / "home" / "x.pt", Path("run"), "", {"num_heads": 12}, *names)]
 
 
 def test_what_cannot_be_exported_is_refused_before_anything_is_written(tmp_path):
