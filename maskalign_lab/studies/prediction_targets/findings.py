@@ -17,7 +17,7 @@ import pandas as pd
 from IPython.display import Markdown
 
 from ...measure.verdicts import Paired
-from ...measure.wording import NotTrained, between, difference
+from ...measure.wording import NotTrained, at_most, between, difference
 from ...prediction_targets import KINDS, main_effects
 from ...runs.experiments import Arm
 from .arms import SIZES, target_arm
@@ -254,6 +254,6 @@ def one_image_text(rows: Rows) -> str:
     borne_out(min(excess) > -3, max(excess) < 50, free < 0.1, x < 0.1)
     return (
         f"So the bound is not only what v must miss but nearly all that it misses: {between(excess, '.0f')} % more "
-        f"where there is a bound, and at most {free:.3f} where there is none. x's loss is at most {x:.3f}, at any "
+        f"where there is a bound, and {at_most(free)} where there is none. x's loss is {at_most(x)}, at any "
         "width and any dimension."
     )
