@@ -176,7 +176,7 @@ def run_sample(options: Sample) -> int:
     y = torch.tensor(classes, device=device).repeat_interleave(options.n)
     x = last_sample(run.net, run.recipe.objective, y, config, options.seed)  # (b, c, h, w)
     title = f"{run.name}, step {run.step:,}, guidance {config.guidance:g}"
-    grid = sample_grid(to_pixels(run.pictures(x)), options.n, [f"class {k}" for k in classes], title)
+    grid = sample_grid(to_pixels(run.decode(x)), options.n, [f"class {k}" for k in classes], title)
     print(save_png(grid, Path(options.out)))
     return 0
 

@@ -236,3 +236,31 @@ def test_a_module_imports_only_what_it_uses():
 def test_a_module_is_short(module):
     lines = MODULES[module].read_text(encoding="utf-8").count("\n")
     assert lines <= LONGEST, f"{module} has {lines} lines, more than {LONGEST}: split it along a natural line"
+
+
+# ---- what notebooks import
+
+
+def defined_in(path: Path) -> set[str]:
+    """Every name that a module binds, wherever in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {alias.asname or alias.name for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", [*LIBRARY, *STUDIES], ids=lambda path: path.stem)
+def test_what_a_notebook_imports_exists(path):
+    """A study's late cells run for minutes before they fail; this takes none."""
+    for text in texts(path, "code"):
+        for node in ast.walk(ast.parse(re.sub(r"^\s*[%!].*$", "", text, flags=re.MULTILINE))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("maskalign_lab."):
+                module = node.module.removeprefix("maskalign_lab.")
+                names = {alias.name for alias in node.names}
+                missing = {name for name in names if f"{module}.{name}" not in MODULES}
+                assert module in SOURCES and missing <= defined_in(SOURCES[module]), f"{node.module}: {missing}"

@@ -116,7 +116,7 @@ class Run:
             return dataset.images(index, self.device)
         return mean_latents(self.autoencoder, dataset)[index].to(self.device)
 
-    def pictures(self, x: Tensor) -> Tensor:
+    def decode(self, x: Tensor) -> Tensor:
         """Images (b, 3, h, w), about in [-1, 1], of what a network gives or is given."""
         return self.autoencoder.decode(x) if self.autoencoder else x
 

@@ -95,7 +95,7 @@ def samples_of(
 ) -> Tensor:
     """Samples of every class, class by class: (classes * per_class, 3, h, w) in [-1, 1]."""
     y = torch.arange(run.net.num_classes).repeat_interleave(per_class).to(run.net.pos_embed.device)
-    return run.pictures(last_sample(run.net, run.recipe.objective, y, config, seed)).clamp(-1, 1).cpu()
+    return run.decode(last_sample(run.net, run.recipe.objective, y, config, seed)).clamp(-1, 1).cpu()
 
 # %% ../../nbs/lib/studies/shipped_runs.ipynb #dc7abdf6
 def held_out_losses(

@@ -666,11 +666,11 @@ def test_the_autoencoder_of_a_run_on_latents_comes_back(tmp_path, monkeypatch, c
     file = export_run(net, tmp_path / "latents.safetensors")
     again = load_run(import_run(file, tmp_path / "again"))
     assert again.recipe.data.autoencoder == "tiny" and again.recipe.data.size == shipped.recipe.data.size
-    assert again.pictures(again.inputs(again.images("validation", 4))).shape == (4, 3, 64, 64)
+    assert again.decode(again.inputs(again.images("validation", 4))).shape == (4, 3, 64, 64)
     weights = read_weights(file).weights
     save_file(weights, tmp_path / "bare.safetensors")
     config = {"num_heads": shipped.recipe.network.heads}
     told = load_run(import_run(tmp_path / "bare.safetensors", tmp_path / "told", "repa", config, "shapes", "tiny"))
-    assert torch.equal(told.pictures(torch.zeros(1, 4, 16, 16)), again.pictures(torch.zeros(1, 4, 16, 16)))
+    assert torch.equal(told.decode(torch.zeros(1, 4, 16, 16)), again.decode(torch.zeros(1, 4, 16, 16)))
     import_run(tmp_path / "bare.safetensors", tmp_path / "bare", "repa", config)
     assert "give --autoencoder" in capsys.readouterr().out

@@ -408,7 +408,7 @@ def test_every_method_learns_latents(method, vae, tmp_path):
     run = load_run(train(recipe(vae(), method), tmp_path / method, "cpu", 0))
     assert run.net.in_channels == 4 and run.net.side == 8
     few, many = run.images("validation", 4), run.images("validation", 300)  # encoded on the spot, and on disk
-    assert run.pictures(run.inputs(few)).shape == (4, 3, 64, 64)
+    assert run.decode(run.inputs(few)).shape == (4, 3, 64, 64)
     torch.testing.assert_close(run.inputs(few), run.inputs(many, slice(0, 4)), rtol=1e-4, atol=1e-4)
     same = recipe("tiny", "sit", f"network.mixer_depth={run.recipe.network.mixer_depth}")
     plain, _ = build(same, Facts(10, channels=4, factor=4))

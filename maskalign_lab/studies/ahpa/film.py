@@ -100,7 +100,7 @@ def noised_pixels(run: Run, images: Dataset, t: float) -> np.ndarray:  # (k, h, 
     """Noised latents, decoded."""
     x = run.inputs(images)
     noise = torch.randn(x.shape, generator=generator(0, 0, "routing film")).to(x)
-    seen = run.pictures(interpolate(x, noise, torch.full((len(x),), float(t), device=x.device)))
+    seen = run.decode(interpolate(x, noise, torch.full((len(x),), float(t), device=x.device)))
     return to_pixels(seen)
 
 # %% ../../../nbs/lib/studies/ahpa/film.ipynb #67b6d452

@@ -87,7 +87,7 @@ def noised_pixels(
     """Noised images as the network sees them, with the noise of `norms_over_t`."""
     x = run.inputs(images)
     x_t = interpolate(x, analysis_noise(x, 0), torch.full((len(x),), float(t), device=x.device))
-    return to_pixels(run.pictures(x_t))
+    return to_pixels(run.decode(x_t))
 
 # %% ../../../nbs/lib/studies/gradient_norms/film.ipynb #54f6fc2a
 def make_film(
