@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Train', 'folder_for', 'run_train', 'Teach', 'run_teach', 'TrainJudge', 'run_judge', 'Sample', 'chosen_classes',
-           'chosen_sampler', 'must_make_images', 'run_sample', 'Measure', 'run_measure', 'Runs', 'run_runs', 'Import',
+           'chosen_sampler', 'run_sample', 'Measure', 'run_measure', 'Runs', 'run_runs', 'Import', 'read_config',
            'run_import', 'Export', 'run_export']
 
 # %% ../nbs/lib/network_commands.ipynb #798e6f4f
 import dataclasses
+import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ def folder_for(
 ) -> Path:
     """Where results go."""
     name = "-".join(Path(each).name.replace(":", "-") for each in names)
-    return Path(out).expanduser() if out else paths.output() / kind / name
+    return paths.home_of(out) if out else paths.output() / kind / name
 
 # %% ../nbs/lib/network_commands.ipynb #a8286d84
 @command("train", Train)
@@ -99,9 +100,8 @@ class TrainJudge:
 def run_judge(options: TrainJudge) -> int:
     """Train a judge and name its card."""
     from maskalign_lab.measure.judge_training import JudgeConfig, train_judge
-    from maskalign_lab.runs.recipe import absolute
 
-    spec = absolute(options.dataset)
+    spec = paths.absolute(options.dataset)
     folder = folder_for(options.out, "judges", spec, *([] if options.size == 32 else [str(options.size)]))
     config = JudgeConfig(steps=options.steps, size=options.size, seed=options.seed)
     train_judge(spec, folder, config, options.device)
@@ -145,17 +145,6 @@ def chosen_sampler(
     given = {name: value for name, value in typed.items() if value is not None}
     return dataclasses.replace(known or SamplerConfig("heun", 25, 2.0), **given)
 
-# %% ../nbs/lib/network_commands.ipynb #e3f76121
-def must_make_images(
-    run: Any,  # a loaded run
-) -> None:
-    """An error for a run whose samples cannot be turned into images."""
-    if run.net.in_channels != 3 and not run.autoencoder:
-        raise ValueError(
-            f"run {run.name!r} makes latents of {run.net.in_channels} channels, not images, and names no autoencoder; "
-            "nothing to draw"
-        )
-
 # %% ../nbs/lib/network_commands.ipynb #7c841e88
 @command("sample", Sample)
 def run_sample(options: Sample) -> int:
@@ -168,16 +157,18 @@ def run_sample(options: Sample) -> int:
     from maskalign_lab.runs.run import load_run
     from maskalign_lab.workbench.plots import sample_grid, save_png
 
+    if options.n < 1:
+        raise ValueError(f"--n {options.n}: expected at least one image of each class")
     device = resolve_device(options.device)
     run = load_run(options.run, device=str(device))
     config = chosen_sampler(options, run.sampler)
-    must_make_images(run)
+    run.check_pixels()
     classes = chosen_classes(options.classes, run.net.num_classes)
     y = torch.tensor(classes, device=device).repeat_interleave(options.n)
     x = last_sample(run.net, run.recipe.objective, y, config, options.seed)  # (b, c, h, w)
     title = f"{run.name}, step {run.step:,}, guidance {config.guidance:g}"
     grid = sample_grid(to_pixels(run.decode(x)), options.n, [f"class {k}" for k in classes], title)
-    print(save_png(grid, Path(options.out)))
+    print(save_png(grid, paths.home_of(options.out)))
     return 0
 
 # %% ../nbs/lib/network_commands.ipynb #d85920d0
@@ -200,12 +191,13 @@ class Measure:
 def run_measure(options: Measure) -> int:
     """Sample, judge, print and write."""
     from maskalign_lab.diffusion.sampling import SamplerConfig
-    from maskalign_lab.runs.evaluation import measure, measured_text, save_measure
+    from maskalign_lab.runs.evaluation import check_number, measure, measured_text, save_measure
     from maskalign_lab.runs.run import load_run
 
+    check_number(options.n)
     run = load_run(options.run, device=options.device)
     config = SamplerConfig(options.solver, options.steps, options.guidance)
-    found = measure(run, options.n, config, options.seed, Path(options.judge) if options.judge else None)
+    found = measure(run, options.n, config, options.seed, paths.home_of(options.judge) if options.judge else None)
     name = f"{run.name}-step-{run.step}-guidance-{options.guidance:g}.json"
     print(measured_text(found))
     print(save_measure(found, folder_for(options.out, "measured", name)))
@@ -243,24 +235,36 @@ class Import:
     out: str = ""  # the run's folder; default: under runs/trained, named after the file
     family: str = ""  # sit, repa, reg, haste, irepa or jit; default: the file's own word, or read off its tensors
     config: str = ""  # JSON: official arguments, of JiT's denoiser too, that the file does not tell
-    dataset: str = ""  # what it was trained on, if the lab has it
+    dataset: str = ""  # what it was trained on: shapes, digits, photos or folder:PATH, or the words latents or pixels
+    autoencoder: str = ""  # whose latents it learned, as in data.autoencoder; default: the file's own word, or none
 
 # %% ../nbs/lib/network_commands.ipynb #c57afa91
+def read_config(
+    text: str,  # JSON; empty for nothing
+) -> dict[str, Any]:
+    """Official arguments as they were typed."""
+    try:
+        config = json.loads(text or "{}")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--config {text!r} is not JSON ({error}); expected e.g. '{{\"num_heads\": 12}}'") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"--config {text!r}: expected names and values, e.g. '{{\"num_heads\": 12}}'")
+    return config
+
+# %% ../nbs/lib/network_commands.ipynb #a02a372d
 @command("import", Import)
 def run_import(options: Import) -> int:
     """Import a checkpoint and name its folder."""
-    import json
-
+    config = read_config(options.config)
     from maskalign_lab.runs.official_files import import_run
+    from maskalign_lab.runs.requests import check_dataset
+    from maskalign_lab.runs.run import UNTOLD
 
-    try:
-        config = json.loads(options.config or "{}")
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"--config {options.config!r} is not JSON ({error}); expected e.g. '{{\"num_heads\": 12}}'"
-        ) from None
+    if options.dataset:
+        check_dataset(options.dataset, UNTOLD)
+    names = paths.absolute(options.dataset), paths.absolute(options.autoencoder)
     folder = folder_for(options.out, "trained", Path(options.file).stem)
-    print(import_run(options.file, folder, options.family, config, options.dataset))
+    print(import_run(paths.home_of(options.file), folder, options.family, config, *names))
     return 0
 
 # %% ../nbs/lib/network_commands.ipynb #60d855d1
@@ -278,5 +282,5 @@ def run_export(options: Export) -> int:
     from maskalign_lab.runs.official_files import export_run
     from maskalign_lab.runs.run import load_run
 
-    print(export_run(load_run(options.run), options.out))
+    print(export_run(load_run(options.run), paths.home_of(options.out)))
     return 0

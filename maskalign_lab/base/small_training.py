@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .averaging import update_ema
 from .checkpoints import resume, step_folder, steps_of, store
+from .terminal import say
 
 # %% ../../nbs/lib/base/small_training.ipynb #681d2823
 @dataclass(frozen=True)
@@ -134,5 +135,5 @@ def complete(
     for step in steps:
         if print_every and (step.seconds - printed >= print_every or step.step in (1, step.total)):
             printed = step.seconds
-            print(progress(step), flush=True)
+            say(progress(step))
     return step

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ..base.errors import nearest, one_of
+from ..base.paths import home_of
 
 # %% ../../nbs/lib/data/image_folder.ipynb #1353a907
 SUFFIXES = tuple(".jpg .jpeg .jpe .jfif .png .webp .avif .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm".split())
@@ -234,7 +235,7 @@ def read_folder(
     n: int | None,  # how many files to try, from the front of the order; None is all
 ) -> dict:
     """`pixels` (n, size, size, 3) uint8, `labels` (n,), `classes` and `skipped` of one split of a folder."""
-    paths, labels, classes, others = find_split(Path(spec.removeprefix("folder:")).expanduser(), split)
+    paths, labels, classes, others = find_split(home_of(spec.removeprefix("folder:")), split)
     pixels, rows, skipped = read_all(spec, paths[:n], size, others)
     labels = labels[rows]
     if len(np.unique(labels)) < 2:

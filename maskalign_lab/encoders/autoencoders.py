@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.backends import cudnn
 
 from ..base.errors import one_of
-from ..base.paths import data
+from ..base.paths import data, home_of
 from ..diffusion.taps import taps
 from .teachers import weights_digest
 
@@ -263,7 +263,7 @@ def load_autoencoder(
     Raises `ValueError` for an unknown name and for a network of another class, `FileNotFoundError` for a folder
     without an autoencoder, `OSError` if published weights cannot be had.
     """
-    path = Path(spec.removeprefix("tiny:")).expanduser()
+    path = home_of(spec.removeprefix("tiny:"))
     if spec.startswith("tiny:") and spec != "tiny:":
         return load_tiny(spec, path).to(device)
     if spec == "tiny":

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['METHOD', 'CARD', 'TeachConfig', 'check_config', 'EncoderWithHeads', 'new_encoder', 'encode', 'fill_in', 'agreement',
-           'teacher_losses', 'teacher_steps', 'card_text', 'save_teacher', 'teach']
+           'teacher_losses', 'teacher_steps', 'card_text', 'save_teacher', 'check_held_out', 'teach']
 
 # %% ../../nbs/lib/encoders/teacher_training.ipynb #fe12e225
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,13 +18,13 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..base.devices import autocast, resolve_device
-from ..base.files import table_rows, write_atomic, write_card
+from ..base.files import check_unused, table_rows, write_atomic, write_card
 from ..base.seeding import batch_indices, generator
 from ..base.small_training import Schedule, Step, complete, train
 from ..data.augmentation import distort
-from ..data.datasets import Dataset, load_dataset
+from ..data.datasets import STREAMS, Dataset, load_dataset
 from ..diffusion.layers import patchify
-from .teacher_probes import probe_card
+from .teacher_probes import PROBED, probe_card
 from .teachers import build_vit, tiny_teacher
 
 # %% ../../nbs/lib/encoders/teacher_training.ipynb #ac10ac04
@@ -219,10 +220,19 @@ def save_teacher(
     teacher = tiny_teacher(content, config.network, spec).to(device)
     card = {"dataset": spec, "method": METHOD, "network": config.network, "config": asdict(config), **facts}
     card |= {"seconds": round(last.seconds, 1), "device": device.type, "weights": teacher.digest}
-    card |= {"probes": probe_card(teacher, spec, device=device), "licence": "Apache-2.0"}
-    text = card_text(card)
     write_atomic(out / "teacher.safetensors", content)
-    write_card(out, card, text)
+    write_atomic(out / "card.json", json.dumps(card, indent=1) + "\n")
+    card |= {"probes": probe_card(teacher, spec, device=device), "licence": "Apache-2.0"}
+    write_card(out, card, card_text(card))
+
+# %% ../../nbs/lib/encoders/teacher_training.ipynb #0a748789
+def check_held_out(
+    spec: str,  # a data set
+    size: int,  # pixels a side
+) -> None:
+    """Refuse a data set whose held-out images are too few for the card's probes."""
+    if spec not in STREAMS:  # made on demand, so there are always enough
+        load_dataset(spec, size, "validation", PROBED)
 
 # %% ../../nbs/lib/encoders/teacher_training.ipynb #3c68e3f2
 def teach(
@@ -234,7 +244,10 @@ def teach(
 ) -> Path:  # the folder, which "tiny:PATH" loads
     """Train a teacher on a data set and save it with its card."""
     check_config(config)
-    dataset, out = load_dataset(spec, config.size, "train", config.n), Path(out)
+    resolve_device(device)
+    check_unused(out := Path(out), "teacher", "teacher.safetensors", "card.json")
+    dataset = load_dataset(spec, config.size, "train", config.n)
+    check_held_out(spec, config.size)
     out.mkdir(parents=True, exist_ok=True)
     last = complete(teacher_steps(dataset, config, device), print_every)
     command = f"maskalign-lab teach {spec} --steps {config.steps} --seed {config.seed}"

@@ -19,7 +19,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from ..base.errors import nearest, one_of
-from ..base.paths import data
+from ..base.paths import data, home_of
 from ..diffusion.taps import attention_logits, qkv_names, taps
 
 # %% ../../nbs/lib/encoders/teachers.ipynb #8e096548
@@ -214,7 +214,7 @@ TEACHERS = ("tiny", "tiny:PATH", "timm:MODEL", "oracle")
 def load_own(name: str, size: int, grid: int | None) -> Teacher:
     """The tiny teacher that ships, or one from a folder: "tiny:PATH"."""
     _, _, path = name.partition(":")
-    return load_tiny(name, Path(path).expanduser() if path else data() / "teacher" / "shapes")
+    return load_tiny(name, home_of(path) if path else data() / "teacher" / "shapes")
 
 
 LOADERS: dict[str, Callable[[str, int, int | None], Teacher]] = {"tiny": load_own, "timm": load_timm}

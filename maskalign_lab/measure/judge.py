@@ -166,7 +166,7 @@ def load_judge(
     device: str | torch.device = "cpu",
 ) -> Judge:
     """The judge of a data set."""
-    folder = judge_folder(spec, size) if folder is None else Path(folder).expanduser()
+    folder = judge_folder(spec, size) if folder is None else paths.home_of(folder)
     card, content = read_card(spec, size, folder), (folder / "judge.safetensors").read_bytes()
     judge = unpack_judge(content, card["classes"], card["config"]["channels"])
     if judge.digest != card["weights"]:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NETWORKS', 'DataConfig', 'NetworkConfig', 'SiTConfig', 'JiTConfig', 'Recipe', 'to_json', 'from_json', 'config_class',
-           'override', 'renamed', 'told', 'absolute', 'home_of', 'rooted', 'behaviour', 'edit_digest', 'identity']
+           'override', 'renamed', 'told', 'rooted', 'behaviour', 'edit_digest', 'identity']
 
 # %% ../../nbs/lib/runs/recipe.ipynb #6f708f15
 import ast
@@ -12,11 +12,11 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import math
 import shlex
 import textwrap
 import typing
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch import nn
 
 from .. import ahpa, maskalign, reg  # noqa: F401  (importing a module registers its methods)
 from ..base.errors import one_of
+from ..base.paths import absolute
 from ..diffusion.jit import JiT
 from ..diffusion.objectives import Objective
 from ..diffusion.sit import SiT
@@ -58,6 +59,13 @@ class NetworkConfig:
     mlp_ratio: float = 4.0
     qk_norm: bool = False
     data_at_one: bool = False  # t = 1 is data inside of the network, as in SiT's and JiT's released weights
+
+    def __post_init__(self):
+        for name in ("patch_size", "width", "depth", "heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"network.{name}={getattr(self, name)}: expected at least 1")
+        if not 0 < self.mlp_ratio < math.inf:
+            raise ValueError(f"network.mlp_ratio={self.mlp_ratio}: expected a finite number above 0")
 
 
 @dataclass(frozen=True)
@@ -201,29 +209,6 @@ def told(settings: Any) -> dict[str, Any]:
     return found
 
 # %% ../../nbs/lib/runs/recipe.ipynb #f80e20ad
-def absolute(
-    spec: str,  # a dataset, an autoencoder or teachers that may name a folder: "folder:photos", "tiny:mine,oracle"
-) -> str:
-    """The same name with absolute paths; names without a path are left alone."""
-    names = [spec] if spec.startswith("folder:") else spec.split(",")  # a folder's name may hold a comma
-    return ",".join(map(_absolute_name, names))
-
-
-def home_of(path: str) -> Path:
-    """A path with `~` filled in."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        raise ValueError(f"path {path!r}: there is no such user; expected ~/... or a path without ~") from None
-
-
-def _absolute_name(name: str) -> str:
-    kind, colon, path = name.strip().partition(":")
-    if colon and path and kind in ("folder", "tiny"):
-        return f"{kind}:{home_of(path).absolute()}"
-    return str(Path(name).absolute()) if "/" in name and not colon and Path(name).is_dir() else name
-
-
 def rooted(recipe: Recipe) -> Recipe:
     """A recipe whose folders can be found from anywhere."""
     names = {field: absolute(getattr(recipe.data, field)) for field in ("name", "teacher", "autoencoder")}

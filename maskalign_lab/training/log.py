@@ -15,6 +15,7 @@ from maskalign_lab.base.checkpoints import (
 )
 from ..base.files import write_atomic
 from ..base.statistics import significant
+from ..base.terminal import say
 from .loop import Step
 
 # %% ../../nbs/lib/training/log.ipynb #306aab7a
@@ -38,7 +39,7 @@ def with_log(
             due = step.seconds - printed >= print_every or step.step == step.total
             if print_every and due and PartialState().is_main_process:
                 printed = step.seconds
-                print(progress_line(step, record, step.step - first + 1), flush=True)
+                say(progress_line(step, record, step.step - first + 1))
         yield step
 
 # %% ../../nbs/lib/training/log.ipynb #b78d9f39

@@ -27,6 +27,7 @@ from maskalign_lab.base.checkpoints import (
 )
 from ..base.devices import resolve_device, resolve_precision
 from ..base.seeding import generator, key
+from ..base.terminal import say
 from .config import TrainingConfig, learning_rate
 from .methods import Batch, Draw, Losses, Method, State, shard
 from .stopping import PREEMPTED, Guard, NonFinite, culprit, notice
@@ -241,7 +242,7 @@ def fit(
             parts, state = losses.detached(), State(model, trainer.averages["ema"], done)
             yield Step(done, config.steps, parts, norms, time.perf_counter() - began, state)
             if leave and done < config.steps:
-                print(f"told to stop: saved after step {done}; the same command goes on from there", flush=True)
+                say(f"told to stop: saved after step {done}; the same command goes on from there")
                 raise KeyboardInterrupt if signal.SIGINT in signals else SystemExit(PREEMPTED)
 
 # %% ../../nbs/lib/training/loop.ipynb #1f8a212c

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from ..base.processes import stop_signals
+
 # %% ../../nbs/lib/training/stopping.ipynb #5ea71d55
 class Guard:
     """Keeps a step with a non-finite gradient from touching the weights, and remembers which step it was."""
@@ -93,7 +95,7 @@ PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h
 
 @contextlib.contextmanager
 def notice() -> Iterator[list[int]]:  # signals that have arrived
-    """Collect SIGTERM, SIGUSR1 and Ctrl-C instead of dying from them, where this thread may."""
+    """Collect the signals that ask to end, Ctrl-C among them, instead of dying from them, where this thread may."""
     arrived: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield arrived
@@ -104,8 +106,7 @@ def notice() -> Iterator[list[int]]:  # signals that have arrived
             raise KeyboardInterrupt
         arrived.append(number)
 
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
-    before = {number: signal.signal(number, note) for number in numbers}  # Windows lacks SIGUSR1
+    before = {number: signal.signal(number, note) for number in stop_signals()}
     try:
         yield arrived
     finally:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GRACE', 'OwnKernel', 'kernel_environment', 'Stopped', 'Stopper', 'signals_to', 'last_heading', 'StudyClient',
-           'StudyEngine', 'execute']
+           'StudyEngine', 'literal', 'execute']
 
 # %% ../../nbs/lib/workbench/notebook_kernel.ipynb #3442d735
 import asyncio
@@ -27,6 +27,7 @@ from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError  # noqa: F401  for those who call `execute`
 
 from ..base import paths
+from ..base.processes import stop_signals
 
 # %% ../../nbs/lib/workbench/notebook_kernel.ipynb #2fe75e41
 class OwnKernel(AsyncKernelManager):
@@ -87,10 +88,9 @@ class Stopper:
 def signals_to(
     stopper: Stopper,  # of the client that runs inside the block
 ) -> Iterator[None]:
-    """SIGTERM, SIGUSR1 and SIGINT go to the stopper inside the block, in the main thread."""
+    """What asks to end goes to the stopper inside the block, in the main thread."""
     main = threading.current_thread() is threading.main_thread()
-    numbers = [getattr(signal, name, None) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if main]  # Windows lacks one
-    before = {number: signal.signal(number, stopper) for number in numbers if number}
+    before = {number: signal.signal(number, stopper) for number in (stop_signals() if main else ())}
     try:
         yield
     finally:
@@ -153,6 +153,13 @@ class StudyEngine(NBClientEngine):
 papermill_engines.register("maskalign-lab", StudyEngine)
 logging.getLogger("papermill").setLevel(logging.ERROR)
 
+# %% ../../nbs/lib/workbench/notebook_kernel.ipynb #1ade1ba2
+def literal(
+    path: Path,
+) -> str:
+    """A path that papermill takes as it is."""
+    return str(path).replace("{", "{{").replace("}", "}}")
+
 # %% ../../nbs/lib/workbench/notebook_kernel.ipynb #d35926ca
 def execute(
     notebook: Path,  # what to execute
@@ -161,6 +168,6 @@ def execute(
 ) -> None:
     """Execute a notebook. Raises `PapermillExecutionError` if a cell fails, `Stopped` after a signal."""
     papermill.execute_notebook(
-        notebook, target, parameters, engine_name="maskalign-lab",
+        literal(notebook), literal(target), parameters, engine_name="maskalign-lab",
         kernel_name="python3", language="python", progress_bar=False, start_timeout=120,
     )  # fmt: skip

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TYPES', 'Parameter', 'check_type', 'parse_value', 'check_value', 'check_values', 'parse_line', 'parse_cell',
-           'study_parameters', 'is_declaration', 'is_injected', 'injected_names', 'check_parameters']
+           'cells_of', 'study_parameters', 'is_declaration', 'is_injected', 'injected_names', 'check_parameters']
 
 # %% ../../nbs/lib/workbench/study_parameters.ipynb #7fa96a12
 import ast
@@ -101,7 +101,7 @@ def parse_line(
     """One declaration."""
     try:
         parameter = Parameter(node.target.id, TYPES[node.annotation.id], ast.literal_eval(node.value), comment)
-    except (AttributeError, KeyError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         text, kinds = ast.get_source_segment(source, node), ", ".join(TYPES)
         raise ValueError(f"parameters cell, {text!r}: expected NAME: TYPE = VALUE, TYPE one of {kinds}") from None
     check_value(parameter.default, parameter)
@@ -112,18 +112,42 @@ def parse_cell(
     source: str,  # text of a parameters cell
 ) -> dict[str, Parameter]:
     """The parameters that a cell declares, by name."""
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    try:
+        body = ast.parse(source).body
+        tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
+    except (SyntaxError, tokenize.TokenError) as error:
+        line = (source.splitlines() or [""])[min((getattr(error, "lineno", 0) or 1), source.count("\n") + 1) - 1]
+        raise ValueError(
+            f"parameters cell, {line.strip()!r}: this is no Python; expected lines such as `seed: int = 0`, and magics in "
+            "another cell"
+        ) from None
     comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
-    found = [parse_line(node, source, comments.get(node.end_lineno, "")) for node in ast.parse(source).body]
+    found = [parse_line(node, source, comments.get(node.end_lineno, "")) for node in body]
     return {parameter.name: parameter for parameter in found}
 
 # %% ../../nbs/lib/workbench/study_parameters.ipynb #2f7fc875
+def cells_of(
+    notebook: Path,  # a file
+) -> list[dict[str, Any]]:
+    """The cells of a notebook; a file of another format is refused."""
+    try:
+        book = json.loads(Path(notebook).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{notebook} is no notebook: {error}") from None
+    cells = book.get("cells") if isinstance(book, dict) else None
+    if not isinstance(cells, list):
+        old = f", this one is of nbformat {book['nbformat']}" if isinstance(book, dict) and "nbformat" in book else ""
+        raise ValueError(
+            f"{notebook} has no list of cells: expected a notebook of nbformat 4{old}; `jupyter nbconvert --to notebook` converts it"
+        )
+    return cells
+
+# %% ../../nbs/lib/workbench/study_parameters.ipynb #c291c3e8
 def study_parameters(
     notebook: Path,  # a study
 ) -> dict[str, Parameter]:
     """The parameters that a study declares in its tagged cell."""
-    cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
-    tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", ())]
+    tagged = [cell for cell in cells_of(notebook) if "parameters" in cell.get("metadata", {}).get("tags", ())]
     if len(tagged) != 1:
         raise ValueError(
             f"{notebook}: {len(tagged)} cells have the tag 'parameters', expected one. Without it papermill puts new "
