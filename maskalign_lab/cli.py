@@ -130,8 +130,9 @@ def run_jobs(options: Jobs) -> int:
     if options.folder:
         place = paths.home_of(options.folder)
         print(summary(read_job(place if place.is_dir() else paths.output() / options.folder)))
-    for job in [] if options.folder else known_jobs():
-        print(line_of(job))
+        return 0
+    lines = [line_of(job) for job in known_jobs()]
+    print("\n".join(lines) or f"no job under {paths.output()}")
     return 0
 
 # %% ../nbs/lib/cli.ipynb #92d8205e
