@@ -159,7 +159,7 @@ def run_sample(options: Sample) -> int:
 
     if options.n < 1:
         raise ValueError(f"--n {options.n}: expected at least one image of each class")
-    device = resolve_device(options.device)
+    device, out = resolve_device(options.device), paths.home_of(options.out)
     run = load_run(options.run, device=str(device))
     config = chosen_sampler(options, run.sampler)
     run.check_pixels()
@@ -168,7 +168,7 @@ def run_sample(options: Sample) -> int:
     x = last_sample(run.net, run.recipe.objective, y, config, options.seed)  # (b, c, h, w)
     title = f"{run.name}, step {run.step:,}, guidance {config.guidance:g}"
     grid = sample_grid(to_pixels(run.decode(x)), options.n, [f"class {k}" for k in classes], title)
-    print(save_png(grid, paths.home_of(options.out)))
+    print(save_png(grid, out))
     return 0
 
 # %% ../nbs/lib/network_commands.ipynb #d85920d0
@@ -197,10 +197,10 @@ def run_measure(options: Measure) -> int:
     check_number(options.n)
     run = load_run(options.run, device=options.device)
     config = SamplerConfig(options.solver, options.steps, options.guidance)
+    file = folder_for(options.out, "measured", f"{run.name}-step-{run.step}-guidance-{options.guidance:g}.json")
     found = measure(run, options.n, config, options.seed, paths.home_of(options.judge) if options.judge else None)
-    name = f"{run.name}-step-{run.step}-guidance-{options.guidance:g}.json"
     print(measured_text(found))
-    print(save_measure(found, folder_for(options.out, "measured", name)))
+    print(save_measure(found, file))
     return 0
 
 # %% ../nbs/lib/network_commands.ipynb #3058e410

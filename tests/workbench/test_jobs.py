@@ -55,7 +55,8 @@ def test_a_job_from_end_to_end(tmp_path, output, monkeypatch, capsys):
     assert "widgets" not in nbformat.read(folder / "study.ipynb", 4).metadata
     told = ledger(folder)
     assert told["status"] == "ok" and told["parameters"] == {"preset": "smoke", "seed": 3, "out_dir": str(folder)}
-    assert told["command"] == "maskalign-lab run study -p preset smoke -p seed 3"
+    assert told["command"] == f"maskalign-lab run {tmp_path / 'study.ipynb'} -p preset smoke -p seed 3"  # from anywhere
+    assert told["directory"] == os.getcwd() and told["pid"] == os.getpid()
     assert told["versions"]["papermill"] and told["seconds"] > 0
     printed = capsys.readouterr().out
     assert "[4/4]" in printed and "A study" in printed and str(folder) in jobs.summary(job)
