@@ -223,7 +223,7 @@ def fit(
     """Train, yielding after every step. Resumes where `run` ends; stopping the iteration stops the training.
 
     Everything random is keyed by (seed, step), so a resumed run continues as if it had never stopped. With a run folder, SIGTERM
-    saves and leaves with exit code 75, and Ctrl-C or an interrupted kernel saves before the `KeyboardInterrupt`. A loss or gradient
+    or SIGHUP saves and leaves with exit code 75, and Ctrl-C or an interrupted kernel saves before the `KeyboardInterrupt`. A loss or gradient
     that is not finite raises `NonFinite`, which names the step and the module.
     """
     trainer, start = make_trainer(model, method, batches, config, run, device)
