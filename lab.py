@@ -212,7 +212,7 @@ def test(rest):
 
     workers = 2
     threads = str(max(1, (os.cpu_count() or 1) // workers))  # all workers together use each core once
-    spread = ("--dist", "loadgroup", "--no-loadscope-reorder")  # which tests share what they made: tests/conftest.py
+    spread = ("--dist", "loadfile", "--no-loadscope-reorder")  # which tests share what they made: tests/conftest.py
     results = [
         timed("nbs/lib", tool("nbdev-test"), "nbs/lib", "--n-workers", str(workers), OMP_NUM_THREADS=threads),
         timed("tests", tool("python"), "-m", "pytest", "-n", str(workers), *spread, *rest, OMP_NUM_THREADS=threads),

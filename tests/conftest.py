@@ -1,10 +1,10 @@
 """What all tests share: caches and folders of their own, a copy of the clone, and which of them go to one worker, in which order."""
 
-import re
 from pathlib import Path
 
 import pytest
 from shared.clone import copied
+from shared.groups import LONG, group_of
 
 pytest_plugins = ["shared.browser", "shared.studies"]
 
@@ -30,25 +30,23 @@ def tree(tmp_path) -> Path:
     return copied(tmp_path / "clone")
 
 
-LONG = ("study", "test_browser", "test_survival")  # groups that run studies or kill trainings
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With `--dist loadfile`, a worker takes a group."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return ByGroup(config, log) if config.getoption("dist") == "loadfile" else None
 
 
-def group_of(item) -> str:
-    """Tests of a group share what they made, so one worker takes them all: those of a study, else those of a file."""
-    study = getattr(item, "callspec", None) and item.callspec.params.get("study")
-    number = study.number if study else (re.match(r"test_study_(\d\d)", item.path.name) or "  ")[1]
-    return f"study {number}" if number.strip() else item.path.stem
-
-
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Groups stay together, long ones first, so that no worker is left alone with one; `gpu` tests need a CUDA device."""
-    groups = {}
+    groups: dict[str, list] = {}
     for item in items:
-        groups.setdefault(group_of(item), []).append(item)
-    for group, members in groups.items():
-        for item in members:
-            item.add_marker(pytest.mark.xdist_group(group))
+        groups.setdefault(group_of(item.nodeid), []).append(item)
     in_order = sorted(groups, key=lambda group: not group.startswith(LONG))
     items[:] = [item for group in in_order for item in groups[group]]
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]

@@ -14,14 +14,8 @@ from maskalign_lab.base import paths
 from maskalign_lab.cli import main
 from maskalign_lab.workbench import commands
 
+pytestmark = pytest.mark.usefixtures("own_folders")
 HEAVY = {"torch", "numpy", "matplotlib", "papermill", "nbformat", "jupyter_client", "plotly", "IPython", "timm"}
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    """Results and cache of a test stay in its folder."""
-    monkeypatch.setenv("MASKALIGN_LAB_OUTPUT", str(tmp_path / "runs"))
-    monkeypatch.setenv("MASKALIGN_LAB_CACHE", str(tmp_path / "cache"))
 
 
 def in_a_process(*words):

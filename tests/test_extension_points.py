@@ -24,13 +24,8 @@ from maskalign_lab.runs.recipe import from_json, identity, to_json
 from maskalign_lab.runs.run import Run, load_run, train
 from maskalign_lab.training.methods import METHODS, Losses, PlainSiT, denoise
 
+pytestmark = pytest.mark.usefixtures("own_folders")
 TINY = "network.width=16 network.depth=2 network.heads=2 data.n=32 training.batch_size=8 training.warmup=1 training.steps=3"
-
-
-@pytest.fixture(autouse=True)
-def own_folders(monkeypatch, tmp_path):
-    monkeypatch.setenv("MASKALIGN_LAB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("MASKALIGN_LAB_OUTPUT", str(tmp_path / "runs"))
 
 
 def trained(tmp_path, method="sit", overrides="", name="run", dataset="shapes") -> Run:

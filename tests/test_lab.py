@@ -355,7 +355,7 @@ def test_what_is_passed_on(lab, machine, typed, passed):
 @pytest.mark.parametrize("failing", ["nbdev-test", "-m pytest"])
 def test_any_failure_fails_test(lab, machine, capsys, failing):
     assert lab.main(["test", "-k", "taps"]) == 0
-    assert machine.take()[-1].endswith("-m pytest -n 2 --dist loadgroup --no-loadscope-reorder -k taps")
+    assert machine.take()[-1].endswith("-m pytest -n 2 --dist loadfile --no-loadscope-reorder -k taps")
     machine.failing = [failing]
     assert lab.main(["test"]) == 1
     assert len(machine.take()) == 2, "the first failure must not hide the second"

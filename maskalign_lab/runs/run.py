@@ -85,6 +85,7 @@ class Run:
 
     path: Path
     recipe: Recipe
+    facts: Facts
     step: int
     net: nn.Module  # averaged weights, eval mode, no gradients
     method: Method
@@ -100,8 +101,7 @@ class Run:
     @property
     def sampler(self) -> SamplerConfig | None:
         """How its authors sample, if it was imported."""
-        known = read_facts(self.path).sampler
-        return known and SamplerConfig(**known)
+        return self.facts.sampler and SamplerConfig(**self.facts.sampler)
 
     @cached_property
     def autoencoder(self) -> Autoencoder | None:
@@ -109,7 +109,7 @@ class Run:
         if not (name := self.recipe.data.autoencoder):
             self.check_pixels()
             return None
-        found, before = kept_autoencoder(name, self.device), read_facts(self.path).autoencoder_digest
+        found, before = kept_autoencoder(name, self.device), self.facts.autoencoder_digest
         if before and found.digest != before:
             raise ValueError(
                 f"run {self.name!r} learned the latents of an autoencoder {name!r} with digest {before}, and what goes by that "
@@ -142,7 +142,7 @@ class Run:
         if name == "oracle":
             return None
         found = kept_teacher(name, self.recipe.data.size, self.device, self.net.side)
-        before = read_facts(self.path).teacher_digest.split(",")[0]
+        before = self.facts.teacher_digest.split(",")[0]
         if before and found.digest != before:
             raise ValueError(
                 f"run {self.name!r} was aligned with a teacher {name!r} with digest {before}, and what goes by that name now has "
@@ -176,7 +176,7 @@ class Run:
 
     def check_classes(self, dataset: Dataset) -> None:
         """Refuse images whose labels mean something else today: in a folder that grew a class every later label moves."""
-        facts = read_facts(self.path)
+        facts = self.facts
         if len(dataset.classes) != facts.num_classes or (facts.classes and dataset.classes != facts.classes):
             new = sorted(set(dataset.classes) - set(facts.classes)) if facts.classes else []
             raise ValueError(
@@ -229,12 +229,14 @@ def load_run(
     place, path = resolve_device(device), find_run(str(name))
     folder = step_folder(path, step)
     recipe = from_json((path / "recipe.json").read_text())
-    net, method = build(recipe, read_facts(path))
+    facts = read_facts(path)
+    net, method = build(recipe, facts)
     kept = [name for name in AVERAGES if (folder / f"{name}.safetensors").exists()]
     net.load_state_dict(load_tensors(folder, one_of(average, kept, f"average of {path.name}")))
     if method.state_dict():
         method.load_state_dict(load_tensors(folder, "method"))
-    return Run(path, recipe, int(folder.name), *(m.to(place).eval().requires_grad_(False) for m in (net, method)))
+    nets = (m.to(place).eval().requires_grad_(False) for m in (net, method))
+    return Run(path, recipe, facts, int(folder.name), *nets)
 
 # %% ../../nbs/lib/runs/run.ipynb #addcb9ac
 def train(

@@ -26,18 +26,13 @@ from maskalign_lab.runs.batches import make_batches
 from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.run import train
 
+pytestmark = pytest.mark.usefixtures("own_folders")
 OURS = {"data": "d1", "teacher": "t1", "grid": 8, "sizes": (4, 4)}
 SOURCE = torch.arange(20 * 3, dtype=torch.float32).reshape(20, 3)
 TINY = (
     "network.width=16 network.depth=2 network.heads=2 data.n=64 method.depth=1 method.projector_width=16 "
     "training.batch_size=8 training.warmup=2 training.steps=3 training.precision=float32"
 )
-
-
-@pytest.fixture(autouse=True)
-def own_folders(monkeypatch, tmp_path):
-    monkeypatch.setenv("MASKALIGN_LAB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("MASKALIGN_LAB_OUTPUT", str(tmp_path / "runs"))
 
 
 class Counted:

@@ -59,11 +59,6 @@ def photos():
     return load_dataset("photos", split="validation", n=20)
 
 
-@pytest.fixture
-def own_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("MASKALIGN_LAB_CACHE", str(tmp_path / "cache"))
-
-
 # ---- geometry
 
 
@@ -205,20 +200,20 @@ def test_a_folder_of_diffusers_is_an_autoencoder(small, photos, tmp_path):
 # ---- caches
 
 
-def test_cached_moments_make_the_latents(small, photos, own_cache):
+def test_cached_moments_make_the_latents(small, photos, own_folders):
     images, noise = photos.images(), torch.randn(20, 4, 8, 8, generator=generator(0, 0, "posterior"))
     rows = cached_latents(small, photos)
     assert rows.shape == (20, 2, 4, 8, 8) and rows.dtype == torch.float32
     assert torch.equal(latents_of(*rows[:].unbind(1), small.scale, small.shift, noise), small.encode(images, noise))
 
 
-def test_what_is_cached_is_not_encoded_again(small, photos, own_cache, monkeypatch):
+def test_what_is_cached_is_not_encoded_again(small, photos, own_folders, monkeypatch):
     first = cached_latents(small, photos)
     monkeypatch.setattr(AutoencoderKL, "encode", lambda *_: pytest.fail("encoded"))
     assert torch.equal(cached_latents(small, photos)[:], first[:])
 
 
-def test_a_cache_of_another_autoencoder_is_refused(small, photos, own_cache):
+def test_a_cache_of_another_autoencoder_is_refused(small, photos, own_folders):
     """In the folder of one autoencoder lies what another one made, as after a copy by hand."""
     other = autoencoders.wrap_autoencoder(make_vae(seed=1, **SMALL), "other")
     folder = caching.place("latents", autoencoder_latents.description(other, photos))
@@ -228,7 +223,7 @@ def test_a_cache_of_another_autoencoder_is_refused(small, photos, own_cache):
         cached_latents(other, photos)
 
 
-def test_a_cut_shard_is_named(small, photos, own_cache):
+def test_a_cut_shard_is_named(small, photos, own_folders):
     shard = cached_latents(small, photos).folder / "00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:-7])
     with pytest.raises(ValueError, match=f"{shard} has .* bytes"):

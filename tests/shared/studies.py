@@ -6,8 +6,6 @@ from functools import cache
 from typing import Any
 
 import pytest
-from papermill.iorw import load_notebook_node
-from papermill.parameterize import parameterize_notebook
 
 from maskalign_lab.workbench.jobs import Job, find_study, run_study
 
@@ -66,6 +64,9 @@ def check_figure(job: Job, study: str, name: str) -> dict[str, Any]:
 
 def code_cells(number: str, parameters: dict[str, Any] | None = None) -> list:
     """The code cells of a study, with parameters put in as a job would."""
+    from papermill.iorw import load_notebook_node
+    from papermill.parameterize import parameterize_notebook
+
     book = load_notebook_node(str(find_study(number)))
     book = parameterize_notebook(book, parameters) if parameters else book
     return [cell for cell in book.cells if cell.cell_type == "code"]

@@ -11,6 +11,7 @@ from typing import Any
 import nbformat
 import pytest
 from shared.browser import changed_by, choose, run_study_in_lab, shown, there_and_back
+from shared.groups import group_of
 from shared.studies import check_figure, code_cells, run_job, run_opening
 
 from maskalign_lab.base import paths
@@ -149,6 +150,15 @@ every_study = pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.
 
 def test_no_study_is_forgotten():
     assert [study.name for study in STUDIES] == sorted(path.stem for path in paths.notebooks().glob("[0-9]*.ipynb"))
+
+
+def test_the_tests_of_a_study_go_to_one_worker(request):
+    """So that its smoke run is executed once: here, and in the files of the study."""
+    ours = {group_of(item.nodeid) for item in request.session.items if item.nodeid.startswith("tests/studies/test_all")}
+    assert ours <= {f"study {study.number}" for study in STUDIES} | {"test_all_studies"}
+    assert group_of("tests/studies/test_study_03_findings.py::test_text[16 px]") == "study 03"
+    assert group_of("tests/studies/test_all_studies.py::test_figures[03-by_size]") == "study 03"
+    assert group_of("tests/base/test_seeding.py::test_keys[03]") == "test_seeding"
 
 
 # ---- run by papermill
