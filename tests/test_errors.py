@@ -16,7 +16,7 @@ from maskalign_lab.base.checkpoints import load_tensors
 from maskalign_lab.base.devices import devices, resolve_device
 from maskalign_lab.base.paths import home_of
 from maskalign_lab.cli import main, sentence_of
-from maskalign_lab.runs.facts import Facts, write_facts
+from maskalign_lab.runs.facts import Facts
 from maskalign_lab.runs.official_files import export_run
 from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.run import Run, build
@@ -226,8 +226,7 @@ def test_an_import_names_data_and_autoencoder_by_absolute_paths(tmp_path, monkey
 
 def test_what_cannot_be_exported_is_refused_before_anything_is_written(tmp_path):
     recipe = make_recipe("jit", "smoke")
-    write_facts(tmp_path, Facts(10))
-    run = Run(tmp_path, recipe, 1, *build(recipe, Facts(10)))
+    run = Run(tmp_path, recipe, Facts(10), 1, *build(recipe, Facts(10)))
     with pytest.raises(ValueError, match="no official layout of JiT"):
         export_run(run, tmp_path / "new" / "jit.safetensors")
     assert not (tmp_path / "new").exists()

@@ -16,7 +16,7 @@ from maskalign_lab.base.locks import LOCK, OWNER, sole_writer
 from maskalign_lab.base.processes import began, is_first, is_gone, this_process
 from maskalign_lab.runs import run as runs
 from maskalign_lab.runs.evaluation import measure
-from maskalign_lab.runs.facts import Facts, write_facts
+from maskalign_lab.runs.facts import Facts
 from maskalign_lab.runs.presets import make_recipe
 
 DEAD = 2**22 + 1  # more than Linux gives
@@ -130,8 +130,8 @@ def test_a_folder_that_holds_nothing_out_is_surveyed_by_its_training_images(tmp_
         for number in range(count):
             Image.new("RGB", (32, 32), (40 * number, 9, 9)).save(tmp_path / "images" / name / f"{number}.png")
     recipe = make_recipe("sit", "smoke", f"folder:{tmp_path / 'images'}")
-    write_facts(tmp_path, facts := Facts(2, classes=("a", "b")))
-    run = runs.Run(tmp_path, recipe, 1, *runs.build(recipe, facts))
+    facts = Facts(2, classes=("a", "b"))
+    run = runs.Run(tmp_path, recipe, facts, 1, *runs.build(recipe, facts))
     with pytest.raises(ValueError, match="expected two classes"):
         run.images("validation")
     assert run.survey_images(4).split == "train" and len(run.survey_images(4)) == 6
@@ -139,8 +139,8 @@ def test_a_folder_that_holds_nothing_out_is_surveyed_by_its_training_images(tmp_
 
 def test_an_imported_run_that_names_no_data_or_no_autoencoder_says_what_to_do(tmp_path):
     recipe = make_recipe("sit", "smoke", overrides="data.name=latents")
-    write_facts(tmp_path, facts := Facts(10, channels=4))
-    run = runs.Run(tmp_path, recipe, 1, *runs.build(recipe, facts))
+    facts = Facts(10, channels=4)
+    run = runs.Run(tmp_path, recipe, facts, 1, *runs.build(recipe, facts))
     with pytest.raises(ValueError, match="import it again with --dataset"):
         run.images()
     with pytest.raises(ValueError, match="import it again with --dataset"):  # and not to train a judge of "latents"
