@@ -182,9 +182,13 @@ def judge_samples(
 ) -> dict[str, Any]:
     """Distances and accuracy of samples, and of as many real images, by the judge of the data set."""
     judge = load_judge(run.recipe.data.name, device=run.device)
-    real, labels = run.images("validation", 2 * n).images(), balanced_labels(n, run.net.num_classes)
+    held_out, labels = run.images("validation", 2 * n), balanced_labels(n, run.net.num_classes)
+    if len(held_out) < 2 * n:
+        raise ValueError(
+            f"to judge {n} samples takes {2 * n} held-out images, and {held_out.name!r} has {len(held_out)}"
+        )
     fake = torch.cat(list(sample_batches(run, labels, sampler))).cpu()
-    reference, other = at_side(as_bytes(real), 32).split(n)
+    reference, other = at_side(as_bytes(held_out.images()), 32).split(n)
     verdict = judged(judge, reference, at_side(fake.nan_to_num(0), 32), labels)
     floor = judged(judge, reference, other, labels)
     return {"frechet": verdict["frechet"], "frechet floor": floor["frechet"], "accuracy": verdict["accuracy"]}

@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-from PIL import Image
 from shared import survive
 from shared.clone import ROOT
 
@@ -15,8 +14,6 @@ from maskalign_lab.base.checkpoints import steps_of, sweep
 from maskalign_lab.base.locks import LOCK, OWNER, sole_writer
 from maskalign_lab.base.processes import began, is_first, is_gone, this_process
 from maskalign_lab.runs import run as runs
-from maskalign_lab.runs.evaluation import measure
-from maskalign_lab.runs.facts import Facts
 from maskalign_lab.runs.presets import make_recipe
 
 DEAD = 2**22 + 1  # more than Linux gives
@@ -119,31 +116,3 @@ def test_a_process_is_known_by_its_number_and_its_beginning():
     assert not is_gone(**{"host": me["host"], "pid": me["pid"], "before": me["began"]})
     assert is_gone(me["host"], me["pid"], me["began"] - 100) and is_gone(me["host"], DEAD, 0)
     assert not is_gone("another-host", DEAD, 0) and began(DEAD) is None
-
-
-# ---- images of a run
-
-
-def test_a_folder_that_holds_nothing_out_is_surveyed_by_its_training_images(tmp_path):
-    for name, count in {"train/a": 3, "train/b": 3, "valid/a": 1}.items():
-        (tmp_path / "images" / name).mkdir(parents=True)
-        for number in range(count):
-            Image.new("RGB", (32, 32), (40 * number, 9, 9)).save(tmp_path / "images" / name / f"{number}.png")
-    recipe = make_recipe("sit", "smoke", f"folder:{tmp_path / 'images'}")
-    facts = Facts(2, classes=("a", "b"))
-    run = runs.Run(tmp_path, recipe, facts, 1, *runs.build(recipe, facts))
-    with pytest.raises(ValueError, match="expected two classes"):
-        run.images("validation")
-    assert run.survey_images(4).split == "train" and len(run.survey_images(4)) == 6
-
-
-def test_an_imported_run_that_names_no_data_or_no_autoencoder_says_what_to_do(tmp_path):
-    recipe = make_recipe("sit", "smoke", overrides="data.name=latents")
-    facts = Facts(10, channels=4)
-    run = runs.Run(tmp_path, recipe, facts, 1, *runs.build(recipe, facts))
-    with pytest.raises(ValueError, match="import it again with --dataset"):
-        run.images()
-    with pytest.raises(ValueError, match="import it again with --dataset"):  # and not to train a judge of "latents"
-        measure(run, 8)
-    with pytest.raises(ValueError, match="import it again with --autoencoder"):
-        run.inputs(None)

@@ -86,7 +86,7 @@ def noise_of(film: Film, size: int) -> Tensor:  # (k, 3, h, h)
 def make_film(
     runs: Mapping[tuple[str, str, int], Run],  # (prediction, loss space, size) -> its network
     shown: int = 3,  # images to choose from
-    images: int = 64,  # held-out ones behind the curves
+    images: int = 64,  # held-out ones behind the curves, if there are as many
     seed: int = 0,
 ) -> Film:
     """Let every network look at the same images."""
@@ -94,7 +94,8 @@ def make_film(
     film = Film({}, [], {}, {}, {}, {}, seed=seed, noise_scale=common.noise_scale, clamp=common.clamp)
     for key, run in runs.items():
         held_out = run.images("validation", max(100, images))
-        *_, many = looked_at(run, held_out.subset(np.arange(images)), film.times, generator(seed, key[2], "errors"))
+        behind = held_out.subset(np.arange(min(images, len(held_out))))
+        *_, many = looked_at(run, behind, film.times, generator(seed, key[2], "errors"))
         film.errors[key] = many[:, :, 0].mean(0).tolist()
         add_network(film, key, run, held_out, shown)
     return film
