@@ -117,7 +117,7 @@ class Sample:
     classes: tuple[int, ...] = ()  # which; default: all
     n: int = 8  # images of each class
     guidance: float | None = None  # scale, 1 is off; default: 2, or as the authors of an imported run sample
-    solver: str | None = None  # euler, heun or euler-maruyama; default: heun, or as they do
+    solver: str | None = None  # euler, heun, rk4, dopri5, euler-maruyama, .. (SOLVERS); default: heun, or as they do
     steps: int | None = None  # of the solver; default: 25, or as they do
     seed: int = 0  # of the starting noise
     device: str = "auto"  # auto, cpu, cuda, mps
@@ -179,7 +179,7 @@ class Measure:
     run: Positional[str]  # a run's name or folder
     n: int = 5000  # samples, spread evenly over the classes; distances compare at equal numbers only
     guidance: float = 1.0  # scale; 1 is off
-    solver: str = "heun"  # euler, heun or euler-maruyama
+    solver: str = "heun"  # euler, heun, rk4, dopri5, euler-maruyama, .. (SOLVERS)
     steps: int = 25  # of the solver
     seed: int = 0  # of labels and noise
     judge: str = ""  # the judge's folder; default: the dataset's own

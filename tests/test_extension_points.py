@@ -1,6 +1,6 @@
-"""What people want to change, each in one place, and from a notebook: what is defined there is what trains and samples.
+"""What people want to change, each in one place: what is put there is what trains and samples.
 
-The rows are those of the table "Where do I change what?" in README.md.
+The rows are those of the table "Where do I change what?" in README.md. How a notebook's own definitions are told apart: runs/test_edits.py.
 """
 
 import json
@@ -22,7 +22,7 @@ from maskalign_lab.encoders import teachers
 from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.recipe import from_json, identity, to_json
 from maskalign_lab.runs.run import Run, load_run, train
-from maskalign_lab.training.methods import METHODS, Losses, PlainSiT, denoise
+from maskalign_lab.training.methods import INSTALLED, METHODS, Losses, PlainSiT, denoise
 
 pytestmark = pytest.mark.usefixtures("own_folders")
 TINY = "network.width=16 network.depth=2 network.heads=2 data.n=32 training.batch_size=8 training.warmup=1 training.steps=3"
@@ -124,8 +124,7 @@ def test_a_new_prediction_target(tmp_path):
 
 def test_a_new_loss(tmp_path):
     """A method of one's own: a class with a name. The definition that is there last is what trains."""
-    known = dict(METHODS)
-    try:
+    with patch.dict(METHODS), patch.dict(INSTALLED):
 
         class Louder(PlainSiT, name="louder"):
             def loss(self, state, batch, draw, phase="main"):
@@ -133,9 +132,6 @@ def test_a_new_loss(tmp_path):
                 return Losses(denoising + denoising.square(), {"denoising": denoising})
 
         assert differ(weights(trained(tmp_path, "louder", "", "louder")), weights(trained(tmp_path, "sit", "", "sit")))
-    finally:
-        METHODS.clear()
-        METHODS.update(known)
 
 
 def test_the_norm_of_the_projectors_gradient_is_logged(tmp_path):
@@ -191,11 +187,25 @@ def test_resume(tmp_path):
     assert not differ(weights(whole), weights(resumed))
 
 
-def test_the_table_of_the_readme_has_a_row_for_each():
+ROWS = {
+    "another law of times": test_another_time_law,
+    "a new solver": test_a_new_solver,
+    "an EMA ramp": test_an_ema_ramp,
+    "a new teacher": test_a_new_teacher,
+    "another rule for the guidance interval": test_the_rule_of_the_guidance_interval,
+    "a new prediction target": test_a_new_prediction_target,
+    "a new loss": test_a_new_loss,
+    "to log something, such as the projector's gradient norm": test_the_norm_of_the_projectors_gradient_is_logged,
+    "a second aligned layer, or a second teacher": test_a_second_aligned_layer_or_teacher,
+    "my own folder of images": test_a_plain_folder,
+    "to stop and go on": test_resume,
+}
+
+
+def test_every_row_of_the_readme_has_its_test_here():
     readme = (ROOT / "README.md").read_text()
     table = readme[readme.index("## Where do I change what") :].split("\n## ")[0]
-    rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
-    assert len(rows) >= 10
+    rows = [[part.strip() for part in line.split("|")] for line in table.splitlines() if line.startswith("| ")][1:]
+    assert [row[1] for row in rows] == list(ROWS)
     for row in rows:
-        for place in [part for part in row.split("`")[1::2] if part.startswith("nbs/")]:
-            assert (ROOT / place).exists(), place
+        assert all((ROOT / part).exists() for part in row[2].split("`") if part.startswith("nbs/")), row[2]
