@@ -76,7 +76,7 @@ def make_recipe(
 ) -> Recipe:
     """A recipe by names."""
     one_of(preset, PRESETS, "preset")
-    named = NAMED.get(one_of(method, (*METHODS, *NAMED), "method"), {})
+    named = NAMED.get(one_of(method, METHODS | NAMED, "method"), {})
     derived = DERIVED.get(method)
     method = method if method in METHODS else "sit"
     config = method_class(method).Config()

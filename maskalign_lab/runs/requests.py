@@ -39,7 +39,7 @@ def check_override(
 ) -> None:
     """Refuse an override that fits no method."""
     refusals = []
-    for method in (*METHODS, *NAMED):
+    for method in METHODS | NAMED:
         try:
             override(make_recipe(method), shlex.join([*names, item]))
             return
