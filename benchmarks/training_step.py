@@ -32,6 +32,7 @@ from maskalign_lab.runs.facts import Facts
 from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.recipe import Recipe
 from maskalign_lab.runs.run import build
+from maskalign_lab.training.execution import ExecutionConfig
 from maskalign_lab.training.loop import fit
 from maskalign_lab.training.methods import Batch, Method, State
 from maskalign_lab.workbench.benchmarking import Comparison, in_turn, run_script
@@ -124,9 +125,9 @@ def loss_of(method: Method, model: nn.Module, ema: nn.Module, batch: Batch, step
 
 def fit_step(recipe: Recipe, batch: Batch, compiled: bool = False) -> Callable[[], object]:
     """The library's own step: the next one of `fit`, with all that it watches."""
-    recipe = replace(recipe, training=replace(recipe.training, compile=compiled))
+    execution = ExecutionConfig("blocks" if compiled else "off")
     model, method = build(recipe, FACTS)
-    steps = fit(model, method, lambda step: batch, recipe.training, device=str(batch.x.device))
+    steps = fit(model, method, lambda step: batch, recipe.training, None, str(batch.x.device), execution)
     return partial(next, steps)
 
 

@@ -124,12 +124,12 @@ def test_a_run_is_packed_and_told_of(tmp_path):
 
 def test_compiled_blocks_train_to_what_eager_ones_do(tmp_path):
     nets = {}
-    for compiled in ("false", "true"):
-        recipe = small("ahpa", f"training.compile={compiled} training.steps=4")
+    for compiled in ("off", "blocks"):
+        recipe = small("ahpa", f"execution.compile={compiled} training.steps=4")
         nets[compiled] = load_run(train(recipe, tmp_path / compiled, "cuda", 0)).net.state_dict()
     start = build(small("ahpa"), Facts(10, channels=4, factor=4))[0].state_dict()
-    moved = torch.cat([(nets["false"][k] - start[k]).flatten() for k in start])
-    apart = torch.cat([(nets["false"][k] - nets["true"][k]).flatten() for k in start])
+    moved = torch.cat([(nets["off"][k] - start[k]).flatten() for k in start])
+    apart = torch.cat([(nets["off"][k] - nets["blocks"][k]).flatten() for k in start])
     assert apart.norm() < 0.02 * moved.norm()
 
 

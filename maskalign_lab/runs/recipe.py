@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from types import CodeType, FunctionType
 from typing import Any
 
+from ..training.execution import ExecutionConfig
 from torch import nn
 
 from .. import ahpa, maskalign, reg  # noqa: F401  (importing a module registers its methods)
@@ -97,13 +98,14 @@ NETWORKS: dict[str, tuple[type[nn.Module], type[NetworkConfig]]] = {"sit": (SiT,
 # %% ../../nbs/lib/runs/recipe.ipynb #743558be
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that a run depends on."""
+    """Everything that a run depends on, and how it is executed."""
 
     data: DataConfig = field(default_factory=DataConfig)
     network: NetworkConfig = field(default_factory=SiTConfig)
     objective: Objective = field(default_factory=Objective)
     method: MethodConfig = field(default_factory=MethodConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
 
 # %% ../../nbs/lib/runs/recipe.ipynb #d939e834
 def to_json(recipe: Recipe) -> str:
@@ -114,6 +116,8 @@ def to_json(recipe: Recipe) -> str:
 def from_json(text: str) -> Recipe:
     """The recipe that `to_json` wrote; unknown names are errors, missing ones take today's defaults."""
     tree = json.loads(text)
+    if tree.get("training", {}).pop("compile", False):  # where it stood before there was an execution section
+        tree["execution"] = {"compile": "blocks"}
     sections = {f.name: f.default_factory for f in dataclasses.fields(Recipe)}
     for name in tree:
         one_of(name, sections, "recipe section")
@@ -284,7 +288,9 @@ def _edit_digest(name: str) -> str:
 
 # %% ../../nbs/lib/runs/recipe.ipynb #9b46c7f7
 def identity(recipe: Recipe) -> str:
-    """A short digest of all that shapes a run's result."""
+    """A short digest of all that shapes a run's result; how it is executed does not."""
     neutral = replace(recipe, training=replace(recipe.training, save_every=1, log_every=1))
-    text = json.dumps(told(neutral), sort_keys=True) + edit_digest(recipe.method)
+    tree = told(neutral)
+    del tree["execution"]
+    text = json.dumps(tree, sort_keys=True) + edit_digest(recipe.method)
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()

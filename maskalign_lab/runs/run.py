@@ -262,7 +262,7 @@ def train(
         write_atomic(stored, to_json(recipe))
         write_facts(path, batches.facts)
         cut_log(path)
-        steps = fit(net, method, batches, recipe.training, path, device)
+        steps = fit(net, method, batches, recipe.training, path, device, recipe.execution)
         for _ in with_log(steps, path, recipe.training.log_every, print_every):
             pass
     return path

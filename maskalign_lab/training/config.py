@@ -44,7 +44,6 @@ class TrainingConfig:
     label_dropout: float = 0.1  # share of labels replaced by the null class
     seed: int = 0
     precision: str = "auto"  # auto | float32 | bfloat16
-    compile: bool = False  # compile each transformer block; pays in trainings of many minutes
     save_every: int = 1000  # steps between checkpoints
     log_every: int = 50  # steps between lines of log.jsonl
 

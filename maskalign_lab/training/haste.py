@@ -37,7 +37,7 @@ def check_eager(net: nn.Module) -> None:
     """Refuse a network whose blocks cannot be tapped."""
     if any(module._compiled_call_impl for module in net.modules()):
         raise ValueError(
-            "HASTE reads queries and keys inside of the blocks, which compiled ones do not show; set training.compile=False"
+            "HASTE reads queries and keys inside of the blocks, which compiled ones do not show; set execution.compile=off"
         )
 
 

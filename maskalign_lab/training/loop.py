@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from .execution import ExecutionConfig
 from torch import Tensor, nn
 
 from ..base.averaging import update_ema
@@ -67,12 +68,14 @@ def check_compiler(device: torch.device) -> None:
 
     if device.type == "cuda":
         if not has_triton():
-            raise ValueError("compile=True needs Triton on a GPU, and it does not work here; set compile=False")
+            raise ValueError(
+                "execution.compile needs Triton on a GPU, and it does not work here; set execution.compile=off"
+            )
         return
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler:
-        message = "compile=True needs a C++ compiler, and none was found: install g++ or clang++, or set compile=False"
+        message = "execution.compile needs a C++ compiler, and none was found: install g++ or clang++, or set execution.compile=off"
         raise ValueError(message) from None
 
 # %% ../../nbs/lib/training/loop.ipynb #8636c6d3
@@ -82,7 +85,7 @@ def compile_blocks(
 ) -> None:
     """Compile each transformer block in place."""
     if not len(getattr(model, "blocks", ())):
-        raise ValueError(f"compile=True needs a network with `blocks`, which {type(model).__name__} has not")
+        raise ValueError(f"execution.compile needs a network with `blocks`, which {type(model).__name__} has not")
     check_compiler(device)
     for block in (*model.blocks, *getattr(model, "mixer", ())):
         block.compile()
@@ -117,6 +120,7 @@ class Trainer:
     """What the loop holds while it trains."""
 
     config: TrainingConfig
+    execution: ExecutionConfig
     batches: Callable[[int], Batch]  # step -> the whole batch of that step
     trainee: Trainee
     wrapped: nn.Module  # the trainee as it is called, for several processes
@@ -134,6 +138,7 @@ def make_trainer(
     method: Method,
     batches: Callable[[int], Batch],
     config: TrainingConfig,
+    execution: ExecutionConfig,
     run: Path | None,
     device: str,
 ) -> tuple[Trainer, int]:
@@ -141,7 +146,7 @@ def make_trainer(
     accelerator = make_accelerator(config, resolve_device(device))
     trainee = Trainee(model, method).to(accelerator.device).train()
     averages = make_averages(model, config)
-    if config.compile:
+    if execution.compile in ("blocks", "whole"):
         compile_blocks(model, accelerator.device)
     optimizer = make_optimizer(trainee, config)
     start = resume(run, model, averages, method, optimizer) if run else 0
@@ -150,7 +155,9 @@ def make_trainer(
     parts = {"network": list(model.parameters()), "method": list(method.parameters())}
     weights = {name: part for name, part in parts.items() if part}  # a method may have none
     averaged = {name: list(average.parameters()) for name, average in averages.items()}
-    built = Trainer(config, batches, trainee, wrapped, weights, averages, averaged, optimizer, accelerator, guard, run)
+    built = Trainer(
+        config, execution, batches, trainee, wrapped, weights, averages, averaged, optimizer, accelerator, guard, run
+    )
     return built, start
 
 # %% ../../nbs/lib/training/loop.ipynb #7d712d8c
@@ -219,6 +226,7 @@ def fit(
     config: TrainingConfig,
     run: Path | None = None,  # folder to resume from and save to; None keeps nothing
     device: str = "auto",
+    execution: ExecutionConfig = ExecutionConfig(),
 ) -> Iterator[Step]:
     """Train, yielding after every step. Resumes where `run` ends; stopping the iteration stops the training.
 
@@ -226,7 +234,7 @@ def fit(
     and SIGHUP save and leave with exit code 75, and Ctrl-C or an interrupted kernel saves before the `KeyboardInterrupt`. A loss or
     gradient that is not finite raises `NonFinite`, which names the step and the module.
     """
-    trainer, start = make_trainer(model, method, batches, config, run, device)
+    trainer, start = make_trainer(model, method, batches, config, execution, run, device)
     saves, began = run and trainer.accelerator.is_main_process, time.perf_counter()
     with notice() if run else contextlib.nullcontext([]) as signals:
         for step in range(start, config.steps):

@@ -209,7 +209,7 @@ def test_settings_that_cannot_work_are_refused_when_built(change, message):
 def test_a_compiled_network_is_refused():
     net, haste, batch, draw = setting()
     net.blocks[1].compile()
-    with pytest.raises(ValueError, match="training.compile=False"):
+    with pytest.raises(ValueError, match="execution.compile=off"):
         haste.loss(State(net, net, 0), batch, draw)
 
 

@@ -22,6 +22,7 @@ from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.run import load_run, train
 from maskalign_lab.training import loop
 from maskalign_lab.training.config import RANGES, TrainingConfig
+from maskalign_lab.training.execution import ExecutionConfig
 from maskalign_lab.training.loop import AVERAGES, fit
 from maskalign_lab.training.methods import MethodConfig, PlainSiT
 from maskalign_lab.training.stopping import NonFinite
@@ -76,11 +77,11 @@ def test_ranges_name_fields_that_exist():
 # ---- compiled blocks
 
 
-def losses(folder=None, steps=6, **changes):
+def losses(folder=None, steps=6, compile="off", **changes):
     """Losses of a small training, and its network and average."""
-    given = dict(steps=steps, save_every=3, warmup=2, precision="float32") | changes
+    given, how = dict(steps=steps, save_every=3, warmup=2, precision="float32") | changes, ExecutionConfig(compile)
     found = []
-    for step in fit(*tiny(), batches, TrainingConfig(**given), folder, "cpu"):
+    for step in fit(*tiny(), batches, TrainingConfig(**given), folder, "cpu", how):
         found.append(step.losses["denoising"].item())
     return found, step.state
 
@@ -103,25 +104,27 @@ def quick(monkeypatch):
 def test_traced_blocks_train_the_same_and_the_average_stays_eager(quick):
     eager, plain = losses()
     assert not quick
-    compiled, state = losses(compile=True)
+    compiled, state = losses(compile="blocks")
     assert quick and compiled == pytest.approx(eager, rel=1e-5)
     assert state.model.state_dict().keys() == plain.model.state_dict().keys() == state.ema.state_dict().keys()
     assert all(block._compiled_call_impl is not None for block in state.model.blocks)
     assert all(block._compiled_call_impl is None for block in state.ema.blocks)
 
 
-@pytest.mark.parametrize("first", [False, True])
-def test_a_checkpoint_goes_on_either_way(quick, tmp_path, first):
+@pytest.mark.parametrize("ways", [("off", "blocks"), ("blocks", "off")])
+def test_a_checkpoint_goes_on_either_way(quick, tmp_path, ways):
     whole, _ = losses()
-    losses(tmp_path, steps=3, compile=first)
-    rest, _ = losses(tmp_path, compile=not first)
+    losses(tmp_path, steps=3, compile=ways[0])
+    rest, _ = losses(tmp_path, compile=ways[1])
     assert rest == pytest.approx(whole[3:], rel=1e-5)
     assert set(load_tensors(step_folder(tmp_path), "model")) == set(tiny()[0].state_dict())
 
 
 def test_the_culprit_is_found_inside_a_compiled_block(quick):
     net, method = tiny()
-    steps = fit(net, method, batches, TrainingConfig(steps=3, precision="float32", compile=True), device="cpu")
+    steps = fit(
+        net, method, batches, TrainingConfig(steps=3, precision="float32"), None, "cpu", ExecutionConfig("blocks")
+    )
     next(steps)
     with torch.no_grad():
         net.blocks[1].mlp.fc1.weight.fill_(3e38)
@@ -150,7 +153,7 @@ def test_a_machine_without_a_compiler_is_told_before_training(tmp_path):
 def test_compiled_code_trains_the_same():
     eager, _ = losses()
     torch._dynamo.reset()
-    compiled, _ = losses(compile=True)
+    compiled, _ = losses(compile="blocks")
     assert compiled == pytest.approx(eager, rel=1e-4)
 
 

@@ -117,7 +117,9 @@ FEW = dict(apart=1, seeds=1, images=16, samples=0, times=5, level_images=128, gr
 SCALES = {
     "smoke": Scale(SMOKE, "", (BASELINES[0], *ROUTED[:2], CHOICES[2]), traced=TRACED[4:5], **FEW),
     "laptop": Scale(f"{SHORT} training.steps=800", "training.steps=400", seeds=0),
-    "gpu": Scale("training.steps=1200 training.warmup=200 training.compile=true", "training.steps=600", samples=1000),
+    "gpu": Scale(
+        "training.steps=1200 training.warmup=200 execution.compile=blocks", "training.steps=600", samples=1000
+    ),
     "paper": Scale(
         f"{LATENTS['paper']} training.lr=2e-4 training.clip=2.0", "training.steps=50000", images=2048, samples=5000
     ),
