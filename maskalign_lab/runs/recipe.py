@@ -21,7 +21,6 @@ from dataclasses import dataclass, field, replace
 from types import CodeType, FunctionType
 from typing import Any
 
-from ..training.execution import ExecutionConfig
 from torch import nn
 
 from .. import ahpa, maskalign, reg  # noqa: F401  (importing a module registers its methods)
@@ -32,6 +31,7 @@ from ..diffusion.objectives import Objective
 from ..diffusion.sit import SiT
 from ..training import haste, irepa, sra2  # noqa: F401  (importing a module registers its methods)
 from ..training.config import TrainingConfig
+from ..training.execution import ExecutionConfig
 from ..training.methods import INSTALLED, MethodConfig, layers_of, method_class
 from ..workbench.study_parameters import parse_value
 

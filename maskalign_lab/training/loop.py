@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from .execution import ExecutionConfig
 from torch import Tensor, nn
 
 from ..base.averaging import update_ema
@@ -30,6 +29,7 @@ from ..base.devices import resolve_device, resolve_precision
 from ..base.seeding import generator, key
 from ..base.terminal import say
 from .config import TrainingConfig, learning_rate
+from .execution import ExecutionConfig
 from .methods import Batch, Draw, Losses, Method, State, shard
 from .stopping import PREEMPTED, Guard, NonFinite, culprit, notice
 
