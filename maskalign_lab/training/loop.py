@@ -29,7 +29,7 @@ from ..base.seeding import generator, key
 from .config import TrainingConfig, learning_rate
 from .execution import ExecutionConfig
 from .methods import Batch, Draw, Losses, Method, State, shard
-from .ranks import same_start, told_to_stop, wait_for_all
+from .ranks import depart, same_start, told_to_stop, wait_for_all
 from .stopping import Guard, NonFinite, culprit, notice
 
 # %% ../../nbs/lib/training/loop.ipynb #5c23f272
@@ -251,7 +251,7 @@ def fit(
             parts, state = losses.detached(), State(model, trainer.averages["ema"], done)
             yield Step(done, config.steps, parts, norms, time.perf_counter() - began, state)
             if leave and done < config.steps:
-                leave(signals, done)
+                depart(signals, done)
 
 # %% ../../nbs/lib/training/loop.ipynb #1f8a212c
 @contextlib.contextmanager
