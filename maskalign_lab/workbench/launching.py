@@ -87,6 +87,7 @@ def words_left(
     files = sorted(folder.rglob("error.json"), key=lambda file: file.stat().st_mtime_ns)
     left = [json.loads(file.read_text())["message"] for file in files]
     sentences = [f"error: {word['message']}" for word in left if word["message"]]
+    sentences = [each for each in sentences if not any(other.startswith(f"{each};") for other in sentences)]
     return list(dict.fromkeys(sentences or [word["extraInfo"]["py_callstack"] for word in left][:1]))
 
 # %% ../../nbs/lib/workbench/launching.ipynb #0bdf95ec

@@ -12,6 +12,7 @@ from maskalign_lab.training.config import TrainingConfig
 from maskalign_lab.training.log import cut_log, with_log
 from maskalign_lab.training.loop import fit
 from maskalign_lab.training.methods import Batch, MethodConfig, PlainSiT
+from maskalign_lab.training.ranks import together
 
 
 def tiny():
@@ -36,8 +37,9 @@ def train(folder, steps=12, **changes):
     """Train into a folder; the network and its average."""
     folder.mkdir(parents=True, exist_ok=True)
     cut_log(folder)
-    for step in with_log(fit(*tiny(), batches, config(steps, **changes), folder, "cpu"), folder, 1, 0):
-        print("step", step.step, flush=True)
+    with together():
+        for step in with_log(fit(*tiny(), batches, config(steps, **changes), folder, "cpu"), folder, 1, 0):
+            print("step", step.step, flush=True)
     return step.state
 
 
