@@ -51,17 +51,17 @@ def run_train(options: Train) -> int:
     from maskalign_lab.base.processes import is_first, is_launched
     from maskalign_lab.runs.presets import make_recipe
     from maskalign_lab.runs.recipe import identity
-    from maskalign_lab.runs.run import check_asked, train
+    from maskalign_lab.runs.run import train
+    from maskalign_lab.training.ranks import check_ranks
 
     words = shlex.join(options.overrides)
     recipe = make_recipe(options.method, options.preset, options.dataset, options.seed, words)
     folder = folder_for(options.out, "trained", options.method, options.dataset, identity(recipe))
     if options.processes != 1 and not is_launched():
-        from maskalign_lab.workbench.launching import check_processes, launch
+        from maskalign_lab.workbench.launching import launch
 
-        check_processes(options.processes, options.device)
-        check_asked(recipe, options.device, options.processes)
-        return launch("train", options, options.processes)
+        check_ranks(recipe.training.batch_size, options.processes, recipe.execution.accumulate)
+        return launch("train", options)
     if is_first():
         print(f"training in {folder}", flush=True)
     train(recipe, folder, options.device)

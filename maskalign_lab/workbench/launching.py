@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
@@ -32,8 +33,6 @@ def check_processes(
 ) -> None:
     """Refuse more processes than there are devices for."""
     place = resolve_device(device)
-    if processes < 1:
-        raise ValueError(f"--processes {processes}: expected at least 1")
     if processes == 1 or place.type == "cpu":
         return
     if place.index is not None:
@@ -111,14 +110,14 @@ def killed(
 # %% ../../nbs/lib/workbench/launching.ipynb #bf8413b4
 def launch(
     command: str,  # of `maskalign-lab`
-    options: object,  # its options, parsed
-    processes: int,
+    options: Any,  # parsed, with `processes` and `device` among them
 ) -> int:
     """Do a command in several processes of this machine; the exit code."""
+    check_processes(options.processes, options.device)
     words = ["-m", "maskalign_lab.cli", command, *words_of(options)]
     with tempfile.TemporaryDirectory() as folder, quiet():
         try:
-            elastic_launch(launch_config(processes, folder), sys.executable)(*words)
+            elastic_launch(launch_config(options.processes, folder), sys.executable)(*words)
             return 0
         except SignalException as stop:
             said, code = words_left(Path(folder)), 130 if stop.sigval == signal.SIGINT else 75
