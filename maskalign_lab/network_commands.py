@@ -58,10 +58,11 @@ def run_train(options: Train) -> int:
     recipe = make_recipe(options.method, options.preset, options.dataset, options.seed, words)
     folder = folder_for(options.out, "trained", options.method, options.dataset, identity(recipe))
     if options.processes != 1 and not is_launched():
-        from maskalign_lab.workbench.launching import launch
+        from maskalign_lab.workbench.launching import check_processes, launch
 
+        check_processes(options.processes, options.device)
         check_ranks(recipe.training.batch_size, options.processes, recipe.execution.accumulate)
-        return launch("train", options)
+        return launch("train", options, options.processes)
     if is_first():
         print(f"training in {folder}", flush=True)
     train(recipe, folder, options.device)

@@ -27,8 +27,6 @@ def check_ranks(
 ) -> None:
     """Refuse processes that nobody brought together, and a batch that they cannot share equally."""
     check_launched()
-    if processes < 1:
-        raise ValueError(f"{processes} processes: expected at least 1")
     shares = processes * accumulate
     if batch_size % shares == 0:
         return

@@ -33,6 +33,8 @@ def check_processes(
 ) -> None:
     """Refuse more processes than there are devices for."""
     place = resolve_device(device)
+    if processes < 1:
+        raise ValueError(f"--processes {processes}: expected at least 1")
     if processes == 1 or place.type == "cpu":
         return
     if place.index is not None:
@@ -110,14 +112,14 @@ def killed(
 # %% ../../nbs/lib/workbench/launching.ipynb #bf8413b4
 def launch(
     command: str,  # of `maskalign-lab`
-    options: Any,  # parsed, with `processes` and `device` among them
+    options: Any,  # its options, parsed
+    processes: int,  # checked
 ) -> int:
     """Do a command in several processes of this machine; the exit code."""
-    check_processes(options.processes, options.device)
     words = ["-m", "maskalign_lab.cli", command, *words_of(options)]
     with tempfile.TemporaryDirectory() as folder, quiet():
         try:
-            elastic_launch(launch_config(options.processes, folder), sys.executable)(*words)
+            elastic_launch(launch_config(processes, folder), sys.executable)(*words)
             return 0
         except SignalException as stop:
             said, code = words_left(Path(folder)), 130 if stop.sigval == signal.SIGINT else 75

@@ -172,7 +172,7 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_that_does(star
     said = refused(capsys, "--processes", "2", "execution.accumulate=3")
     assert "by 2 processes times execution.accumulate=3; take 6 or 12" in said
     assert "take 2" in refused(capsys, "--processes", "2", "training.batch_size=1")
-    assert "0 processes: expected at least 1" in refused(capsys, "--processes", "0")
+    assert "--processes 0: expected at least 1" in refused(capsys, "--processes", "0")
     monkeypatch.setenv("WORLD_SIZE", "16")
     monkeypatch.setenv("RANK", "0")
     assert "does not divide by 16 processes; take 16" in refused(capsys)
