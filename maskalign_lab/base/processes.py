@@ -17,6 +17,8 @@ from typing import Any
 
 import psutil
 
+from .files import write_atomic
+
 # %% ../../nbs/lib/base/processes.ipynb #c0aebb0f
 def began(
     pid: int,  # number of a process on this machine
@@ -84,7 +86,7 @@ def leave_word(
     if not (place := os.environ.get("TORCHELASTIC_ERROR_FILE")):
         return False
     more = {"py_callstack": sentence or details, "timestamp": str(int(time.time()))}
-    Path(place).write_text(json.dumps({"message": {"message": sentence, "extraInfo": more}}))
+    write_atomic(Path(place), json.dumps({"message": {"message": sentence, "extraInfo": more}}))
     return True
 
 # %% ../../nbs/lib/base/processes.ipynb #1fd338bf

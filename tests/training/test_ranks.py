@@ -194,7 +194,8 @@ def test_more_processes_than_devices_are_refused(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     check_processes(2, "auto")
     with pytest.raises(
-        ValueError, match="--processes 3: there are 2 devices 'cuda' here; take --processes 2, or --device cpu"
+        ValueError,
+        match="--processes 3: expected at most 2, one for each cuda device here; take --processes 2, or --device",
     ):
         check_processes(3, "auto")
     with pytest.raises(ValueError, match="--device cuda:1 is one device, too few for --processes 2; take cuda"):
