@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'INSTALLED', 'Batch', 'Draw', 'Losses', 'State', 'shard', 'MethodConfig', 'Method', 'Denoised', 'denoise',
-           'PlainSiT', 'method_class', 'layers_of', 'Plan', 'innermost']
+           'PlainSiT', 'method_class', 'layers_of', 'Plan', 'innermost', 'trait']
 
 # %% ../../nbs/lib/training/methods.ipynb #82687cc6
 from collections.abc import Callable
@@ -98,6 +98,9 @@ class Method(nn.Module):
     needs_grid: str = ""  # why no token may be dropped; empty: any may
     collect: tuple[int, ...] = ()  # depths of hidden tokens that the loss reads
     network: str = ""  # what a recipe changes about the network, e.g. "network.mixer_depth=2"
+    uncompilable: str = ""  # why the loss cannot be compiled as a whole; empty: it can
+    indivisible: str = ""  # why the loss of a batch is not the mean over its samples; empty: it is
+    idle: bool = False  # whether at some step a parameter gets no gradient
 
     def __init_subclass__(cls, name: str, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -124,6 +127,10 @@ class Method(nn.Module):
     def needed(cls, config: MethodConfig, step: int) -> tuple[str, ...]:
         """What one step needs, where steps differ; the first one needs all."""
         return cls.needs
+
+    def stage(self, step: int) -> int:
+        """A step whose loss is the same function of batch and draw, so that one compiled loss serves for both."""
+        return self.inner.stage(step) if hasattr(self, "inner") else step
 
     def build(self, net: nn.Module, teacher_dims: tuple[int, ...]) -> None:
         """Check what the method needs of the network, and make what it trains beside it, such as projectors."""
@@ -205,3 +212,8 @@ class Plan:
 def innermost(method: Method) -> Method:
     """The method that has the projector: the one inside, if there is one."""
     return innermost(method.inner) if hasattr(method, "inner") else method
+
+# %% ../../nbs/lib/training/methods.ipynb #c38ee6b7
+def trait(method: Method, name: str) -> str | bool:
+    """What a method, or a method inside of it, says of itself; empty if none does."""
+    return next((told for each in method.modules() if (told := getattr(each, name, ""))), "")
