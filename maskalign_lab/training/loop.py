@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AVERAGES', 'Trainee', 'make_averages', 'make_optimizer', 'make_accelerator', 'Step', 'Trainer', 'make_trainer',
            'check_divides', 'pieces', 'forward', 'work', 'update', 'gradient_norm', 'average', 'keep', 'give_up', 'fit',
-           'dropout_of', 'to_device']
+           'dropout_of', 'told_to_stop', 'to_device']
 
 # %% ../../nbs/lib/training/loop.ipynb #b189e706
 import contextlib
@@ -30,7 +30,7 @@ from .config import TrainingConfig, learning_rate
 from .execution import ExecutionConfig
 from .methods import Batch, Draw, Losses, Method, State, shard, trait
 from .saving import Saver
-from .stopping import PREEMPTED, UNSEEN, Agreement, Guard, NonFinite, culprit, notice
+from .stopping import PREEMPTED, UNSEEN, Guard, NonFinite, culprit, notice
 
 # %% ../../nbs/lib/training/loop.ipynb #5c23f272
 class Trainee(nn.Module):
@@ -238,30 +238,24 @@ def fit(
     gradient that is not finite raises `NonFinite`, which names the step and the module.
     """
     trainer, start = make_trainer(model, method, batches, config, execution, run, device)
-    saver, began, agree = trainer.saver, time.perf_counter(), Agreement(trainer.accelerator)
+    saver, began = trainer.saver, time.perf_counter()
     with notice() if run else contextlib.nullcontext([]) as signals, contextlib.ExitStack() as leaving:
         leaving.callback(saver.wait)
         for step in range(start, config.steps):
             parts = work(trainer, step)
             norms = update(trainer, step)
-            done, leave = step + 1, agree(signals, step)
+            done, leave = step + 1, told_to_stop(signals, trainer.accelerator, step)
             due = leave or saver.due(done)
             if (bad := trainer.guard.bad_step(step, due)) is not None:
                 give_up(trainer, bad)
             average(trainer, step)
             saver.check()
-            if due:
+            if due or (saver.late() and trainer.guard.bad_step(step, due=True) is None):
                 keep(trainer, done)
             if leave or done == config.steps:
                 saver.wait()
-            yield Step(
-                done,
-                config.steps,
-                parts,
-                norms,
-                time.perf_counter() - began,
-                State(model, trainer.averages["ema"], done),
-            )
+            state = State(model, trainer.averages["ema"], done)
+            yield Step(done, config.steps, parts, norms, time.perf_counter() - began, state)
             if leave and done < config.steps:
                 say(f"told to stop: saved after step {done}; the same command goes on from there")
                 raise KeyboardInterrupt if signal.SIGINT in signals else SystemExit(PREEMPTED)
@@ -280,6 +274,15 @@ def dropout_of(
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
+
+# %% ../../nbs/lib/training/loop.ipynb #d17456b7
+def told_to_stop(signals: list[int], accelerator: "Accelerator", step: int, every: int = 10) -> bool:  # noqa: F821
+    """Whether a signal has arrived, at any of the processes."""
+    if accelerator.num_processes == 1:
+        return bool(signals)
+    if step % every:
+        return False
+    return bool(accelerator.reduce(torch.tensor(float(bool(signals)), device=accelerator.device)) > 0)
 
 # %% ../../nbs/lib/training/loop.ipynb #9ea92c35
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -37,9 +37,12 @@ class Saver:
         self.writing: Future | None = None
 
     def due(self, done: int) -> bool:
-        """Whether a checkpoint is due after so many steps; asks no device."""
-        late = self.run and time.monotonic() - self.last >= 60 * self.execution.save_minutes
-        return bool(late) or done % self.training.save_every == 0 or done == self.training.steps
+        """Whether a checkpoint is due after so many steps; all processes find the same."""
+        return done % self.training.save_every == 0 or done == self.training.steps
+
+    def late(self) -> bool:
+        """Whether the last checkpoint is too long ago, by the clock of the process that writes."""
+        return bool(self.run) and time.monotonic() - self.last >= 60 * self.execution.save_minutes
 
     def save(self, done: int, tensors: Tensors) -> None:
         """Take a checkpoint after so many steps."""
