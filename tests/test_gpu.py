@@ -2,10 +2,10 @@
 
 import json
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
+from shared.given import CASES, given, small
 
 from maskalign_lab.ahpa import AHPAConfig, Router
 from maskalign_lab.base.seeding import generator
@@ -18,51 +18,13 @@ from maskalign_lab.gradient_norms import token_gradient_norms
 from maskalign_lab.measure.metrics import validation_loss
 from maskalign_lab.runs.batches import kept_autoencoder
 from maskalign_lab.runs.facts import Facts
-from maskalign_lab.runs.presets import LATENTS, NAMED, make_recipe
 from maskalign_lab.runs.run import build, ensure_run, load_run, train
 from maskalign_lab.studies.shipped_runs import pack, write_card
 from maskalign_lab.training.loop import fit, to_device
-from maskalign_lab.training.methods import METHODS, Batch, Plan, State
+from maskalign_lab.training.methods import State
 
 pytestmark = pytest.mark.gpu
-GPU, NAMES = torch.device("cuda"), sorted({*METHODS, *NAMED})
-CASES = [
-    *((name, "") for name in NAMES),
-    ("ahpa", "method.router=bilevel"),
-    ("ahpa", "method.way=rotated method.mix=targets"),
-]
-CASES += [("maskalign", "method.inner.name=ahpa")]
-
-
-def small(name: str, more: str = ""):
-    """A recipe that trains in seconds."""
-    latents = LATENTS[""] if "ahpa" in name + more else ""
-    few = "data.n=64 training.steps=6 training.batch_size=8 training.precision=float32"
-    return make_recipe(name, "smoke", overrides=f"{latents} {few} {more}")
-
-
-def given(recipe):
-    """Network, method, a batch of noise that holds all that the method may need, and a draw; all on the CPU, in float64."""
-    latent = bool(recipe.data.autoencoder)
-    facts, size = ({"channels": 4, "factor": 4}, 16) if latent else ({}, recipe.data.size)
-    net, method = build(recipe, Facts(10, (24,), **facts))
-    for p in net.parameters():
-        p.data.add_(0.05 * torch.randn(p.shape, generator=generator(0, 0, "given")))
-    g, b, n = generator(0, 0, "batch"), 4, net.side**2
-    randn = partial(torch.randn, generator=g, dtype=torch.float64)
-    needs, heads = Plan(recipe.method).needs, net.blocks[0].attn.heads
-    batch = Batch(randn(b, net.in_channels, size, size), torch.tensor([0, 1, 2, 3]))
-    more = {
-        "features": randn(b, n, 24),
-        "class_token": randn(b, 24),
-        "attention": randn(b, 2, heads, n, n),
-        "levels": randn(b, 4, n, 16),
-        "held_out": replace(batch, x=randn(*batch.x.shape)),
-    }
-    batch = replace(batch, **{name: value for name, value in more.items() if name in needs})
-    draw = method.draw(batch, 0, partial(generator, 0))
-    draw = replace(draw, **{k: v.double() for k, v in vars(draw).items() if v is not None and v.is_floating_point()})
-    return net.double(), method.double(), batch, draw
+GPU = torch.device("cuda")
 
 
 @pytest.mark.parametrize(("name", "more"), CASES)

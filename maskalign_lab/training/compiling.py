@@ -13,7 +13,7 @@ from torch import nn
 
 from ..base.terminal import say
 from .execution import ExecutionConfig
-from .methods import Losses, trait
+from .methods import Losses, Timeless, trait
 
 # %% ../../nbs/lib/training/compiling.ipynb #1b19747b
 def check_compiler(device: torch.device) -> None:
@@ -127,6 +127,10 @@ class Compiled:
         except (exc.TorchDynamoException, exc.FailOnRecompileLimitHit) as error:
             self.give_up(error)
             return loss()
+
+    def step(self, step: int) -> "int | Timeless":
+        """What the loss sees as the step."""
+        return self.trainee.method.stage(step) if self.way == "whole" else step
 
     def give_up(self, error: Exception) -> None:
         """Go on eagerly, and say so; an error if compiling was asked for."""

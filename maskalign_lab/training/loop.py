@@ -159,10 +159,10 @@ def forward(
 ) -> Losses:
     """The losses of one piece."""
     accelerator, (number, batch, draw) = trainer.accelerator, piece
-    model, method = trainer.trainee.model, trainer.trainee.method
-    module, ema, dropped = module or trainer.wrapped, trainer.averages["ema"], f"dropout {number}"
-    with accelerator.autocast(), dropout_of(model, key(trainer.config.seed, step, dropped), accelerator.device):
-        return module(ema, method.stage(step), batch, draw)
+    module, ema, seen = module or trainer.wrapped, trainer.averages["ema"], trainer.compiled.step(step)
+    seed = key(trainer.config.seed, step, f"dropout {number}")
+    with accelerator.autocast(), dropout_of(trainer.trainee.model, seed, accelerator.device):
+        return module(ema, seen, batch, draw)
 
 # %% ../../nbs/lib/training/loop.ipynb #d4249c37
 def work(trainer: Trainer, step: int) -> dict[str, Tensor]:  # the parts of the loss
