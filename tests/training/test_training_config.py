@@ -150,10 +150,10 @@ def test_a_machine_without_a_compiler_is_told_before_training(tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled_code_trains_the_same():
+@pytest.mark.parametrize("way", ["blocks", "whole"])
+def test_compiled_code_trains_the_same(way):
     eager, _ = losses()
-    torch._dynamo.reset()
-    compiled, _ = losses(compile="blocks")
+    compiled, _ = losses(compile=way)
     assert compiled == pytest.approx(eager, rel=1e-4)
 
 
