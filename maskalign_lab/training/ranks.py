@@ -33,7 +33,9 @@ def check_ranks(
     below = batch_size // shares * shares
     near = " or ".join(str(size) for size in (below, below + shares) if size)
     named = [f"{processes} processes"] * (processes > 1) + [f"execution.accumulate={accumulate}"] * (accumulate > 1)
-    raise ValueError(f"training.batch_size={batch_size} does not divide by {' times '.join(named)}; take {near}")
+    raise ValueError(
+        f"training.batch_size={batch_size} cannot be cut into {shares} equal parts ({' times '.join(named)}); take {near}"
+    )
 
 # %% ../../nbs/lib/training/ranks.ipynb #5495138e
 def same_start(

@@ -1,5 +1,6 @@
 """A small training in a process of its own, for tests that interrupt it: python survive.py FOLDER [STEPS] [RANKS...]."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from maskalign_lab.base.seeding import generator
 from maskalign_lab.diffusion.objectives import Objective
 from maskalign_lab.diffusion.sit import SiT
 from maskalign_lab.training.config import TrainingConfig
+from maskalign_lab.training.execution import ExecutionConfig
 from maskalign_lab.training.log import cut_log, with_log
 from maskalign_lab.training.loop import fit
 from maskalign_lab.training.methods import Batch, MethodConfig, PlainSiT
@@ -37,8 +39,9 @@ def train(folder, steps=12, **changes):
     """Train into a folder; the network and its average."""
     folder.mkdir(parents=True, exist_ok=True)
     cut_log(folder)
+    how = ExecutionConfig(accumulate=int(os.environ.get("ACCUMULATE", 1)))
     with together():
-        for step in with_log(fit(*tiny(), batches, config(steps, **changes), folder, "cpu"), folder, 1, 0):
+        for step in with_log(fit(*tiny(), batches, config(steps, **changes), folder, "cpu", how), folder, 1, 0):
             print("step", step.step, flush=True)
     return step.state
 

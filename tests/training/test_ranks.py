@@ -168,14 +168,16 @@ def refused(capsys, *words):
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_that_does(starts_nothing, capsys, monkeypatch):
-    assert "training.batch_size=8 does not divide by 3 processes; take 6 or 9" in refused(capsys, "--processes", "3")
+    assert "training.batch_size=8 cannot be cut into 3 equal parts (3 processes); take 6 or 9" in refused(
+        capsys, "--processes", "3"
+    )
     said = refused(capsys, "--processes", "2", "execution.accumulate=3")
-    assert "by 2 processes times execution.accumulate=3; take 6 or 12" in said
+    assert "6 equal parts (2 processes times execution.accumulate=3); take 6 or 12" in said
     assert "take 2" in refused(capsys, "--processes", "2", "training.batch_size=1")
     assert "--processes 0: expected at least 1" in refused(capsys, "--processes", "0")
     monkeypatch.setenv("WORLD_SIZE", "16")
     monkeypatch.setenv("RANK", "0")
-    assert "does not divide by 16 processes; take 16" in refused(capsys)
+    assert "16 equal parts (16 processes); take 16" in refused(capsys)
 
 
 def test_several_starts_without_a_launcher_are_refused(starts_nothing, capsys, monkeypatch):
