@@ -184,12 +184,12 @@ def told(share: Ratio) -> str:
 
 def measure(short: bool, device: torch.device) -> list[Comparison]:
     """The preset's network, and a published one of a size that the device can bear."""
-    preset, n, rounds = ("smoke", 4, 3) if short else ("laptop", 8, 15)
+    preset, n, rounds = ("smoke", 4, 3) if short else ("laptop", 8, 21)
     small = compare(f"preset {preset}", trained_looking(short, device), n, 4, rounds, device)
     if short:
         return [small]
-    name, n = ("SiT-XL/2", 64) if device.type == "cuda" else ("SiT-S/2", 4)
-    return [small, compare(name, trained_looking(short, device, name), n, 2, 11, device)]
+    name, n = ("SiT-XL/2", 64) if device.type == "cuda" else ("SiT-S/2", 2)
+    return [small, compare(name, trained_looking(short, device, name), n, 2, 21, device)]
 
 
 if __name__ == "__main__":
