@@ -81,10 +81,10 @@ def way_to_compile(
     return "whole" if processes == 1 and size <= WHOLE else "blocks"
 
 # %% ../../nbs/lib/training/compiling.ipynb #31c57fb0
-def replay(loss: Callable[[], Losses]) -> Losses:
-    """The loss by a CUDA graph, and parts that its next use leaves alone."""
+def replay(both: Callable[[], Losses]) -> Losses:
+    """The losses of a pass by CUDA graphs, as copies that the next pass leaves alone."""
     torch.compiler.cudagraph_mark_step_begin()
-    losses = loss()
+    losses = both()
     return Losses(losses.total, {name: part.clone() for name, part in losses.detached().items()})
 
 # %% ../../nbs/lib/training/compiling.ipynb #8ef6bec9
@@ -115,18 +115,18 @@ class Compiled:
         except ValueError as error:
             self.give_up(error)
 
-    def __call__(self, loss: Callable[[], Losses]) -> Losses:
-        """The loss, which calls the trainee."""
+    def __call__(self, both: Callable[[], Losses]) -> Losses:
+        """The losses of a pass through the trainee, forward and backward."""
         if self.way == "off":
-            return loss()
+            return both()
         from torch._dynamo import config, exc
 
         try:
             with config.patch(recompile_limit=SHAPES, fail_on_recompile_limit_hit=True):
-                return replay(loss) if self.replayed else loss()
+                return replay(both) if self.replayed else both()
         except (exc.TorchDynamoException, exc.FailOnRecompileLimitHit) as error:
             self.give_up(error)
-            return loss()
+            return both()
 
     def step(self, step: int) -> "int | Timeless":
         """What the loss sees as the step."""

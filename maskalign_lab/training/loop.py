@@ -168,12 +168,16 @@ def forward(
 def work(trainer: Trainer, step: int) -> dict[str, Tensor]:  # the parts of the loss
     """Forward and backward pass of all pieces of a step; leaves the gradient of their mean."""
     found, todo = [], pieces(trainer, step)
+
+    def both(piece: tuple[int, Batch, Draw]) -> Losses:
+        losses = forward(trainer, step, piece)
+        trainer.accelerator.backward(losses.total / len(todo))
+        return losses
+
     for piece in todo:
-        alone = piece is not todo[-1]  # others hear of the gradient with the last piece
-        with trainer.accelerator.no_sync(trainer.wrapped) if alone else contextlib.nullcontext():
-            losses = trainer.compiled(partial(forward, trainer, step, piece))
-            trainer.accelerator.backward(losses.total / len(todo))
-        found.append(losses.detached())
+        early = piece is not todo[-1]  # other processes hear of the gradient with the last piece
+        with trainer.accelerator.no_sync(trainer.wrapped) if early else contextlib.nullcontext():
+            found.append(trainer.compiled(partial(both, piece)).detached())
     if len(found) == 1:
         return found[0]
     return {name: torch.stack([each[name] for each in found]).mean(0) for name in found[0]}

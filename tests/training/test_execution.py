@@ -18,7 +18,7 @@ from maskalign_lab.training.methods import Losses, MethodConfig, PlainSiT, trait
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 BILEVEL = ("ahpa", "method.router=bilevel")
-WHOLES = [case for case in CASES if case != BILEVEL]
+WHOLES = [*(case for case in CASES if case != BILEVEL), ("maskalign", "method.inner.name=haste")]
 
 
 @pytest.fixture
