@@ -117,7 +117,7 @@ def make_trainer(
     check_divides(method, config, execution, world)
     trainee = Trainee(model, method).to(device).train()
     averages = make_averages(model, config)
-    compiled = Compiled(trainee, execution, device, world)
+    compiled = Compiled(trainee, execution, device, world, config.steps)
     optimizer = make_optimizer(trainee, config)
     start = resume(run, model, averages, method, optimizer) if run else 0
     guard = Guard(optimizer, device)
