@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['AVERAGES', 'Trainee', 'make_averages', 'make_optimizer', 'make_accelerator', 'Step', 'Trainer', 'make_trainer',
            'check_divides', 'pieces', 'forward', 'work', 'update', 'gradient_norm', 'average', 'keep', 'give_up', 'fit',
-           'dropout_of', 'told_to_stop', 'to_device']
+           'dropout_of', 'to_device']
 
 # %% ../../nbs/lib/training/loop.ipynb #b189e706
 import contextlib
 import copy
-import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -24,13 +23,13 @@ from ..base.averaging import update_ema
 from ..base.checkpoints import contents, resume, step_folder
 from ..base.devices import resolve_device, resolve_precision
 from ..base.seeding import generator, key
-from ..base.terminal import say
 from .compiling import Compiled
 from .config import TrainingConfig, learning_rate
 from .execution import ExecutionConfig
 from .methods import Batch, Draw, Losses, Method, State, shard, trait
+from .ranks import check_ranks, depart, same_start, told_to_stop, wait_for_all
 from .saving import Saver
-from .stopping import PREEMPTED, UNSEEN, Guard, NonFinite, culprit, notice
+from .stopping import UNSEEN, Guard, NonFinite, culprit, notice
 
 # %% ../../nbs/lib/training/loop.ipynb #5c23f272
 class Trainee(nn.Module):
@@ -64,7 +63,8 @@ def make_accelerator(config: TrainingConfig, device: torch.device, idle: bool = 
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState, PartialState
 
-    if AcceleratorState._shared_state and PartialState().num_processes == 1:
+    alone = not torch.distributed.is_initialized() or PartialState().num_processes == 1
+    if AcceleratorState._shared_state and alone:
         AcceleratorState._reset_state(reset_partial_state=True)
     mixed = "bf16" if resolve_precision(config.precision, device) == "bfloat16" else "no"
     parallel = DistributedDataParallelKwargs(find_unused_parameters=idle, gradient_as_bucket_view=True)
@@ -119,7 +119,7 @@ def make_trainer(
     averages = make_averages(model, config)
     compiled = Compiled(trainee, execution, device, world, config.steps)
     optimizer = make_optimizer(trainee, config)
-    start = resume(run, model, averages, method, optimizer) if run else 0
+    start = same_start(resume(run, model, averages, method, optimizer) if run else 0, run)
     guard = Guard(optimizer, device)
     saver = Saver(run if accelerator.is_main_process else None, config, execution, ahead=device.type == "cuda")
     wrapped, optimizer = accelerator.prepare(trainee, optimizer)
@@ -132,12 +132,7 @@ def make_trainer(
 # %% ../../nbs/lib/training/loop.ipynb #73b72647
 def check_divides(method: Method, config: TrainingConfig, execution: ExecutionConfig, processes: int) -> None:
     """Refuse a batch that cannot be cut into equal parts, and a loss that the mean over parts would change."""
-    size, parts = config.batch_size, execution.accumulate
-    if size % (processes * parts):
-        raise ValueError(
-            f"training.batch_size={size} cannot be cut into {processes * parts} equal parts, execution.accumulate={parts} for "
-            f"each of {processes} processes; take a multiple of {processes * parts}"
-        )
+    check_ranks(config.batch_size, processes, parts := execution.accumulate)
     if parts > 1 and (why := trait(method, "indivisible")):
         raise ValueError(f"execution.accumulate={parts}, and {why}; take execution.accumulate=1")
 
@@ -223,6 +218,7 @@ def give_up(trainer: Trainer, bad: int) -> None:
         keep(trainer, bad)
         trainer.saver.wait()
         saved = f"; the state before it is {step_folder(trainer.saver.run, bad)}"
+    wait_for_all()
     raise NonFinite(f"step {bad + 1}: not finite, first in {where}{saved}")
 
 # %% ../../nbs/lib/training/loop.ipynb #d2933bcf
@@ -261,8 +257,7 @@ def fit(
             state = State(model, trainer.averages["ema"], done)
             yield Step(done, config.steps, parts, norms, time.perf_counter() - began, state)
             if leave and done < config.steps:
-                say(f"told to stop: saved after step {done}; the same command goes on from there")
-                raise KeyboardInterrupt if signal.SIGINT in signals else SystemExit(PREEMPTED)
+                depart(signals, done)
 
 # %% ../../nbs/lib/training/loop.ipynb #1f8a212c
 @contextlib.contextmanager
@@ -278,15 +273,6 @@ def dropout_of(
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
-
-# %% ../../nbs/lib/training/loop.ipynb #d17456b7
-def told_to_stop(signals: list[int], accelerator: "Accelerator", step: int, every: int = 10) -> bool:  # noqa: F821
-    """Whether a signal has arrived, at any of the processes."""
-    if accelerator.num_processes == 1:
-        return bool(signals)
-    if step % every:
-        return False
-    return bool(accelerator.reduce(torch.tensor(float(bool(signals)), device=accelerator.device)) > 0)
 
 # %% ../../nbs/lib/training/loop.ipynb #9ea92c35
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -14,6 +14,7 @@ from maskalign_lab.training.execution import ExecutionConfig
 from maskalign_lab.training.log import cut_log, with_log
 from maskalign_lab.training.loop import fit
 from maskalign_lab.training.methods import Batch, MethodConfig, PlainSiT
+from maskalign_lab.training.ranks import together
 
 
 def tiny():
@@ -39,8 +40,9 @@ def train(folder, steps=12, **changes):
     folder.mkdir(parents=True, exist_ok=True)
     cut_log(folder)
     how = ExecutionConfig(accumulate=int(os.environ.get("ACCUMULATE", 1)))
-    for step in with_log(fit(*tiny(), batches, config(steps, **changes), folder, "cpu", how), folder, 1, 0):
-        print("step", step.step, flush=True)
+    with together():
+        for step in with_log(fit(*tiny(), batches, config(steps, **changes), folder, "cpu", how), folder, 1, 0):
+            print("step", step.step, flush=True)
     return step.state
 
 
