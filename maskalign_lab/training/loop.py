@@ -29,7 +29,7 @@ from .execution import ExecutionConfig
 from .methods import Batch, Draw, Losses, Method, State, shard, trait
 from .ranks import check_ranks, depart, same_start, told_to_stop, wait_for_all
 from .saving import Saver
-from .stopping import UNSEEN, Guard, NonFinite, culprit, notice
+from .stopping import UNSEEN, Guard, Late, NonFinite, culprit, notice
 
 # %% ../../nbs/lib/training/loop.ipynb #5c23f272
 class Trainee(nn.Module):
@@ -238,13 +238,13 @@ def fit(
     gradient that is not finite raises `NonFinite`, which names the step and the module.
     """
     trainer, start = make_trainer(model, method, batches, config, execution, run, device)
-    saver, began = trainer.saver, time.perf_counter()
+    saver, late, began = trainer.saver, Late(trainer.accelerator.device), time.perf_counter()
     with notice() if run else contextlib.nullcontext([]) as signals, contextlib.ExitStack() as leaving:
         leaving.callback(saver.wait)
         for step in range(start, config.steps):
             parts = work(trainer, step)
             norms = update(trainer, step)
-            done, leave = step + 1, told_to_stop(signals, trainer.accelerator, step)
+            done, leave = step + 1, told_to_stop(signals, trainer.accelerator, step, late)
             due = leave or saver.due(done)
             if (bad := trainer.guard.bad_step(step, due)) is not None:
                 give_up(trainer, bad)
