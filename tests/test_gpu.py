@@ -21,8 +21,9 @@ from maskalign_lab.runs.facts import Facts
 from maskalign_lab.runs.presets import LATENTS, NAMED, make_recipe
 from maskalign_lab.runs.run import build, ensure_run, load_run, train
 from maskalign_lab.studies.shipped_runs import pack, write_card
-from maskalign_lab.training.loop import fit, to_device
+from maskalign_lab.training.loop import fit
 from maskalign_lab.training.methods import METHODS, Batch, Plan, State
+from maskalign_lab.training.prefetch import to_device
 
 pytestmark = pytest.mark.gpu
 GPU, NAMES = torch.device("cuda"), sorted({*METHODS, *NAMED})
