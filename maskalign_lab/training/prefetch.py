@@ -116,17 +116,16 @@ class Prefetcher:
         return self.batches.assemble(read, portion)
 
     def order(self) -> None:
-        """Let the thread know what will be wanted; without one, reading waits until it is."""
+        """Let the thread know what will be wanted."""
         for portion in islice(self.coming, DEPTH - len(self.waiting)):
-            read = partial(self.read, portion, in_turn=True)
-            self.waiting.append((portion, self.thread.submit(read).result if self.thread else read))
+            self.waiting.append((portion, self.thread and self.thread.submit(self.read, portion, True)))
 
     def take(self, portion: Portion) -> dict[str, Tensor]:
         """What was read of a portion, for the stream of this thread."""
         if self.waiting and self.waiting[0][0] == portion:
-            _, result = self.waiting.popleft()
+            _, future = self.waiting.popleft()
             self.order()
-            read, ready = result()
+            read, ready = future.result() if future else self.read(portion, True)
         else:
             read, ready = self.read(portion)
         if ready:
@@ -138,7 +137,7 @@ class Prefetcher:
 
     def read(self, portion: Portion, in_turn: bool = False) -> tuple[dict[str, Tensor], torch.Event | None]:
         """All rows of a portion on the device, and what tells when they are there."""
-        with torch.cuda.stream(self.stream):  # does nothing without one
+        with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
             places = self.batches.places(portion)
             read = {name: self.rows_of(*place, in_turn) for name, place in places.items()}
             return read, self.stream and self.stream.record_event()
@@ -176,9 +175,11 @@ class Prefetcher:
 
     def close(self) -> None:
         """End thread and processes; what they have read is dropped."""
+        for _, future in self.waiting:
+            if future:
+                future.cancel()
         if self.thread:
-            self.thread.shutdown(cancel_futures=True)
-        self.waiting.clear()
+            self.thread.shutdown()
         self.decoded.clear()
 
 # %% ../../nbs/lib/training/prefetch.ipynb #2c7ee6b8

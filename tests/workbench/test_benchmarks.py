@@ -18,7 +18,7 @@ from maskalign_lab.diffusion import guidance
 from maskalign_lab.workbench import benchmarking
 from maskalign_lab.workbench.benchmarking import Comparison, Ratio, bench, from_json, in_turn, ratio, scripts, table
 
-NAMES = ["gradient_norms", "import_time", "masked_step", "sampler", "scrub", "training_step"]
+NAMES = ["data_path", "gradient_norms", "import_time", "masked_step", "sampler", "scrub", "training_step"]
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 CPU = torch.device("cpu")
 
