@@ -32,7 +32,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     moved = {name: v.to(device, non_blocking=True) for name, v in vars(batch).items() if isinstance(v, torch.Tensor)}
     return replace(batch, **moved, held_out=batch.held_out and to_device(batch.held_out, device))
 
-
+# %% ../../nbs/lib/training/prefetch.ipynb #6ff08478
 class Portion(NamedTuple):
     """Which images of which step."""
 
@@ -67,7 +67,7 @@ def told_size(count: int) -> str:
     """Bytes in gigabytes, as data sheets count."""
     return f"{count / 1e9:.3g} GB"
 
-
+# %% ../../nbs/lib/training/prefetch.ipynb #0b1cf666
 def chosen(rows: dict[str, Rows], placement: str, room: int) -> list[str]:
     """Names of the rows that shall live on the device, of which `room` bytes are free."""
     sizes, names = {name: nbytes(each) for name, each in rows.items() if stored(each)}, []
@@ -196,7 +196,7 @@ class Feed:
         self.waited += time.perf_counter() - began
         return made
 
-
+# %% ../../nbs/lib/training/prefetch.ipynb #045be1db
 @contextlib.contextmanager
 def feeding(
     batches: RowBatches | Callable[[int], Batch],
