@@ -11,6 +11,7 @@ from maskalign_lab.base.seeding import generator
 from maskalign_lab.diffusion.objectives import Objective
 from maskalign_lab.diffusion.sit import SiT
 from maskalign_lab.training.config import TrainingConfig
+from maskalign_lab.training.execution import ExecutionConfig
 from maskalign_lab.training.log import cut_log, with_log
 from maskalign_lab.training.loop import fit
 from maskalign_lab.training.methods import Batch, MethodConfig, PlainSiT, outline
@@ -54,7 +55,8 @@ def train(folder, steps=12, batches=batches, **changes):
     """Train into a folder; the network and its average."""
     folder.mkdir(parents=True, exist_ok=True)
     cut_log(folder)
-    for step in with_log(fit(*tiny(), batches, config(steps, **changes), folder, "cpu"), folder, 1, 0):
+    how = ExecutionConfig(accumulate=int(os.environ.get("ACCUMULATE", 1)))
+    for step in with_log(fit(*tiny(), batches, config(steps, **changes), folder, "cpu", how), folder, 1, 0):
         print("step", step.step, flush=True)
     return step.state
 
