@@ -42,7 +42,7 @@ ROWS = {"latents": (2, 4, 32, 32), "features": (257, 768)}
 SIZES = {"tiny": (64, 1, 1, 64), "S": (384, 12, 6, 2048), "B": (768, 12, 12, 2048)}  # width, depth, heads, projector
 PLANS = {  # images, then size -> batch, steps of a round, rounds
     "short": (24, {"tiny": (2, 2, 2)}),
-    "cpu": (2048, {"tiny": (64, 12, 10), "S": (4, 4, 3)}),
+    "cpu": (2048, {"tiny": (64, 8, 7), "S": (2, 2, 3)}),
     "cuda": (4096, {"S": (256, 20, 7), "B": (256, 12, 5)}),
 }
 
