@@ -1,7 +1,9 @@
 """On a CUDA device: the same numbers as on a CPU, the same bits after a stop, and every method trains."""
 
 import json
+import threading
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -17,13 +19,14 @@ from maskalign_lab.encoders.teacher_features import rows_of
 from maskalign_lab.encoders.teachers import load_teacher
 from maskalign_lab.gradient_norms import token_gradient_norms
 from maskalign_lab.measure.metrics import validation_loss
-from maskalign_lab.runs.batches import kept_autoencoder
+from maskalign_lab.runs.batches import kept_autoencoder, make_batches
 from maskalign_lab.runs.facts import Facts
 from maskalign_lab.runs.run import build, ensure_run, load_run, train
 from maskalign_lab.studies.shipped_runs import pack, write_card
 from maskalign_lab.training.execution import ExecutionConfig
-from maskalign_lab.training.loop import fit, to_device
+from maskalign_lab.training.loop import fit
 from maskalign_lab.training.methods import State
+from maskalign_lab.training.prefetch import SETTLED, feeding, portions, to_device
 from maskalign_lab.training.stopping import NonFinite
 
 pytestmark = pytest.mark.gpu
@@ -237,6 +240,38 @@ def test_a_step_does_not_wait_for_the_device(compiled):
             next(steps)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("placement", ["host", "device", "auto"])
+def test_rows_reach_the_device_as_they_are_and_nobody_waits(placement):
+    """By a thread's copies or picked there; two processes' parts."""
+    batches, todo = make_batches(small("maskalign")), partial(portions, 0, 9, 1, 2)
+    with feeding(batches, GPU, ExecutionConfig(placement=placement), todo) as feed:
+        for portion in todo():
+            torch.cuda.set_sync_debug_mode("error" if portion.step > SETTLED else "default")
+            try:
+                mine, whole = feed(portion)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            there = batches(*portion)
+            for name in ("x", "y", "features", "class_token"):
+                value = getattr(mine, name)
+                assert value.device.type == "cuda" and value.is_contiguous() is (name != "y")
+                torch.testing.assert_close(value.cpu(), getattr(there, name), rtol=0, atol=0 if name != "x" else 1e-6)
+            assert whole.x.shape == (8, 3, 32, 32) and len(whole.y) == 8
+        assert bool(feed.make.resident) is (placement != "host")
+    assert not any(thread.name.startswith("prefetch") for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("placement", ["host", "device"])
+def test_where_rows_live_changes_no_number(placement):
+    recipe = small("ahpa", "execution.compile=off")
+    batches, ends = make_batches(recipe, "cuda"), []
+    for execution in (ExecutionConfig("off", placement=placement), ExecutionConfig("off")):
+        net, method = build(recipe, batches.facts)
+        *_, last = fit(net, method, batches, recipe.training, None, "cuda", execution)
+        ends.append({name: value.item() for name, value in last.losses.items()})
+    assert ends[0] == pytest.approx(ends[1], rel=1e-4)
 
 
 def test_runs_of_one_recipe_are_found_again_from_either_device(tmp_path, monkeypatch):

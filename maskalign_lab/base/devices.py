@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'devices', 'resolve_device', 'own_device', 'native_bfloat16', 'resolve_precision', 'autocast',
-           'full_precision']
+           'full_precision', 'free_memory']
 
 # %% ../../nbs/lib/base/devices.ipynb #4d9c93e3
 import os
 
+import psutil
 import torch
 
 from .errors import one_of
@@ -85,3 +86,10 @@ def full_precision(
 ) -> torch.autocast:
     """The context in which nothing is cast."""
     return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
+
+# %% ../../nbs/lib/base/devices.ipynb #70df6cd2
+def free_memory(device: torch.device) -> int:
+    """Bytes that nobody uses, in the device's own memory or in the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['AVERAGES', 'Trainee', 'make_averages', 'make_optimizer', 'make_accelerator', 'Step', 'Trainer', 'make_trainer',
-           'check_divides', 'pieces', 'forward', 'work', 'update', 'gradient_norm', 'average', 'keep', 'give_up', 'fit',
-           'dropout_of', 'to_device']
+           'check_divides', 'share', 'pieces', 'forward', 'work', 'update', 'gradient_norm', 'average', 'keep',
+           'give_up', 'fit', 'dropout_of']
 
 # %% ../../nbs/lib/training/loop.ipynb #b189e706
 import contextlib
 import copy
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -27,9 +27,10 @@ from .compiling import Compiled
 from .config import TrainingConfig, learning_rate
 from .execution import ExecutionConfig
 from .methods import Batch, Draw, Losses, Method, State, shard, trait
+from .prefetch import Feed, Portion, RowBatches, feeding, portions
 from .ranks import check_ranks, depart, same_start, told_to_stop, wait_for_all
 from .saving import Saver
-from .stopping import UNSEEN, Guard, NonFinite, culprit, notice
+from .stopping import UNSEEN, Guard, Late, NonFinite, culprit, notice
 
 # %% ../../nbs/lib/training/loop.ipynb #5c23f272
 class Trainee(nn.Module):
@@ -81,6 +82,7 @@ class Step:
     norms: dict[str, Tensor]  # of the gradient before clipping: "gradient" the whole, "network" and "method" its parts
     seconds: float  # since this call of `fit` began
     state: State
+    waited: float = 0.0  # seconds of them that went into getting the batches
 
 # %% ../../nbs/lib/training/loop.ipynb #1b3d50d7
 @dataclass
@@ -89,7 +91,6 @@ class Trainer:
 
     config: TrainingConfig
     execution: ExecutionConfig
-    batches: Callable[[int], Batch]  # step -> the whole batch of that step
     trainee: Trainee
     wrapped: nn.Module  # the trainee as it is called, for several processes
     weights: dict[str, list[nn.Parameter]]  # of "network" and "method"
@@ -100,12 +101,12 @@ class Trainer:
     guard: Guard
     saver: Saver
     compiled: Compiled
+    feed: Feed | None = None  # gives the batches while `fit` runs
 
 # %% ../../nbs/lib/training/loop.ipynb #e2afb3e6
 def make_trainer(
     model: nn.Module,
     method: Method,
-    batches: Callable[[int], Batch],
     config: TrainingConfig,
     execution: ExecutionConfig,
     run: Path | None,
@@ -117,7 +118,7 @@ def make_trainer(
     check_divides(method, config, execution, world)
     trainee = Trainee(model, method).to(device).train()
     averages = make_averages(model, config)
-    compiled = Compiled(trainee, execution, device, world)
+    compiled = Compiled(trainee, execution, device, world, config.steps)
     optimizer = make_optimizer(trainee, config)
     start = same_start(resume(run, model, averages, method, optimizer) if run else 0, run)
     guard = Guard(optimizer, device)
@@ -127,7 +128,7 @@ def make_trainer(
     weights = {name: part for name, part in parts.items() if part}  # a method may have none
     averaged = {name: list(average.parameters()) for name, average in averages.items()}
     objects = trainee, wrapped, weights, averages, averaged, optimizer, accelerator, guard, saver, compiled
-    return Trainer(config, execution, batches, *objects), start
+    return Trainer(config, execution, *objects), start
 
 # %% ../../nbs/lib/training/loop.ipynb #73b72647
 def check_divides(method: Method, config: TrainingConfig, execution: ExecutionConfig, processes: int) -> None:
@@ -138,13 +139,20 @@ def check_divides(method: Method, config: TrainingConfig, execution: ExecutionCo
         raise ValueError(f"{cut}, and {why}; take execution.accumulate=1, and one process")
 
 # %% ../../nbs/lib/training/loop.ipynb #7d712d8c
+def share(trainer: Trainer, start: int, stop: int) -> Iterator[Portion]:
+    """What this process works from one step to another."""
+    accelerator = trainer.accelerator
+    return portions(start, stop, accelerator.process_index, accelerator.num_processes, trainer.execution.accumulate)
+
+
 def pieces(trainer: Trainer, step: int) -> list[tuple[int, Batch, Draw]]:
     """What this process works in a step, piece by piece: which of all pieces, its batch and its draws."""
-    accelerator, device, world = trainer.accelerator, trainer.accelerator.device, trainer.accelerator.num_processes
-    batch = to_device(trainer.batches(step), device)
-    draw = trainer.trainee.method.draw(batch, step, partial(generator, trainer.config.seed, device=device))
-    every = world * trainer.execution.accumulate
-    return [(k, shard(batch, k, every), shard(draw, k, every)) for k in range(accelerator.process_index, every, world)]
+    found, draw, draws = [], None, partial(generator, trainer.config.seed, device=trainer.accelerator.device)
+    for portion in share(trainer, step, step + 1):
+        batch, whole = trainer.feed(portion)
+        draw = draw or trainer.trainee.method.draw(whole, step, draws)
+        found.append((portion.part, batch, shard(draw, portion.part, portion.parts)))
+    return found
 
 
 def forward(
@@ -164,12 +172,16 @@ def forward(
 def work(trainer: Trainer, step: int) -> dict[str, Tensor]:  # the parts of the loss
     """Forward and backward pass of all pieces of a step; leaves the gradient of their mean."""
     found, todo = [], pieces(trainer, step)
+
+    def both(piece: tuple[int, Batch, Draw]) -> Losses:
+        losses = forward(trainer, step, piece)
+        trainer.accelerator.backward(losses.total / len(todo))
+        return losses
+
     for piece in todo:
-        alone = piece is not todo[-1]  # others hear of the gradient with the last piece
-        with trainer.accelerator.no_sync(trainer.wrapped) if alone else contextlib.nullcontext():
-            losses = trainer.compiled(partial(forward, trainer, step, piece))
-            trainer.accelerator.backward(losses.total / len(todo))
-        found.append(losses.detached())
+        early = piece is not todo[-1]  # other processes hear of the gradient with the last piece
+        with trainer.accelerator.no_sync(trainer.wrapped) if early else contextlib.nullcontext():
+            found.append(trainer.compiled(partial(both, piece)).detached())
     if len(found) == 1:
         return found[0]
     return {name: torch.stack([each[name] for each in found]).mean(0) for name in found[0]}
@@ -222,7 +234,7 @@ def give_up(trainer: Trainer, bad: int) -> None:
 def fit(
     model: nn.Module,
     method: Method,
-    batches: Callable[[int], Batch],  # step -> the whole batch of that step
+    batches: RowBatches | Callable[[int], Batch],  # by parts, or step -> the whole batch of that step
     config: TrainingConfig,
     run: Path | None = None,  # folder to resume from and save to; None keeps nothing
     device: str = "auto",
@@ -234,14 +246,16 @@ def fit(
     and SIGHUP save and leave with exit code 75, and Ctrl-C or an interrupted kernel saves before the `KeyboardInterrupt`. A loss or
     gradient that is not finite raises `NonFinite`, which names the step and the module.
     """
-    trainer, start = make_trainer(model, method, batches, config, execution, run, device)
-    saver, began = trainer.saver, time.perf_counter()
+    trainer, start = make_trainer(model, method, config, execution, run, device)
+    saver, late, began = trainer.saver, Late(trainer.accelerator.device), time.perf_counter()
+    todo = partial(share, trainer, start, config.steps)
     with notice() if run else contextlib.nullcontext([]) as signals, contextlib.ExitStack() as leaving:
         leaving.callback(saver.wait)
+        trainer.feed = leaving.enter_context(feeding(batches, trainer.accelerator.device, execution, todo))
         for step in range(start, config.steps):
             parts = work(trainer, step)
             norms = update(trainer, step)
-            done, leave = step + 1, told_to_stop(signals, trainer.accelerator, step)
+            done, leave = step + 1, told_to_stop(signals, trainer.accelerator, step, late)
             due = leave or saver.due(done)
             if (bad := trainer.guard.bad_step(step, due)) is not None:
                 give_up(trainer, bad)
@@ -252,7 +266,7 @@ def fit(
             if leave or done == config.steps:
                 saver.wait()
             state = State(model, trainer.averages["ema"], done)
-            yield Step(done, config.steps, parts, norms, time.perf_counter() - began, state)
+            yield Step(done, config.steps, parts, norms, time.perf_counter() - began, state, trainer.feed.waited)
             if leave and done < config.steps:
                 depart(signals, done)
 
@@ -270,9 +284,3 @@ def dropout_of(
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
-
-# %% ../../nbs/lib/training/loop.ipynb #9ea92c35
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on the device."""
-    moved = {name: v.to(device, non_blocking=True) for name, v in vars(batch).items() if isinstance(v, torch.Tensor)}
-    return replace(batch, **moved, held_out=batch.held_out and to_device(batch.held_out, device))

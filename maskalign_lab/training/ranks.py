@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from ..base.processes import check_launched
 from ..base.terminal import say
-from .stopping import PREEMPTED
+from .stopping import PREEMPTED, Late
 
 # %% ../../nbs/lib/training/ranks.ipynb #84f3cd29
 def check_ranks(
@@ -54,13 +54,19 @@ def same_start(
     return start
 
 # %% ../../nbs/lib/training/ranks.ipynb #c9bbae76
-def told_to_stop(signals: list[int], accelerator: "Accelerator", step: int, every: int = 10) -> bool:  # noqa: F821
-    """Whether a signal has arrived, at any of the processes."""
+def told_to_stop(
+    signals: list[int],  # that have arrived here
+    accelerator: "Accelerator",  # noqa: F821
+    step: int,
+    late: Late,  # on the accelerator's device
+    every: int = 10,  # steps between questions to the other processes
+) -> bool:
+    """Whether a signal has arrived, at any of the processes; on GPUs heard of one question late, for which no step waits."""
     if accelerator.num_processes == 1:
         return bool(signals)
     if step % every:
         return False
-    return bool(accelerator.reduce(torch.tensor(float(bool(signals)), device=accelerator.device)) > 0)
+    return late.read(accelerator.reduce(torch.tensor(float(bool(signals)), device=accelerator.device))) > 0
 
 # %% ../../nbs/lib/training/ranks.ipynb #8dc5b418
 def wait_for_all() -> None:

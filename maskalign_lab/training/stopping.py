@@ -18,19 +18,22 @@ from ..base.processes import stop_signals
 
 # %% ../../nbs/lib/training/stopping.ipynb #5ce2d735
 class Late:
-    """A number on a GPU, read one look late, which nobody waits for."""
+    """A number on a device; of a GPU it is read one look late, so that nobody waits for it."""
 
-    def __init__(self):
-        self.copy, self.arrived = torch.zeros((), dtype=torch.double, pin_memory=True), torch.cuda.Event()
-        self.asked = False
+    def __init__(self, device: torch.device):
+        self.on_gpu, self.arrived = device.type == "cuda", None
+        self.copy = torch.zeros((), dtype=torch.double, pin_memory=self.on_gpu)
 
-    def read(self, value: Tensor) -> float:  # 0 at the first look
+    def read(self, value: Tensor) -> float:  # of a GPU 0 at the first look
         """What the value was at the look before; the present one is sent for."""
-        if self.asked:
+        if not self.on_gpu:
+            return value.item()
+        if self.arrived:
             self.arrived.synchronize()  # of a copy that is some steps old
-        before, self.asked = self.copy.item() if self.asked else 0.0, True
+        before = self.copy.item()
         self.copy.copy_(value, non_blocking=True)
-        self.arrived.record()
+        (arrived := torch.cuda.Event()).record()
+        self.arrived = arrived
         return before
 
 # %% ../../nbs/lib/training/stopping.ipynb #5ea71d55
@@ -44,7 +47,7 @@ class Guard:
     ):
         self.optimizer, self.first = optimizer, torch.zeros((), dtype=torch.long, device=device)  # 1 + the bad step
         self.every = 1 if device.type == "cpu" else 10  # steps between looks; on a CPU looking costs nothing
-        self.late = Late() if device.type == "cuda" else None
+        self.late = Late(device)
 
     def watch(
         self,
@@ -59,7 +62,7 @@ class Guard:
         """The first step whose gradient was not finite, looked for every few steps, and when it is due: before saving."""
         if step % self.every and not due:
             return None
-        first = int(self.late.read(self.first) if self.late and not due else self.first)
+        first = int(self.first if due else self.late.read(self.first))
         return first - 1 if first else None
 
 # %% ../../nbs/lib/training/stopping.ipynb #85130671

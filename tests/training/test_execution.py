@@ -1,6 +1,6 @@
 """A training may be compiled, or worked in parts: it stays the same training."""
 
-from functools import partialmethod
+from functools import partial, partialmethod
 
 import pytest
 import torch
@@ -10,15 +10,16 @@ from torch import nn
 
 from maskalign_lab.diffusion.objectives import Objective
 from maskalign_lab.training import compiling
-from maskalign_lab.training.compiling import WHOLE, Compiled, way_to_compile
+from maskalign_lab.training.compiling import SHORT, WHOLE, Compiled, way_to_compile
 from maskalign_lab.training.config import TrainingConfig
 from maskalign_lab.training.execution import ExecutionConfig
 from maskalign_lab.training.loop import Trainee, fit, make_trainer, pieces, work
 from maskalign_lab.training.methods import Losses, MethodConfig, PlainSiT, trait
+from maskalign_lab.training.prefetch import Feed, cut
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 BILEVEL = ("ahpa", "method.router=bilevel")
-WHOLES = [case for case in CASES if case != BILEVEL]
+WHOLES = [*(case for case in CASES if case != BILEVEL), ("maskalign", "method.inner.name=haste")]
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def test_every_loss_is_one_static_graph_and_the_same_number(traced, name, more):
     trainee = Trainee(net, method)
     found = []
     for way in ("off", "whole"):
-        compiled = Compiled(trainee, ExecutionConfig(way), CPU, 1)
+        compiled = Compiled(trainee, ExecutionConfig(way), CPU, 1, 6)
         found.append(losses_and_slopes(trainee, compiled, batch, draw))
         for step in (1, 2):  # no graph of its own for each step
             losses_and_slopes(trainee, compiled, batch, draw, step)
@@ -73,7 +74,7 @@ def test_every_loss_is_one_static_graph_and_the_same_number(traced, name, more):
 def test_haste_is_two_graphs_before_and_after_its_stop(traced):
     net, method, batch, draw = given(small("haste", "method.stop=3"))
     trainee = Trainee(net, method)
-    compiled = Compiled(trainee, ExecutionConfig("whole"), CPU, 1)
+    compiled = Compiled(trainee, ExecutionConfig("whole"), CPU, 1, 6)
     parts = [set(losses_and_slopes(trainee, compiled, batch, draw, step)[0].parts) for step in range(6)]
     assert parts == 3 * [{"denoising", "alignment", "attention"}] + 3 * [{"denoising"}] and len(traced) == 2
 
@@ -84,7 +85,7 @@ def test_arms_of_one_process_get_static_shapes_each(traced, way):
     for name in ("repa", "maskalign", "repa"):
         net, method, batch, draw = given(small(name), images=4 if name == "repa" else 6)
         trainee, before = Trainee(net, method), len(traced)
-        losses_and_slopes(trainee, Compiled(trainee, ExecutionConfig(way), CPU, 1), batch, draw)
+        losses_and_slopes(trainee, Compiled(trainee, ExecutionConfig(way), CPU, 1, 6), batch, draw)
         assert len(traced) == before + (2 if (name, way) == ("maskalign", "blocks") else 1)  # mixer: all tokens
     assert is_static(traced)
 
@@ -105,8 +106,8 @@ def test_a_whole_training_is_the_eager_one(traced):
 def test_a_bilevel_router_says_so(capsys):
     net, method, *_ = given(small(*BILEVEL))
     with pytest.raises(ValueError, match="compile=whole, and router=bilevel takes gradients within the loss"):
-        Compiled(Trainee(net, method), ExecutionConfig("whole"), CPU, 1)
-    assert way_to_compile(Trainee(net, method), "auto", GPU, 1) == "off"
+        Compiled(Trainee(net, method), ExecutionConfig("whole"), CPU, 1, 6)
+    assert way_to_compile(Trainee(net, method), "auto", GPU, 1, SHORT) == "off"
     assert "not compiled, because router=bilevel takes gradients" in capsys.readouterr().out
 
 
@@ -151,7 +152,7 @@ def test_what_fails_goes_on_eagerly_and_says_so_if_nobody_asked(traced, kind, mo
 def test_one_shape_too_many_is_an_error_and_not_an_eager_step(traced, monkeypatch):
     monkeypatch.setattr(compiling, "SHAPES", 2)
     net, method = survive.tiny()
-    compiled = Compiled(Trainee(net, method), ExecutionConfig("blocks"), CPU, 1)
+    compiled = Compiled(Trainee(net, method), ExecutionConfig("blocks"), CPU, 1, 6)
     with pytest.raises(ValueError, match="execution.compile=blocks: "):
         for images in range(2, 6):
             compiled(lambda n=images: net(torch.randn(n, 3, 8, 8), torch.rand(n), torch.zeros(n, dtype=torch.long)))
@@ -161,12 +162,13 @@ def test_one_shape_too_many_is_an_error_and_not_an_eager_step(traced, monkeypatc
     ("size", "device", "processes", "way"),
     [(WHOLE, GPU, 1, "whole"), (WHOLE + 1, GPU, 1, "blocks"), (1, GPU, 2, "blocks"), (1, CPU, 1, "off")],
 )
-def test_auto_goes_by_device_size_and_processes(size, device, processes, way):
+def test_auto_goes_by_device_size_processes_and_steps(size, device, processes, way):
     with torch.device("meta"):
         net = nn.Linear(size, 1, bias=False)
     trainee = nn.Module()
     trainee.model, trainee.method = net, nn.Module()
-    assert way_to_compile(trainee, "auto", device, processes) == way
+    assert way_to_compile(trainee, "auto", device, processes, SHORT) == way
+    assert way_to_compile(trainee, "auto", device, processes, SHORT - 1) == "off"
 
 
 # ---- parts of a batch
@@ -178,9 +180,8 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(name, more):
     net, method, batch = net.float(), method.float(), in_single(batch)
     config, found = TrainingConfig(batch_size=8, precision="float32"), []
     for accumulate in (1, 2, 4):
-        trainer, _ = make_trainer(
-            net, method, lambda _: batch, config, ExecutionConfig(accumulate=accumulate), None, "cpu"
-        )
+        trainer, _ = make_trainer(net, method, config, ExecutionConfig(accumulate=accumulate), None, "cpu")
+        trainer.feed = Feed(partial(cut, lambda _: batch, CPU))
         assert [len(part.y) for _, part, _ in pieces(trainer, 0)] == [8 // accumulate] * accumulate
         losses = work(trainer, 0)
         slopes = {key: p.grad for key, p in trainer.trainee.named_parameters() if p.grad is not None}
@@ -227,6 +228,6 @@ def test_who_leaves_a_parameter_idle_says_so(name, more):
     steps = (0, 1, 10_000) if trait(method, "idle") else (0,)
     idle = set()
     for step in steps:
-        _, slopes = losses_and_slopes(trainee, Compiled(trainee, ExecutionConfig("off"), CPU, 1), batch, draw, step)
+        _, slopes = losses_and_slopes(trainee, Compiled(trainee, ExecutionConfig("off"), CPU, 1, 6), batch, draw, step)
         idle |= {name for name, p in trainee.named_parameters() if p.requires_grad} - slopes.keys()
     assert bool(idle) == bool(trait(method, "idle"))
