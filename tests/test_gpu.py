@@ -259,7 +259,7 @@ def test_rows_reach_the_device_as_they_are_and_nobody_waits(placement):
                 assert value.device.type == "cuda" and value.is_contiguous() is (name != "y")
                 torch.testing.assert_close(value.cpu(), getattr(there, name), rtol=0, atol=0 if name != "x" else 1e-6)
             assert whole.x.shape == (8, 3, 32, 32) and len(whole.y) == 8
-        assert bool(feed.make.resident) is (placement != "host")
+        assert bool(feed.resident) is (placement != "host")
     assert not any(thread.name.startswith("prefetch") for thread in threading.enumerate())
 
 
