@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from .image_files import read_image
-from .listing import Listing, digest_of, known_unreadable, note_unreadable
+from .listing import Listing, known_unreadable, note_unreadable
 
 # %% ../../nbs/lib/data/stored_images.ipynb #23b95420
 IN_MEMORY = 2**30  # bytes of decoded pixels; sets that take more stay on disk
@@ -115,7 +115,7 @@ class StoredImages:
     @cached_property
     def listed(self) -> str:
         """What the listing and the way it is decoded are noted under."""
-        return digest_of(self.listing, {"split": self.split, "size": self.size, "crop": self.crop})
+        return _hashed(self.listing.digest, self.split, self.size, self.crop)
 
     @cached_property
     def cached_as(self) -> str:
