@@ -26,8 +26,9 @@ from maskalign_lab.runs.facts import Facts
 from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.recipe import Recipe
 from maskalign_lab.runs.run import build
-from maskalign_lab.training.loop import fit, to_device
+from maskalign_lab.training.loop import fit
 from maskalign_lab.training.methods import Batch, Draw, Method, State
+from maskalign_lab.training.prefetch import to_device
 from maskalign_lab.training.repa import cosine_alignment, projector
 from maskalign_lab.workbench.benchmarking import Comparison, Ratio, in_turn, ratio, run_script
 

@@ -16,13 +16,14 @@ from maskalign_lab.encoders.teacher_features import rows_of
 from maskalign_lab.encoders.teachers import load_teacher
 from maskalign_lab.gradient_norms import token_gradient_norms
 from maskalign_lab.measure.metrics import validation_loss
-from maskalign_lab.runs.batches import kept_autoencoder
 from maskalign_lab.runs.facts import Facts
 from maskalign_lab.runs.presets import LATENTS, NAMED, make_recipe
 from maskalign_lab.runs.run import build, ensure_run, load_run, train
+from maskalign_lab.runs.sources import kept_autoencoder
 from maskalign_lab.studies.shipped_runs import pack, write_card
-from maskalign_lab.training.loop import fit, to_device
+from maskalign_lab.training.loop import fit
 from maskalign_lab.training.methods import METHODS, Batch, Plan, State
+from maskalign_lab.training.prefetch import to_device
 
 pytestmark = pytest.mark.gpu
 GPU, NAMES = torch.device("cuda"), sorted({*METHODS, *NAMED})

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -54,10 +55,20 @@ class Cache:
 
     def __getitem__(self, index: Any) -> Tensor:
         """Rows by anything that indexes the first dimension of a tensor; the result's shape is as there."""
-        places, n = self.places[index], self.shard_rows
-        rows = [self._shards[p // n][p % n] for p in places.flatten().tolist()]
-        found = torch.stack(rows) if rows else torch.empty(0, dtype=self.dtype)
-        return found.reshape(places.shape + self.shape[1:])
+        numbers = torch.arange(len(self))[index]
+        out = torch.empty(numbers.numel(), *self.shape[1:], dtype=self.dtype)
+        return self.read(numbers.flatten(), out).reshape(numbers.shape + self.shape[1:])
+
+    def read(
+        self,
+        numbers: Tensor | np.ndarray,  # (b,) of rows, from 0
+        out: Tensor,  # (b, ...) of the cache's dtype
+    ) -> Tensor:  # out
+        """Copy rows into a tensor, one by one: measured, that is as fast as the memory."""
+        n = self.shard_rows
+        for place, row in zip(self.places[torch.as_tensor(numbers)].tolist(), out.unbind(), strict=True):
+            row.copy_(self._shards[place // n][place % n])
+        return out
 
     def __repr__(self) -> str:
         return f"Cache({tuple(self.shape)}, {self.dtype}, {len(self._shards)} shards in {self.folder})"

@@ -26,9 +26,11 @@ from torch import nn
 from .. import ahpa, maskalign, reg  # noqa: F401  (importing a module registers its methods)
 from ..base.errors import one_of
 from ..base.paths import absolute
+from ..data.image_files import CROPS
 from ..diffusion.jit import JiT
 from ..diffusion.objectives import Objective
 from ..diffusion.sit import SiT
+from ..encoders.teacher_features import PRECISIONS
 from ..training import haste, irepa, sra2  # noqa: F401  (importing a module registers its methods)
 from ..training.config import TrainingConfig
 from ..training.execution import ExecutionConfig
@@ -40,13 +42,20 @@ from ..workbench.study_parameters import parse_value
 class DataConfig:
     """Which images, and which teacher looks at them."""
 
-    name: str = "shapes"  # shapes | digits | photos | folder:PATH
+    name: str = "shapes"  # shapes | digits | photos | folder:PATH | hf:NAME
     variant: str = ""  # shapes: a placement law; photos: "scrambled", the texture control; empty: as they are
     size: int = 32  # pixels along a side
     detail: int | None = None  # pixels that the pictures are made with, each repeated to fill the size; None: size
     n: int | None = None  # training images; None takes all
+    classes: tuple[str, ...] = ()  # of images in files, by name; empty: all
+    crop: str = "fit"  # of images in files: fit | adm, see `image_files`
     teacher: str = "tiny"  # tiny | tiny:PATH | oracle | timm:MODEL; used by methods that align
     autoencoder: str = ""  # tiny | tiny:PATH | a diffusers folder or name, whose latents are learned; empty: pixels
+    precision: str = "exact"  # of what is cached of the images: exact | half | int8, see `teacher_features`
+
+    def __post_init__(self):
+        one_of(self.crop, CROPS, "data.crop")
+        one_of(self.precision, PRECISIONS, "data.precision")
 
 # %% ../../nbs/lib/runs/recipe.ipynb #9811c5a1
 @dataclass(frozen=True)

@@ -26,10 +26,10 @@ def check_dataset(
     more: Iterable[str] = (),  # words that may stand in its place
 ) -> None:
     """Refuse a data set that does not exist."""
-    kind, _, path = spec.partition("folder:")
-    if not kind and path:
+    kind, _, path = spec.partition(":")
+    if kind == "folder" and path:
         check_folder(home_of(path))
-    else:
+    elif kind != "hf" or not path:  # what a hub has is known once it is asked
         one_of(spec, (*DATASETS, *more), "dataset")
 
 # %% ../../nbs/lib/runs/requests.ipynb #30736d2f

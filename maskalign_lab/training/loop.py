@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AVERAGES', 'Trainee', 'make_averages', 'make_optimizer', 'check_compiler', 'compile_blocks', 'make_accelerator',
            'Step', 'Trainer', 'make_trainer', 'forward', 'update', 'gradient_norm', 'average', 'keep', 'give_up', 'fit',
-           'dropout_of', 'told_to_stop', 'to_device']
+           'dropout_of', 'told_to_stop']
 
 # %% ../../nbs/lib/training/loop.ipynb #b189e706
 import contextlib
@@ -13,7 +13,7 @@ import copy
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from ..base.terminal import say
 from .config import TrainingConfig, learning_rate
 from .execution import ExecutionConfig
 from .methods import Batch, Draw, Losses, Method, State, shard
+from .prefetch import Feed, Portion, RowBatches, feeding, portions
 from .stopping import PREEMPTED, Guard, NonFinite, culprit, notice
 
 # %% ../../nbs/lib/training/loop.ipynb #5c23f272
@@ -113,6 +114,7 @@ class Step:
     norms: dict[str, Tensor]  # of the gradient before clipping: "gradient" the whole, "network" and "method" its parts
     seconds: float  # since this call of `fit` began
     state: State
+    waited: float = 0.0  # seconds of them that went into getting the batches
 
 # %% ../../nbs/lib/training/loop.ipynb #1b3d50d7
 @dataclass
@@ -121,7 +123,6 @@ class Trainer:
 
     config: TrainingConfig
     execution: ExecutionConfig
-    batches: Callable[[int], Batch]  # step -> the whole batch of that step
     trainee: Trainee
     wrapped: nn.Module  # the trainee as it is called, for several processes
     weights: dict[str, list[nn.Parameter]]  # of "network" and "method"
@@ -131,12 +132,12 @@ class Trainer:
     accelerator: "Accelerator"  # noqa: F821
     guard: Guard
     run: Path | None  # folder to save to; None keeps nothing
+    feed: Feed | None = None  # gives the batches while `fit` runs
 
 # %% ../../nbs/lib/training/loop.ipynb #e2afb3e6
 def make_trainer(
     model: nn.Module,
     method: Method,
-    batches: Callable[[int], Batch],
     config: TrainingConfig,
     execution: ExecutionConfig,
     run: Path | None,
@@ -155,10 +156,8 @@ def make_trainer(
     parts = {"network": list(model.parameters()), "method": list(method.parameters())}
     weights = {name: part for name, part in parts.items() if part}  # a method may have none
     averaged = {name: list(average.parameters()) for name, average in averages.items()}
-    built = Trainer(
-        config, execution, batches, trainee, wrapped, weights, averages, averaged, optimizer, accelerator, guard, run
-    )
-    return built, start
+    objects = trainee, wrapped, weights, averages, averaged, optimizer, accelerator, guard, run
+    return Trainer(config, execution, *objects), start
 
 # %% ../../nbs/lib/training/loop.ipynb #7d712d8c
 def forward(
@@ -169,11 +168,11 @@ def forward(
     """The losses of one step."""
     accelerator, config, model = trainer.accelerator, trainer.config, trainer.trainee.model
     place, mine = accelerator.device, (accelerator.process_index, accelerator.num_processes)
-    batch = to_device(trainer.batches(step), place)
-    draw = trainer.trainee.method.draw(batch, step, partial(generator, config.seed, device=place))
+    batch, whole = trainer.feed(Portion(step, *mine))
+    draw = trainer.trainee.method.draw(whole, step, partial(generator, config.seed, device=place))
     module, ema = module or trainer.wrapped, trainer.averages["ema"]
     with accelerator.autocast(), dropout_of(model, key(config.seed, step, f"dropout {mine[0]}"), place):
-        return module(ema, step, shard(batch, *mine), shard(draw, *mine))
+        return module(ema, step, batch, shard(draw, *mine))
 
 # %% ../../nbs/lib/training/loop.ipynb #b4793ae7
 def update(
@@ -222,7 +221,7 @@ def give_up(trainer: Trainer, bad: int, saves: bool) -> None:
 def fit(
     model: nn.Module,
     method: Method,
-    batches: Callable[[int], Batch],  # step -> the whole batch of that step
+    batches: RowBatches | Callable[[int], Batch],  # by parts, or step -> the whole batch of that step
     config: TrainingConfig,
     run: Path | None = None,  # folder to resume from and save to; None keeps nothing
     device: str = "auto",
@@ -234,9 +233,12 @@ def fit(
     and SIGHUP save and leave with exit code 75, and Ctrl-C or an interrupted kernel saves before the `KeyboardInterrupt`. A loss or
     gradient that is not finite raises `NonFinite`, which names the step and the module.
     """
-    trainer, start = make_trainer(model, method, batches, config, execution, run, device)
-    saves, began = run and trainer.accelerator.is_main_process, time.perf_counter()
-    with notice() if run else contextlib.nullcontext([]) as signals:
+    trainer, start = make_trainer(model, method, config, execution, run, device)
+    accelerator, began = trainer.accelerator, time.perf_counter()
+    saves, mine = run and accelerator.is_main_process, (accelerator.process_index, accelerator.num_processes)
+    with notice() if run else contextlib.nullcontext([]) as signals, contextlib.ExitStack() as leaving:
+        todo = partial(portions, start, config.steps, *mine)
+        trainer.feed = leaving.enter_context(feeding(batches, accelerator.device, execution, todo))
         for step in range(start, config.steps):
             losses = forward(trainer, step)
             norms = update(trainer, step, losses.total)
@@ -248,7 +250,7 @@ def fit(
             if saves and due:
                 keep(trainer, done)
             parts, state = losses.detached(), State(model, trainer.averages["ema"], done)
-            yield Step(done, config.steps, parts, norms, time.perf_counter() - began, state)
+            yield Step(done, config.steps, parts, norms, time.perf_counter() - began, state, trainer.feed.waited)
             if leave and done < config.steps:
                 say(f"told to stop: saved after step {done}; the same command goes on from there")
                 raise KeyboardInterrupt if signal.SIGINT in signals else SystemExit(PREEMPTED)
@@ -276,9 +278,3 @@ def told_to_stop(signals: list[int], accelerator: "Accelerator", step: int, ever
     if step % every:
         return False
     return bool(accelerator.reduce(torch.tensor(float(bool(signals)), device=accelerator.device)) > 0)
-
-# %% ../../nbs/lib/training/loop.ipynb #9ea92c35
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on the device."""
-    moved = {name: v.to(device, non_blocking=True) for name, v in vars(batch).items() if isinstance(v, torch.Tensor)}
-    return replace(batch, **moved, held_out=batch.held_out and to_device(batch.held_out, device))

@@ -9,10 +9,10 @@ from shared.studies import run_job
 
 from maskalign_lab.base import paths
 from maskalign_lab.data.datasets import load_dataset
-from maskalign_lab.runs.batches import images_of
 from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.recipe import from_json, identity
 from maskalign_lab.runs.run import train
+from maskalign_lab.runs.sources import images_of
 from maskalign_lab.studies.shipped_runs import SHIPPED, shipped_recipe
 
 
