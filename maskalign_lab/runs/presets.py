@@ -8,10 +8,9 @@ __all__ = ['PRESETS', 'ALIGNED', 'LATENTS', 'NAMED', 'DERIVED', 'jit_noise', 'ma
 # %% ../../nbs/lib/runs/presets.ipynb #a642337a
 from dataclasses import replace
 
-from .paper_settings import IMAGES, paper_overrides
-
 from ..ahpa import REVISION
 from ..base.errors import one_of
+from .paper_settings import IMAGES, paper_overrides
 from .recipe import Recipe, override, rooted
 from ..training.methods import METHODS, layers_of, method_class
 

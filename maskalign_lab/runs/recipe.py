@@ -42,7 +42,7 @@ class DataConfig:
     size: int = 32  # pixels along a side
     detail: int | None = None  # pixels that the pictures are made with, each repeated to fill the size; None: size
     n: int | None = None  # training images; None takes all
-    teacher: str = "tiny"  # tiny | tiny:PATH | oracle | timm:MODEL; used by methods that align
+    teacher: str = "tiny"  # tiny | tiny:PATH | oracle | timm:MODEL[@PATH]; used by methods that align
     autoencoder: str = ""  # tiny | tiny:PATH | a diffusers folder or name, whose latents are learned; empty: pixels
 
 # %% ../../nbs/lib/runs/recipe.ipynb #9811c5a1
