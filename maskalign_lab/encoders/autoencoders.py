@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.backends import cudnn
 
+from ..base.devices import full_precision
 from ..base.errors import one_of
 from ..base.paths import data, home_of
 from ..diffusion.taps import taps
@@ -42,9 +43,10 @@ def exact(
     device: torch.device,
 ) -> Iterator[None]:
     """No gradients, no autocast, and on a GPU convolutions without TF32, so that latents and levels are those of a CPU."""
-    kind = "cpu" if device.type == "meta" else device.type  # autocast does not know the device of shapes alone
-    precise = cudnn.flags(enabled=True, deterministic=True, allow_tf32=False) if kind == "cuda" else nullcontext()
-    with torch.no_grad(), torch.autocast(kind, enabled=False), precise:
+    precise = (
+        cudnn.flags(enabled=True, deterministic=True, allow_tf32=False) if device.type == "cuda" else nullcontext()
+    )
+    with torch.no_grad(), full_precision(device), precise:
         yield
 
 # %% ../../nbs/lib/encoders/autoencoders.ipynb #e5993ccc
