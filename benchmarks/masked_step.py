@@ -10,32 +10,26 @@ FLOP ratio of the whole network is counted without running it. Memory, estimated
     python benchmarks/masked_step.py [--short] [--device cuda]
 """
 
-from collections.abc import Callable, Iterable
-from functools import lru_cache, partial
+from collections.abc import Callable
+from functools import partial
 
 import torch
+from _published import LATENTS, MIXER, SIDE, TEACHER, batch_for, drop, flops, numbers, recipe_for
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from maskalign_lab.base.devices import resolve_precision
-from maskalign_lab.base.seeding import generator
 from maskalign_lab.diffusion.sit import SIZES
-from maskalign_lab.maskalign import MaskAlign, count_kept
-from maskalign_lab.runs.facts import Facts
-from maskalign_lab.runs.presets import make_recipe
+from maskalign_lab.maskalign import count_kept
 from maskalign_lab.runs.recipe import Recipe
 from maskalign_lab.runs.run import build
+from maskalign_lab.training.execution import ExecutionConfig
 from maskalign_lab.training.loop import fit
-from maskalign_lab.training.methods import Batch, Draw, Method, State
-from maskalign_lab.training.prefetch import to_device
+from maskalign_lab.training.methods import Batch
 from maskalign_lab.training.repa import cosine_alignment, projector
 from maskalign_lab.workbench.benchmarking import Comparison, Ratio, in_turn, ratio, run_script
 
 REG, RATIOS, BAR = "REG, all tokens", (0.0, 0.25, 0.5, 0.75), 0.04
-CLASSES, CHANNELS, SIDE, TEACHER, INSIDE = 1000, 4, 16, 768, 2048  # ImageNet's latents, DINOv2-B, projector
-FACTS = Facts(CLASSES, (TEACHER,), channels=CHANNELS)
-MIXER, ALIGNED = 2, {"S": 4, "B": 4, "XL": 8}  # blocks of the mixer; depth that is aligned, of the whole network
+INSIDE = 2048  # the projector
 PLANS = {  # size -> blocks, batch
     "short": {"S": (6, 1)},
     "cpu": {"S": (12, 4), "B": (12, 4), "XL": (14, 4)},
@@ -43,52 +37,7 @@ PLANS = {  # size -> blocks, batch
 }
 
 
-def recipe_for(method: str, size: str, depth: int | None = None, batch: int = 1) -> Recipe:
-    """A published size, or one of fewer blocks in which mixer and aligned depth shrink alike."""
-    sizes = SIZES[size]
-    whole, depth = sizes["depth"], depth or sizes["depth"]
-    at = "method.inner.depth" if method == "maskalign" else "method.depth"
-    mixer = f" network.mixer_depth={MIXER * depth // whole}" if method == "maskalign" else ""
-    changes = f"network.width={sizes['width']} network.heads={sizes['heads']} network.depth={depth}{mixer}"
-    changes += f" {at}={max(1, ALIGNED[size] * depth // whole)} training.batch_size={batch} training.steps=1000000000"
-    return make_recipe(method, "paper", overrides=changes)
-
-
-def batch_for(recipe: Recipe) -> Batch:
-    """One batch of noise: the time of a step does not depend on what the images show."""
-    g, b, size = generator(0, 0, "benchmark"), recipe.training.batch_size, SIDE * recipe.network.patch_size
-    x, features, cls = (
-        torch.randn(b, *shape, generator=g) for shape in ((CHANNELS, size, size), (SIDE**2, TEACHER), (TEACHER,))
-    )
-    return Batch(x, torch.randint(0, CLASSES, (b,), generator=g), features, cls)
-
-
-def drop(method: Method, share: float) -> None:
-    """Let the next steps of MaskAlign drop this share of the patches; REG has nothing to drop."""
-    if isinstance(method, MaskAlign):
-        method.kept = count_kept(method.tokens, share)
-
-
 # ---- FLOPs
-
-
-@lru_cache
-def flops(recipe: Recipe, shares: tuple[float, ...] = (0.0,)) -> list[int]:
-    """FLOPs of a step's forward and backward pass, counted without computing anything.
-
-    Attention is counted as its products: the fused kernel computes one of them again, which is no work of the model.
-    """
-    meta, batch, counted = torch.device("meta"), batch_for(recipe), []
-    with meta:
-        net, method = build(recipe, FACTS)
-    for share in shares:
-        drop(method, share)
-        drawn = vars(method.draw(batch, 0, partial(generator, 0)))
-        draw = Draw(**{name: value if value is None else value.to(meta) for name, value in drawn.items()})
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            method.loss(State(net, net, 0), to_device(batch, meta), draw).total.backward()
-        counted.append(counter.get_total_flops())
-    return counted
 
 
 def flop_ratios(size: str, depth: int | None = None) -> dict[float, float]:
@@ -114,8 +63,11 @@ def by_hand(size: str, share: float) -> float:
 
 def stepper(recipe: Recipe, batch: Batch) -> Callable[[float], object]:
     """The next step of `fit` that drops a share. All shares use one network, since a step's time does not depend on weights."""
-    model, method = build(recipe, FACTS)
-    steps = fit(model, method, lambda step: batch, recipe.training, device=str(batch.x.device))
+    device, (model, method) = batch.x.device, build(recipe, LATENTS)
+    execution = ExecutionConfig(
+        "blocks" if device.type == "cuda" else "off"
+    )  # one compilation for each number of tokens
+    steps = fit(model, method, lambda step: batch, recipe.training, None, str(device), execution)
 
     def step(share: float) -> object:
         drop(method, share)
@@ -148,7 +100,7 @@ def way(share: float) -> str:
 def whole_step(size: str, depth: int, n: int, rounds: int, device: torch.device) -> Comparison:
     """Steps of REG and of MaskAlign with each ratio."""
     recipes = [recipe_for(name, size, depth, n) for name in ("reg", "maskalign")]
-    reg, masked = (stepper(recipe, to_device(batch_for(recipe), device)) for recipe in recipes)
+    reg, masked = (stepper(recipe, batch_for(recipe, device)) for recipe in recipes)
     seconds = in_turn({REG: partial(reg, 0)} | {way(r): partial(masked, r) for r in RATIOS}, rounds, device, 1)
     whole = flop_ratios(size)
     ran = whole if depth == SIZES[size]["depth"] else flop_ratios(size, depth)
@@ -157,11 +109,6 @@ def whole_step(size: str, depth: int, n: int, rounds: int, device: torch.device)
     network = {name: getattr(recipes[1].network, name) for name in ("width", "depth", "mixer_depth")}
     facts = network | {"batch": n, "tokens": SIDE**2, "precision": resolve_precision("auto", device)}
     return Comparison(f"masked step, SiT-{size}", seconds, REG, facts, [*told(seconds, ran), paper])
-
-
-def numbers(values: Iterable[float]) -> str:
-    """As they stand in a line."""
-    return " ".join(f"{value:.3f}" for value in values)
 
 
 def projector_alone(size: str, n: int, rounds: int, device: torch.device) -> Comparison:

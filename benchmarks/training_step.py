@@ -88,9 +88,10 @@ def plain_step(
     written_out: bool = False,  # attention as two products and a softmax, where `attend` thinks it pays
     fused: bool = False,  # AdamW in one kernel
     foreach: bool = False,  # EMA in one call
+    facts: Facts = FACTS,  # of the data
 ) -> Callable[[], None]:
     """A step with some ingredients."""
-    device, (model, method) = batch.x.device, build(recipe, FACTS)
+    device, (model, method) = batch.x.device, build(recipe, facts)
     model, method = model.to(device), method.to(device)
     ema, config, count = copy.deepcopy(model).requires_grad_(False), recipe.training, [0]
     learned = [p for m in (model, method) for p in m.parameters() if p.requires_grad]
@@ -123,11 +124,10 @@ def loss_of(method: Method, model: nn.Module, ema: nn.Module, batch: Batch, step
         return method.loss(State(model, ema, step), batch, draw).total
 
 
-def fit_step(recipe: Recipe, batch: Batch, compiled: bool = False) -> Callable[[], object]:
+def fit_step(recipe: Recipe, batch: Batch, compile: str = "off", facts: Facts = FACTS) -> Callable[[], object]:
     """The library's own step: the next one of `fit`, with all that it watches."""
-    execution = ExecutionConfig("blocks" if compiled else "off")
-    model, method = build(recipe, FACTS)
-    steps = fit(model, method, lambda step: batch, recipe.training, None, str(batch.x.device), execution)
+    model, method = build(recipe, facts)
+    steps = fit(model, method, lambda step: batch, recipe.training, None, str(batch.x.device), ExecutionConfig(compile))
     return partial(next, steps)
 
 
@@ -165,7 +165,7 @@ def whole_step(recipe: Recipe, batch: Batch, rounds: int, compiled: bool) -> Com
     arms["+ foreach EMA"] = plain_step(recipe, batch, **chosen, fused=True, foreach=True)
     arms[OURS] = fit_step(recipe, batch)
     if compiled:
-        arms[COMPILED] = fit_step(recipe, batch, compiled=True)
+        arms[COMPILED] = fit_step(recipe, batch, "blocks")
     sizes = {"width": recipe.network.width, "depth": recipe.network.depth, "batch": len(batch.x)}
     return Comparison("training step", in_turn(arms, rounds, device), PLAIN, sizes)
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .base.devices import full_precision
 from .base.errors import one_of
 from .base.seeding import generator
 from .diffusion.layers import sinusoids
@@ -61,7 +62,7 @@ class Router(nn.Module):
 
     def log_weights(self, t: Tensor, y: Tensor | None = None) -> Tensor:  # (b,), (b,) -> (b, K)
         """Logarithms of the weights."""
-        with torch.autocast(t.device.type, enabled=False):
+        with full_precision(t.device):
             told = sinusoids(t, self.width).to(self.mlp[0].weight.dtype)
             if self.classes is not None:
                 told = told + self.classes(y)
@@ -276,7 +277,7 @@ def gains(
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     levels = take_levels(first.levels, mine.keep)
 
-    with torch.autocast(batch.x.device.type, enabled=False):  # a small step is lost in bfloat16
+    with full_precision(batch.x.device):  # a small step is lost in bfloat16
         with torch.enable_grad():
             denoising = denoise(method, model, second, other).denoising
             slopes = torch.autograd.grad(denoising, list(named.values()), allow_unused=True)

@@ -248,25 +248,27 @@ def run_make(options: Make) -> int:
 # %% ../nbs/lib/cli.ipynb #07b56deb
 @dataclass
 class Bench:
-    """Time the library against plain ways, side by side: `bench`, or `bench scrub --short`."""
+    """Time the library against plain ways, side by side: `bench`, `bench scrub --short`, or `bench gpu`, which goes on where it ended."""
 
-    name: Positional[str] = ""  # of one benchmark; default: all
+    name: Positional[str] = ""  # of one benchmark, or of a plan of many, such as gpu; default: all benchmarks
     short: bool = False  # few rounds of small work, to see that they run
     device: str = "auto"  # auto, cpu, cuda, mps
-    out: str = ""  # a JSON file for the machine, the times and the ratios
+    out: str = ""  # a JSON file for the machine, the times and the ratios; of a plan by default under runs/bench
+    limit: float = 540.0  # seconds that a plan may take
 
 # %% ../nbs/lib/cli.ipynb #8aba18ae
 @command("bench", Bench)
 def run_bench(options: Bench) -> int:
-    """Run the benchmarks and print one table."""
-    from maskalign_lab.workbench.benchmarking import bench
+    """Run the benchmarks and print one table; of a plan, whether every part was measured."""
+    from maskalign_lab.workbench.benchmark_plan import follow, plans
+    from maskalign_lab.workbench.benchmarking import bench, scripts
 
-    bench(
-        [options.name] if options.name else [],
-        options.short,
-        options.device,
-        options.out and str(paths.home_of(options.out)),
-    )
+    out = str(paths.home_of(options.out)) if options.out else ""
+    if options.name in plans():
+        outcomes = follow(options.name, options.short, options.device, out, options.limit)
+        return int(any(each.status != "ok" for each in outcomes.values()))
+    names = [one_of(options.name, [*scripts(), *plans()], "benchmark")] if options.name else []
+    bench(names, options.short, options.device, out)
     return 0
 
 # %% ../nbs/lib/cli.ipynb #7d60bfda

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..base.devices import full_precision
 from ..base.errors import nearest
 
 # %% ../../nbs/lib/diffusion/taps.ipynb #93315097
@@ -66,7 +67,7 @@ def attention_logits(
     """What patches think of patches, before the softmax; at least float32."""
     q, k, _ = qkv.unflatten(2, (3, heads, -1))[:, prefix:].permute(2, 0, 3, 1, 4)
     dtype = torch.promote_types(q.dtype, torch.float32)
-    with torch.autocast(q.device.type, enabled=False):
+    with full_precision(q.device):
         return (attn.q_norm(q).to(dtype) * q.shape[-1] ** -0.5) @ attn.k_norm(k).to(dtype).mT
 
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MULTIPLIERS', 'wait_for', 'seconds_of', 'in_turn', 'Ratio', 'ratio', 'Comparison', 'table', 'cpu_model', 'machine',
-           'scripts', 'measure_of', 'to_json', 'from_json', 'bench', 'summary', 'Options', 'run_script']
+           'scripts_folder', 'scripts', 'function_of', 'measure_of', 'to_json', 'from_json', 'bench', 'summary',
+           'Options', 'run_script']
 
 # %% ../../nbs/lib/workbench/benchmarking.ipynb #35a0ab94
 import dataclasses
@@ -13,6 +14,7 @@ import os
 import platform
 import runpy
 import shlex
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -156,21 +158,39 @@ def machine(
     return facts | {"versions": versions(), "git": git_state()}
 
 # %% ../../nbs/lib/workbench/benchmarking.ipynb #d5b3b3b0
-def scripts() -> dict[str, Path]:
-    """The benchmarks of this clone by name."""
+def scripts_folder() -> Path:
+    """Where the benchmarks of this clone lie."""
     root = paths.clone()
     folder = (root or paths.PACKAGE) / "benchmarks"
     if root is None or not folder.is_dir():
         raise FileNotFoundError("the benchmarks come with the repository, not with the installed package: clone it")
-    return {path.stem: path for path in sorted(folder.glob("[!_]*.py"))}
+    return folder
+
+
+def scripts() -> dict[str, Path]:
+    """The benchmarks of this clone by name."""
+    return {path.stem: path for path in sorted(scripts_folder().glob("[!_]*.py"))}
 
 # %% ../../nbs/lib/workbench/benchmarking.ipynb #79153d19
+def function_of(
+    path: Path,  # of a script
+    name: str,  # of what it defines
+) -> Callable[..., Any]:
+    """A function that a script defines."""
+    beside = str(scripts_folder())
+    sys.path.insert(0, beside)
+    try:
+        return runpy.run_path(str(path))[name]
+    finally:
+        sys.path.remove(beside)
+
+
 def measure_of(
     name: str,  # of a benchmark
 ) -> Callable[[bool, torch.device], list[Comparison]]:  # given: few rounds of small work?, the device
     """What a script measures with."""
     found = scripts()
-    return runpy.run_path(str(found[one_of(name, found, "benchmark")]))["measure"]
+    return function_of(found[one_of(name, found, "benchmark")], "measure")
 
 # %% ../../nbs/lib/workbench/benchmarking.ipynb #6ea3d2cc
 def to_json(

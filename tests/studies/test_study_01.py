@@ -46,7 +46,7 @@ def test_a_given_run_is_studied(tmp_path, after_smoke):
 
 EDIT = """
 from functools import partial
-from maskalign_lab.runs.recipe import edit_digest
+from maskalign_lab.runs.edits import edit_digest
 from maskalign_lab.runs.run import build
 from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.recipe import identity

@@ -1,7 +1,6 @@
 """The benchmarks run, agree on results before they time anything, and say where their figures come from. No clocks."""
 
 import json
-import runpy
 
 import numpy as np
 import pytest
@@ -16,7 +15,17 @@ from maskalign_lab.base import paths
 from maskalign_lab.cli import main
 from maskalign_lab.diffusion import guidance
 from maskalign_lab.workbench import benchmarking
-from maskalign_lab.workbench.benchmarking import Comparison, Ratio, bench, from_json, in_turn, ratio, scripts, table
+from maskalign_lab.workbench.benchmarking import (
+    Comparison,
+    Ratio,
+    bench,
+    from_json,
+    function_of,
+    in_turn,
+    ratio,
+    scripts,
+    table,
+)
 
 NAMES = ["gradient_norms", "import_time", "masked_step", "sampler", "scrub", "training_step"]
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
@@ -25,7 +34,7 @@ CPU = torch.device("cpu")
 
 def script(name: str) -> dict:
     """What a script defines."""
-    return runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"))
+    return function_of(ROOT / "benchmarks" / f"{name}.py", "measure").__globals__
 
 
 # ---- measuring
