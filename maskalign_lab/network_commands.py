@@ -31,6 +31,7 @@ class Train:
     dataset: str = "shapes"  # shapes, digits, photos or folder:PATH
     seed: int = 0  # of initialisation, data order and noise
     device: str = "auto"  # auto, cpu, cuda, mps
+    processes: int = 1  # that share the work on this machine, each on a device of its own
     out: str = ""  # the run's folder; default: under runs/trained, named after the recipe
 
 # %% ../nbs/lib/network_commands.ipynb #009294a6
@@ -47,17 +48,26 @@ def folder_for(
 @command("train", Train)
 def run_train(options: Train) -> int:
     """Train a recipe into a run folder."""
+    from maskalign_lab.base.processes import is_first, is_launched
     from maskalign_lab.runs.presets import make_recipe
     from maskalign_lab.runs.recipe import identity
-    from maskalign_lab.runs.run import train
+    from maskalign_lab.runs.run import check_asked, train
 
     words = shlex.join(options.overrides)
     recipe = make_recipe(options.method, options.preset, options.dataset, options.seed, words)
     folder = folder_for(options.out, "trained", options.method, options.dataset, identity(recipe))
-    print(f"training in {folder}", flush=True)
+    if options.processes != 1 and not is_launched():
+        from maskalign_lab.workbench.launching import check_processes, launch
+
+        check_processes(options.processes, options.device)
+        check_asked(recipe, options.device, options.processes)
+        return launch("train", options, options.processes)
+    if is_first():
+        print(f"training in {folder}", flush=True)
     train(recipe, folder, options.device)
     quoted = shlex.quote(str(folder))
-    print(f"done. Next: maskalign-lab sample {quoted}\n            maskalign-lab run 01 -p run {quoted}")
+    if is_first():
+        print(f"done. Next: maskalign-lab sample {quoted}\n            maskalign-lab run 01 -p run {quoted}")
     return 0
 
 # %% ../nbs/lib/network_commands.ipynb #0dab1aca

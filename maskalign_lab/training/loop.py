@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['AVERAGES', 'Trainee', 'make_averages', 'make_optimizer', 'check_compiler', 'compile_blocks', 'make_accelerator',
            'Step', 'Trainer', 'make_trainer', 'forward', 'update', 'gradient_norm', 'average', 'keep', 'give_up', 'fit',
-           'dropout_of', 'told_to_stop']
+           'dropout_of']
 
 # %% ../../nbs/lib/training/loop.ipynb #b189e706
 import contextlib
 import copy
-import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,12 +26,12 @@ from maskalign_lab.base.checkpoints import (
 )
 from ..base.devices import resolve_device, resolve_precision
 from ..base.seeding import generator, key
-from ..base.terminal import say
 from .config import TrainingConfig, learning_rate
 from .execution import ExecutionConfig
 from .methods import Batch, Draw, Losses, Method, State, shard
 from .prefetch import Feed, Portion, RowBatches, feeding, portions
-from .stopping import PREEMPTED, Guard, NonFinite, culprit, notice
+from .ranks import depart, same_start, told_to_stop, wait_for_all
+from .stopping import Guard, NonFinite, culprit, notice
 
 # %% ../../nbs/lib/training/loop.ipynb #5c23f272
 class Trainee(nn.Module):
@@ -97,7 +96,8 @@ def make_accelerator(config: TrainingConfig, device: torch.device) -> "Accelerat
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState, PartialState
 
-    if AcceleratorState._shared_state and PartialState().num_processes == 1:
+    alone = not torch.distributed.is_initialized() or PartialState().num_processes == 1
+    if AcceleratorState._shared_state and alone:
         AcceleratorState._reset_state(reset_partial_state=True)
     mixed = "bf16" if resolve_precision(config.precision, device) == "bfloat16" else "no"
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # e.g. HASTE's projector, after its stop
@@ -150,7 +150,7 @@ def make_trainer(
     if execution.compile in ("blocks", "whole"):
         compile_blocks(model, accelerator.device)
     optimizer = make_optimizer(trainee, config)
-    start = resume(run, model, averages, method, optimizer) if run else 0
+    start = same_start(resume(run, model, averages, method, optimizer) if run else 0, run)
     guard = Guard(optimizer, accelerator.device)
     wrapped, optimizer = accelerator.prepare(trainee, optimizer)
     parts = {"network": list(model.parameters()), "method": list(method.parameters())}
@@ -216,6 +216,7 @@ def give_up(trainer: Trainer, bad: int, saves: bool) -> None:
     with torch.compiler.set_stance("force_eager"):  # hooks see into blocks that are not compiled
         where = culprit(trainer.trainee, lambda: forward(trainer, bad, trainer.trainee).total)
     saved = f"; the state before it is {keep(trainer, bad)}" if saves else ""
+    wait_for_all()
     raise NonFinite(f"step {bad + 1}: not finite, first in {where}{saved}")
 
 # %% ../../nbs/lib/training/loop.ipynb #d2933bcf
@@ -253,8 +254,7 @@ def fit(
             parts, state = losses.detached(), State(model, trainer.averages["ema"], done)
             yield Step(done, config.steps, parts, norms, time.perf_counter() - began, state, trainer.feed.waited)
             if leave and done < config.steps:
-                say(f"told to stop: saved after step {done}; the same command goes on from there")
-                raise KeyboardInterrupt if signal.SIGINT in signals else SystemExit(PREEMPTED)
+                depart(signals, done)
 
 # %% ../../nbs/lib/training/loop.ipynb #1f8a212c
 @contextlib.contextmanager
@@ -270,12 +270,3 @@ def dropout_of(
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
-
-# %% ../../nbs/lib/training/loop.ipynb #d17456b7
-def told_to_stop(signals: list[int], accelerator: "Accelerator", step: int, every: int = 10) -> bool:  # noqa: F821
-    """Whether a signal has arrived, at any of the processes."""
-    if accelerator.num_processes == 1:
-        return bool(signals)
-    if step % every:
-        return False
-    return bool(accelerator.reduce(torch.tensor(float(bool(signals)), device=accelerator.device)) > 0)
