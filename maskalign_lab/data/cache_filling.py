@@ -19,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..base.files import write_atomic
+from ..base.processes import process_count
 from .cache_index import Index, Progress, add_line, begin_index, new_hash, read_index, verify
 from .caching import Cache, open_cache
 
@@ -47,7 +48,7 @@ class Share(NamedTuple):
 
 def own_share() -> Share:
     """The share of one process among those that a launcher such as torchrun has started together."""
-    return Share(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+    return Share(int(os.environ.get("RANK", 0)), process_count())
 
 
 @contextlib.contextmanager
