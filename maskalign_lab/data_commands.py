@@ -30,9 +30,8 @@ class Prepare:
 @command("prepare", Prepare)
 def run_prepare(options: Prepare) -> int:
     """Encode the images of a recipe."""
-    from maskalign_lab.runs.preparing import prepare
-
     from maskalign_lab.base.processes import is_first, is_launched
+    from maskalign_lab.runs.preparing import prepare
     from maskalign_lab.runs.presets import make_recipe
 
     recipe = make_recipe(options.method, options.preset, options.dataset, 0, shlex.join(options.overrides))

@@ -69,6 +69,8 @@ def begin_index(
 ) -> Index:
     """The index of a cache that is to be filled; written, if there is none."""
     with FileLock(folder / ".lock.index"):  # for a moment
+        for path in folder.glob(".index.json.*"):  # what a killed process had not yet renamed
+            path.unlink()
         if (index := read_index(folder)) is None:
             index = Index(plain(description), rows, shard_rows)
             head = {"description": index.description, "rows": rows, "shard_rows": shard_rows}
