@@ -88,6 +88,7 @@ def test_the_crop_is_a_choice_of_the_recipe(folder):
 # ---- what names a folder
 
 
+@pytest.mark.filterwarnings("ignore:.*skipped")
 def test_the_digest_is_that_of_the_listing(folder, tmp_path):
     before, listing = load(folder).digest, list_folder(str(folder), "train")
     name = listing.names[listing.labels == 0][0].decode()
