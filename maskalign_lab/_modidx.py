@@ -448,6 +448,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'maskalign_lab/data/listing.py'),
                                             'maskalign_lab.data.listing._note': ( 'lib/data/listing.html#_note',
                                                                                   'maskalign_lab/data/listing.py'),
+                                            'maskalign_lab.data.listing.digest_of': ( 'lib/data/listing.html#digest_of',
+                                                                                      'maskalign_lab/data/listing.py'),
                                             'maskalign_lab.data.listing.known_unreadable': ( 'lib/data/listing.html#known_unreadable',
                                                                                              'maskalign_lab/data/listing.py'),
                                             'maskalign_lab.data.listing.note_unreadable': ( 'lib/data/listing.html#note_unreadable',

@@ -77,6 +77,8 @@ def load_table(
 ) -> dict[str, Any]:  # datasets.Dataset by split
     """All splits of a Hugging Face data set."""
     datasets, path = library(), home_of(name)
+    if name.startswith(("/", ".", "~")) and not path.is_dir():
+        raise FileNotFoundError(f"folder {name!r} of data set hf:{name} does not exist")
     try:
         if any((path / part).is_file() for part in ("state.json", "dataset_dict.json")):
             found = datasets.load_from_disk(str(path))

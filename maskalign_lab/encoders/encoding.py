@@ -53,7 +53,7 @@ class Encoding:
 # %% ../../nbs/lib/encoders/encoding.ipynb #7da395ed
 CHUNK = 64  # images that a worker decodes at once
 
-
+# %% ../../nbs/lib/encoders/encoding.ipynb #d41a3cf2
 @dataclass(frozen=True)
 class Chunks(torch.utils.data.Dataset):
     """Chunks of the rows of a listing, decoded."""
@@ -68,7 +68,7 @@ class Chunks(torch.utils.data.Dataset):
     def __getitem__(self, k: int) -> tuple[np.ndarray, dict[int, str]]:
         return self.stored.tried(np.arange(*self.bounds[k]), self.threads)
 
-
+# %% ../../nbs/lib/encoders/encoding.ipynb #22e2ad7f
 def _as_it_is(item: Any) -> Any:
     return item
 
@@ -98,7 +98,7 @@ def cached_as(dataset: Dataset) -> str:
     """What the caches of a data set name it by."""
     return dataset.stored.cached_as if dataset.stored else dataset.digest
 
-
+# %% ../../nbs/lib/encoders/encoding.ipynb #af730e47
 def spans_of(
     dataset: Dataset,
     spans: list[tuple[int, int]],  # rows of its caches
@@ -112,7 +112,7 @@ def spans_of(
 # %% ../../nbs/lib/encoders/encoding.ipynb #e74bb6ab
 LARGEST = 2**29  # bytes of a shard, or of the images that it is made from
 
-
+# %% ../../nbs/lib/encoders/encoding.ipynb #936700c4
 def together(
     encodings: list[Encoding],
     dataset: Dataset,
@@ -133,7 +133,7 @@ def missing_bytes(encoding: Encoding, rows: int) -> int:
     spans = index.spans()
     return sum(spans[name][1] - spans[name][0] for name in index.missing(encoding.folder)) * encoding.row_bytes
 
-
+# %% ../../nbs/lib/encoders/encoding.ipynb #6a4f61f7
 def check_room(encodings: list[Encoding], rows: int) -> None:
     """Refuse to begin what the disk cannot hold."""
     needed = sum(missing_bytes(each, rows) for each in encodings)
@@ -174,13 +174,13 @@ def opened_cache(dataset: Dataset, encoding: Encoding, hashing: bool = False) ->
     left_out = dataset.stored.left_out if dataset.stored else ()
     return open_cache(encoding.folder, encoding.description, row_count(dataset), hashing=hashing, left_out=left_out)
 
-
+# %% ../../nbs/lib/encoders/encoding.ipynb #7618272e
 def cached(dataset: Dataset, encoding: Encoding) -> Cache:
     """The cache of a data set's images, made if needed."""
     encode_all(dataset, [encoding])
     return opened_cache(refreshed(dataset), encoding)
 
-
+# %% ../../nbs/lib/encoders/encoding.ipynb #38c8c6d7
 def refreshed(dataset: Dataset) -> Dataset:
     """A data set without the files that were found to be unreadable since it was loaded."""
     stored = dataset.stored

@@ -147,7 +147,7 @@ def make_batches(
         batches.levels = caches.pop(0)
     return batches
 
-
+# %% ../../nbs/lib/runs/batches.ipynb #62c7a335
 def caches_of(
     recipe: Recipe,
     sources: Sources,
@@ -159,13 +159,13 @@ def caches_of(
     dataset = refreshed(sources.dataset)
     return [opened_cache(dataset, each) for each in encodings], dataset
 
-
+# %% ../../nbs/lib/runs/batches.ipynb #24e38115
 def at_hand(dataset: Dataset) -> Dataset:
     """A data set that was loaded lazily, with its pixels in memory if they fit."""
     lazy = dataset.stored is dataset.pixels and dataset.stored and not dataset.stored.stays_on_disk
     return replace(dataset, pixels=dataset.stored.held) if lazy else dataset
 
-
+# %% ../../nbs/lib/runs/batches.ipynb #9f6f9f8b
 def oracle_rows(dataset: Dataset, side: int) -> Tensor:
     """What the generator of the images says about each."""
     return rows_of(dataset_features("oracle", dataset, side))

@@ -250,8 +250,9 @@ def test_a_listing_takes_some_forty_bytes_a_file(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def table(tmp_path):
+def table(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
     features = datasets.Features(picture=datasets.Image(), kind=datasets.ClassLabel(names=["a", "b", "c"]))
     draw = np.random.default_rng(0)
     pictures = [Image.fromarray(draw.integers(0, 256, (20, 30, 3), np.uint8)) for _ in range(30)]
@@ -290,8 +291,11 @@ def test_a_table_without_images_or_labels_is_refused(table, tmp_path):
         table.remove_columns(column).save_to_disk(tmp_path / name)
         with pytest.raises(ValueError, match=f"expected one column of type {name}, found 0; columns: "):
             load_dataset(f"hf:{tmp_path / name}", 16)
-    with pytest.raises(OSError, match="data set '/no/where' could not be loaded"):
+    with pytest.raises(FileNotFoundError, match="'/no/where' of data set hf:/no/where does not exist"):
         load_dataset("hf:/no/where", 16)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(OSError, match="data set '.*empty' could not be loaded"):
+        load_dataset(f"hf:{tmp_path / 'empty'}", 16)
 
 
 def test_the_library_is_asked_for_in_one_sentence(monkeypatch):
