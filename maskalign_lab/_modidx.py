@@ -817,8 +817,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                       'maskalign_lab/encoders/encoding.py'),
                                                  'maskalign_lab.encoders.encoding.Encoding.of': ( 'lib/encoders/encoding.html#encoding.of',
                                                                                                   'maskalign_lab/encoders/encoding.py'),
-                                                 'maskalign_lab.encoders.encoding._as_it_is': ( 'lib/encoders/encoding.html#_as_it_is',
-                                                                                                'maskalign_lab/encoders/encoding.py'),
                                                  'maskalign_lab.encoders.encoding.cached': ( 'lib/encoders/encoding.html#cached',
                                                                                              'maskalign_lab/encoders/encoding.py'),
                                                  'maskalign_lab.encoders.encoding.cached_as': ( 'lib/encoders/encoding.html#cached_as',

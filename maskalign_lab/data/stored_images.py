@@ -6,6 +6,7 @@
 __all__ = ['IN_MEMORY', 'read_rows', 'StoredImages', 'opened']
 
 # %% ../../nbs/lib/data/stored_images.ipynb #72c751a6
+import contextlib
 import hashlib
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from .image_files import read_image
-from .listing import Listing, known_unreadable, note_unreadable
+from .listing import Listing, Unreadable, known_unreadable, note_unreadable
 
 # %% ../../nbs/lib/data/stored_images.ipynb #23b95420
 IN_MEMORY = 2**30  # bytes of decoded pixels; sets that take more stay on disk
@@ -145,7 +146,9 @@ def opened(
         stored = pixels = stored.without(known.why).take(slice(None))
     else:
         found, why = stored.tried(stored.rows)
-        known = note_unreadable(stored.listed, why, whole=True)
+        known = Unreadable(why, whole=True)
+        with contextlib.suppress(OSError):  # a folder can be read where nothing can be written
+            note_unreadable(stored.listed, why, whole=True)
         stored = stored.without(why).take(slice(None)) if why else stored
         pixels = np.delete(found, list(why), 0)
     skipped = (*known.why.values(), *stored.listing.others)

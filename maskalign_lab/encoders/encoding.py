@@ -25,6 +25,7 @@ from ..data.cache_filling import Share, Span, Wanted, fill_all, is_whole, rows_p
 from ..data.cache_index import Progress, new_hash, read_index
 from ..data.caching import Cache, open_cache, place
 from ..data.datasets import Dataset, to_images
+from ..data.gathering import as_it_is, deaf
 from ..data.listing import known_unreadable, note_unreadable
 from ..data.stored_images import StoredImages
 
@@ -69,10 +70,6 @@ class Chunks(torch.utils.data.Dataset):
         return self.stored.tried(np.arange(*self.bounds[k]), self.threads)
 
 # %% ../../nbs/lib/encoders/encoding.ipynb #22e2ad7f
-def _as_it_is(item: Any) -> Any:
-    return item
-
-
 def decoded(
     stored: StoredImages,
     spans: list[tuple[int, int]],  # rows of the listing
@@ -81,7 +78,7 @@ def decoded(
     """The pixels of spans, in their order."""
     cuts = [[(a, min(a + CHUNK, stop)) for a in range(start, stop, CHUNK)] for start, stop in spans]
     chunks = Chunks(stored, [bounds for span in cuts for bounds in span], workers == 0)
-    loaded = iter(DataLoader(chunks, batch_size=None, num_workers=workers, collate_fn=_as_it_is))
+    loaded = iter(DataLoader(chunks, batch_size=None, num_workers=workers, collate_fn=as_it_is, worker_init_fn=deaf))
     for span in cuts:
         parts, why = zip(*(next(loaded) for _ in span))
         if found := {row: reason for each in why for row, reason in each.items()}:
