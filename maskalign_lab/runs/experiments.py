@@ -22,11 +22,11 @@ from ..base.errors import one_of
 from ..base.files import write_atomic
 from ..base.paths import data
 from ..base.seeding import generator
-from .batches import load_sources
 from .facts import Facts
 from .presets import make_recipe
 from .recipe import Recipe, identity
 from .run import Run, build, ensure_run, load_run
+from .sources import load_sources
 from ..training.methods import Batch, Plan, State, layers_of
 
 # %% ../../nbs/lib/runs/experiments.ipynb #04630d70

@@ -30,18 +30,18 @@ from ..diffusion.sampling import SamplerConfig
 from ..diffusion.sit import SiT
 from ..encoders.autoencoders import Autoencoder
 from ..encoders.teachers import Features, Teacher
-from maskalign_lab.runs.batches import (
+from .batches import make_batches
+from .facts import Facts, check_facts, read_facts, write_facts
+from .recipe import NETWORKS, Recipe, from_json, identity, to_json
+from maskalign_lab.runs.sources import (
     kept_autoencoder,
     kept_features,
     kept_images,
     kept_teacher,
     load_sources,
-    make_batches,
     mean_latents,
     teacher_names,
 )
-from .facts import Facts, check_facts, read_facts, write_facts
-from .recipe import NETWORKS, Recipe, from_json, identity, to_json
 from ..training.log import cut_log, with_log
 from ..training.loop import AVERAGES, fit
 from ..training.methods import Method, Plan, method_class

@@ -208,7 +208,8 @@ def gradient_norm(weights: list[nn.Parameter]) -> Tensor:
 def average(trainer: Trainer, step: int) -> None:
     """Let every moving average follow the weights."""
     for name, averaged in trainer.averaged.items():
-        update_ema(averaged, trainer.weights["network"], getattr(trainer.config, name), step)
+        decay, ramp = getattr(trainer.config, name), trainer.config.ema_ramp
+        update_ema(averaged, trainer.weights["network"], decay, step, ramp)
 
 # %% ../../nbs/lib/training/loop.ipynb #676f38b8
 def keep(trainer: Trainer, done: int) -> None:
