@@ -33,12 +33,16 @@ IMAGES = {
         "timm:vit_base_patch14_dinov2", "DINOv2-B; REPA train.py, MaskAlign table 7; timm holds the same weights"
     ),
 }
+
+# %% ../../nbs/lib/runs/paper_settings.ipynb #fbbcb3b6
 NETWORK = {
     "network": Setting("SiT-XL/2", "SiT table 1, REPA models/sit.py, MaskAlign table 7"),
     "network.mlp_ratio": Setting("4.0", "SiT models.py"),
     "network.qk_norm": Setting("false", "REPA train.py: --qk-norm is off"),
     "network.data_at_one": Setting("false", "REPA loss.py: t = 1 is noise"),
 }
+
+# %% ../../nbs/lib/runs/paper_settings.ipynb #bbd5ee2e
 OBJECTIVE = {
     "objective.interpolant": Setting("linear", "REPA loss.py: 1 - t and t; MaskAlign table 7"),
     "objective.prediction": Setting("v", "REPA loss.py, MaskAlign table 7"),
@@ -67,6 +71,8 @@ TRAINING = {
     "training.precision": Setting("auto", "bfloat16 on a GPU; REPA's family trains in float16", OURS),
     "training.save_every": Setting("50000", "REPA train.py: --checkpointing-steps"),
 }
+
+# %% ../../nbs/lib/runs/paper_settings.ipynb #4f92167c
 ALIGNMENT = {  # of these a method takes those that it has
     "method.depth": Setting("8", "REPA train.py: --encoder-depth 8 of L and XL; other sizes: runs.sizes"),
     "method.projector_width": Setting("2048", "REPA models/sit.py: projector_dim"),
@@ -74,6 +80,8 @@ ALIGNMENT = {  # of these a method takes those that it has
 
 # %% ../../nbs/lib/runs/paper_settings.ipynb #51cb7ee9
 SETTINGS: dict[str, dict[str, Setting]] = {"": IMAGES | NETWORK | OBJECTIVE | TRAINING | ALIGNMENT}  # "" holds for all
+
+# %% ../../nbs/lib/runs/paper_settings.ipynb #c965d7c7
 SETTINGS["sit"] = {
     "network.learn_sigma": Setting(
         "false", "SiT trains twice the channels and drops half, which changes nothing that is kept", OURS
@@ -82,9 +90,13 @@ SETTINGS["sit"] = {
     "training.clip": Setting("1e9", "SiT train.py: no clipping"),
     "training.steps": Setting("400000", "SiT table 1 and REPA table 2; its best network is trained for 7M"),
 }
+
+# %% ../../nbs/lib/runs/paper_settings.ipynb #09b5d9f1
 SETTINGS["repa"] = {
     "method.weight": Setting("0.5", "REPA section 4: lambda; train.py --proj-coeff"),
 }
+
+# %% ../../nbs/lib/runs/paper_settings.ipynb #2e0484d7
 SETTINGS["reg"] = {
     "method.weight": Setting("0.5", "REG train.sh: --proj-coeff"),
     "method.class_weight": Setting(
@@ -101,6 +113,8 @@ SETTINGS["maskalign"] = {
     "network.mixer_depth": Setting("2", "MaskAlign table 7: mixing layers"),
     "training.steps": Setting("400000", "MaskAlign table 1; XL goes on to 2.4M"),
 }
+
+# %% ../../nbs/lib/runs/paper_settings.ipynb #d325f171
 SETTINGS["haste"] = {
     "method.weight": Setting("0.5", "HASTE scripts/run.sh: --proj-coeff"),
     "method.attention_weight": Setting("0.5", "HASTE scripts/run.sh: --attn-coeff"),
@@ -109,6 +123,8 @@ SETTINGS["haste"] = {
     "method.stop": Setting("250000", "HASTE scripts/run.sh, of L and XL; of B 100,000, second hand"),
     "training.steps": Setting("500000", "its table of XL", SECOND_HAND),
 }
+
+# %% ../../nbs/lib/runs/paper_settings.ipynb #d0f0e141
 SETTINGS["irepa"] = {
     "data.autoencoder": Setting(
         "stabilityai/sd-vae-ft-mse", "iREPA has an f8d4 file of its own, and statistics per channel", OURS
@@ -129,6 +145,8 @@ SETTINGS["sra2"] = {
     "training.lr": Setting("1e-4", "as SiT, whose FID of 33.0 its baseline has", SECOND_HAND),
     "training.clip": Setting("1.0", "as REPA; the paper's value is not known", OURS),
 }
+
+# %% ../../nbs/lib/runs/paper_settings.ipynb #957f014b
 SETTINGS["ahpa"] = {
     "method.depth": Setting("7", "AHPA README: --encoder-depth; RARE has 3 for B"),
     "training.lr": Setting("2e-4", "AHPA README, for its baselines too"),
@@ -157,6 +175,10 @@ SETTINGS["jit"] = {
     "network.rms_norm": Setting("true", "JiT table 4"),
     "network.rope": Setting("true", "JiT table 4"),
     "network.data_at_one": Setting("false", "JiT counts times from the noise; the same training, turned", OURS),
+}
+
+# %% ../../nbs/lib/runs/paper_settings.ipynb #5dcf7479
+SETTINGS["jit"] |= {
     "objective.prediction": Setting("x", "JiT section 4"),
     "objective.loss_space": Setting("v", "JiT section 4, table 2"),
     "objective.clamp": Setting("0.05", "JiT's code: denoiser.py, of target and prediction"),
@@ -164,6 +186,10 @@ SETTINGS["jit"] = {
     "objective.time_mean": Setting("0.8", "JiT table 9: P_mean -0.8, turned"),
     "objective.time_std": Setting("0.8", "JiT table 9: P_std"),
     "objective.noise_scale": Setting("1.0", "JiT table 9: pixels / 256"),
+}
+
+# %% ../../nbs/lib/runs/paper_settings.ipynb #d9880d29
+SETTINGS["jit"] |= {
     "training.steps": Setting("250200", "JiT table 9: 200 epochs of the ablations; the final networks have 600"),
     "training.batch_size": Setting("1024", "JiT table 9"),
     "training.lr": Setting("2e-4", "JiT table 9: 5e-5 for 256 images"),
