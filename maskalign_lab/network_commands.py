@@ -127,6 +127,7 @@ class Sample:
     guidance: float | None = None  # scale, 1 is off; default: 2, or as the authors of an imported run sample
     solver: str | None = None  # euler, heun, rk4, dopri5, euler-maruyama, .. (SOLVERS); default: heun, or as they do
     steps: int | None = None  # of the solver; default: 25, or as they do
+    precision: str | None = None  # of the network: auto, float32, bfloat16; default: the run's execution.sampling
     seed: int = 0  # of the starting noise
     device: str = "auto"  # auto, cpu, cuda, mps
     out: str = "grid.png"  # the image file
@@ -144,14 +145,15 @@ def chosen_classes(
 # %% ../nbs/lib/network_commands.ipynb #5d0a7c31
 def chosen_sampler(
     options: Sample,  # as typed; what was not typed is None
-    known: Any,  # SamplerConfig of an imported run, or None
+    run: Any,  # a `Run`
 ) -> Any:  # SamplerConfig
     """How to sample: as typed, else as the run's authors do, else Heun in 25 steps with guidance 2."""
     from maskalign_lab.diffusion.sampling import SamplerConfig
 
-    typed = {name: getattr(options, name) for name in ("solver", "steps", "guidance")}
+    typed = {name: getattr(options, name) for name in ("solver", "steps", "guidance", "precision")}
     given = {name: value for name, value in typed.items() if value is not None}
-    return dataclasses.replace(known or SamplerConfig("heun", 25, 2.0), **given)
+    wished = {"precision": run.recipe.execution.sampling}
+    return dataclasses.replace(run.sampler or SamplerConfig("heun", 25, 2.0), **wished | given)
 
 # %% ../nbs/lib/network_commands.ipynb #7c841e88
 @command("sample", Sample)
@@ -169,7 +171,7 @@ def run_sample(options: Sample) -> int:
         raise ValueError(f"--n {options.n}: expected at least one image of each class")
     device, out = resolve_device(options.device), paths.home_of(options.out)
     run = load_run(options.run, device=str(device))
-    config = chosen_sampler(options, run.sampler)
+    config = chosen_sampler(options, run)
     run.check_pixels()
     classes = chosen_classes(options.classes, run.net.num_classes)
     y = torch.tensor(classes, device=device).repeat_interleave(options.n)
@@ -189,6 +191,7 @@ class Measure:
     guidance: float = 1.0  # scale; 1 is off
     solver: str = "heun"  # euler, heun, rk4, dopri5, euler-maruyama, .. (SOLVERS)
     steps: int = 25  # of the solver
+    precision: str = "float32"  # of sampling: auto, float32, bfloat16; figures compare in one precision only
     seed: int = 0  # of labels and noise
     judge: str = ""  # the judge's folder; default: the dataset's own
     device: str = "auto"  # auto, cpu, cuda, mps
@@ -204,7 +207,7 @@ def run_measure(options: Measure) -> int:
 
     check_number(options.n)
     run = load_run(options.run, device=options.device)
-    config = SamplerConfig(options.solver, options.steps, options.guidance)
+    config = SamplerConfig(options.solver, options.steps, options.guidance, precision=options.precision)
     file = folder_for(options.out, "measured", f"{run.name}-step-{run.step}-guidance-{options.guidance:g}.json")
     found = measure(run, options.n, config, options.seed, paths.home_of(options.judge) if options.judge else None)
     print(measured_text(found))

@@ -170,7 +170,7 @@ def test_latents_levels_and_features_are_those_of_the_cpu():
 def test_samples_and_validation_losses_are_those_of_the_cpu():
     net, method, batch, _ = given(small("sit"))
     net, (x, labels) = net.float().eval(), (batch.x.float(), batch.y)
-    y, config = torch.tensor([1, 2]), SamplerConfig(steps=4, guidance=1.5)
+    y, config = torch.tensor([1, 2]), SamplerConfig(steps=4, guidance=1.5, precision="float32")
     start = torch.randn(2, 3, 32, 32, generator=generator(0, 0, "start"))
     found, losses = [], []
     for device in ("cpu", GPU):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..base.devices import autocast
 from .objectives import Objective, predicted_velocity
 
 # %% ../../nbs/lib/diffusion/guidance.ipynb #b5fe54d2
@@ -79,6 +80,7 @@ class Field:
         times = torch.full((len(x),), t, device=x.device, dtype=torch.float64)
         dtype = next(self.net.parameters()).dtype
         extras = {} if cls is None else {"cls": cls.to(dtype)}
-        out = self.net(x.to(dtype), times.to(dtype), y, **extras)
+        with autocast(self.config.precision, x.device):
+            out = self.net(x.to(dtype), times.to(dtype), y, **extras)
         v = predicted_velocity(self.objective, out.prediction.double(), x, times)
         return v, None if cls is None else predicted_velocity(self.objective, out.class_prediction.double(), cls, times)

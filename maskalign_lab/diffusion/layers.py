@@ -195,8 +195,8 @@ def attend(
     v: Tensor,  # (b, heads, n, head_dim)
     dropout: float = 0.0,  # share of the attention that is dropped, from torch's global generator
 ) -> Tensor:  # (b, heads, n, head_dim)
-    """Softmax attention by the kernel that is fastest for this device, dtype and mode."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
+    """Softmax attention by the kernel that is fastest for this device and dtype."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         logits = (q * q.shape[-1] ** -0.5) @ k.mT  # (b, heads, n, n)
         return F.dropout(logits.softmax(dim=-1), dropout) @ v
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..base.devices import PRECISIONS
 from ..base.errors import one_of
 from ..base.seeding import generator
 from .guidance import Field, pack, unpack
@@ -35,11 +36,13 @@ class SamplerConfig:
     diffusion: str = "linear"  # w of the stochastic solvers, see DIFFUSIONS; REPA: linear, SiT: sigma
     last_step: float = 0.04  # stochastic solvers: the final, noise-free step starts here
     last: str = "mean"  # what that step is: mean | euler | tweedie
+    precision: str = "auto"  # of the network, if its weights are float32: auto | float32 | bfloat16
 
     def __post_init__(self):
         one_of(self.solver, SOLVERS, "solver")
         one_of(self.diffusion, DIFFUSIONS, "diffusion")
         one_of(self.last, LAST, "last step")
+        one_of(self.precision, PRECISIONS, "precision")
         if self.steps < 1:
             raise ValueError(f"steps {self.steps} must be at least 1")
         for name in ("guidance", "class_guidance"):

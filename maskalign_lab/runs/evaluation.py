@@ -10,13 +10,14 @@ __all__ = ['BATCH', 'sample_batches', 'as_bytes', 'check_classes', 'loss_of', 'c
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..base.devices import resolve_precision
 from ..base.files import write_atomic
 from ..base.seeding import key
 from ..base.statistics import four_digits, mean_interval
@@ -35,7 +36,7 @@ BATCH = 250  # samples at a time; a part of what keys the noise
 def sample_batches(
     run: Run,
     labels: Tensor,  # (n,)
-    config: SamplerConfig = SamplerConfig(),
+    config: SamplerConfig = SamplerConfig(precision="float32"),
     seed: int = 0,  # of the starting noise
 ) -> Iterator[Tensor]:  # (at most 250, 3, h, w) in [-1, 1], rounded to bytes
     """Samples of a run for the given labels, batch by batch."""
@@ -90,7 +91,7 @@ def check_number(
 def measure(
     run: Run,
     n: int = 5000,  # samples; fewer if the data set has fewer held-out pictures
-    config: SamplerConfig = SamplerConfig(),
+    config: SamplerConfig = SamplerConfig(precision="float32"),
     seed: int = 0,  # of labels, noise and subsets
     judge_folder: Path | None = None,  # None: the data set's own, see `judge.judge_folder`
     print_every: float = 10.0,  # seconds between lines of progress; 0 prints none
@@ -111,6 +112,7 @@ def measure(
         "judge": judge.digest,
         "seed": seed,
     }
+    config = replace(config, precision=resolve_precision(config.precision, run.device))  # a figure tells what it is of
     facts |= {"sampler": asdict(config), "validation loss": loss_of(run, run.images("validation"))}
     samples = torch.cat(list(with_progress(sample_batches(run, labels, config, seed), len(labels), print_every)))
     reference = real.images()
@@ -145,7 +147,7 @@ def measured_text(
     sampler = found["sampler"]
     lines = [
         f"{found['run']}, step {found['step']}: {samples['pictures']} samples, {sampler['solver']}, "
-        f"{sampler['steps']} steps, guidance {sampler['guidance']:g}, seed {found['seed']}",
+        f"{sampler['steps']} steps, guidance {sampler['guidance']:g}, {sampler['precision']}, seed {found['seed']}",
         "validation loss per bin of t: " + " ".join(f"{value:.4f}" for value in loss["per bin of t"]),
         f"{'':12} {'samples':>10} {'real':>10}",
         *(f"{name:12} {value:>10} {least:>10}" for name, value, least in rows),
@@ -178,7 +180,7 @@ def at_side(
 def judge_samples(
     run: Run,
     n: int,
-    sampler: SamplerConfig = SamplerConfig(steps=12),
+    sampler: SamplerConfig = SamplerConfig(steps=12, precision="float32"),
 ) -> dict[str, Any]:
     """Distances and accuracy of samples, and of as many real images, by the judge of the data set."""
     judge = load_judge(run.recipe.data.name, device=run.device)

@@ -115,7 +115,9 @@ def training_seconds(
     return round(sum(a for a, b in zip(seconds, [*seconds[1:], 0]) if b < a))
 
 # %% ../../nbs/lib/studies/shipped_runs.ipynb #cb6b970f
-def write_card(run: Run, out: Path, command: str, config: SamplerConfig = SamplerConfig(guidance=2.0)) -> None:
+def write_card(
+    run: Run, out: Path, command: str, config: SamplerConfig = SamplerConfig(guidance=2.0, precision="float32")
+) -> None:
     """Measure a run and write card.json, card.md, samples.png and loss.png."""
     out, held_out = Path(out), run.images("validation")
     mean, half = held_out_losses(run, held_out)

@@ -271,7 +271,7 @@ def test_dropout_acts_in_training_alone(swiglu):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dropped_attention_keeps_its_mean(dtype):
-    """In both kernels; bfloat16 with gradients is written out on a CPU."""
+    """In both kernels; bfloat16 is written out on a CPU."""
     torch.manual_seed(0)
     q, k = torch.randn(2, 2, 2, 64, 16, dtype=dtype)
     mixed = attend(q, k, torch.ones(2, 2, 64, 16, dtype=dtype).requires_grad_(), dropout=0.25)

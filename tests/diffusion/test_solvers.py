@@ -241,7 +241,7 @@ OF_REPA = {
 @pytest.mark.parametrize("solver", ["euler", "heun"])
 def test_the_deterministic_samplers_of_repa(solver, mode):
     record, official = golden("repa_sampler"), opened("repa_sampler")
-    config = SamplerConfig(solver, record.config["num_steps"], **OF_REPA[mode])
+    config = SamplerConfig(solver, record.config["num_steps"], precision="float32", **OF_REPA[mode])
     assert_close(torch.tensor(SOLVERS[config.solver].times(config)), record.out["euler.t_steps"].float())
     *_, last = sample(official.net, official.objective, record.inputs["y"], config, start=record.inputs["latents"])
     close(last.x, record.out[f"{solver}.{mode}"])
@@ -251,7 +251,7 @@ def test_the_deterministic_samplers_of_repa(solver, mode):
 @pytest.mark.parametrize("path", ["linear", "cosine"])
 def test_the_stochastic_sampler_of_repa(path, mode, monkeypatch):
     record, official = golden("repa_sampler"), opened("repa_sampler")
-    config = SamplerConfig("euler-maruyama", record.config["num_steps"], **OF_REPA[mode])
+    config = SamplerConfig("euler-maruyama", record.config["num_steps"], precision="float32", **OF_REPA[mode])
     assert_close(torch.tensor(SOLVERS[config.solver].times(config)), record.out["em.t_steps"].float())
     noises = iter(record.inputs["em_noises"])
     monkeypatch.setattr(solvers.torch, "randn", lambda *_, **__: next(noises))
@@ -265,7 +265,7 @@ def test_the_stochastic_sampler_of_repa(path, mode, monkeypatch):
 def test_sit_guides_three_channels():
     official, record = opened("sit_ls1"), golden("sit_ls1")
     x, t, y = record.inputs["x_cfg"][:2].double(), record.inputs["t_cfg"], record.inputs["y_cfg"]
-    config = SamplerConfig(guidance=float(record.inputs["cfg_scale"]), guided_channels=3)
+    config = SamplerConfig(guidance=float(record.inputs["cfg_scale"]), guided_channels=3, precision="float32")
     for i in range(2):  # the recorded times differ
         field = Field(official.net, official.objective, y[i : i + 1], config)
         close(-field(x[i : i + 1], 1 - t[i].item()).float(), record.out["pred_cfg_first3ch"][i : i + 1])
@@ -314,7 +314,7 @@ OF_JIT = {
 def generated(solver, **config):
     s, record = official().settings, golden("jit")
     start = s.noise_scale * record.inputs["gen_noise_unit"]
-    config = SamplerConfig(solver, s.num_sampling_steps, **config)
+    config = SamplerConfig(solver, s.num_sampling_steps, precision="float32", **config)
     return last_sample(official().net, objective(), record.inputs["labels"], config, start=start)
 
 

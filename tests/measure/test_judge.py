@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from maskalign_lab import cli, network_commands
+from maskalign_lab.base import devices
 from maskalign_lab.base.paths import data
 from maskalign_lab.base.seeding import generator
 from maskalign_lab.data.datasets import load_dataset
@@ -18,6 +19,7 @@ from maskalign_lab.measure.judge import ATTRIBUTES, load_judge, pack_judge, real
 from maskalign_lab.runs import evaluation
 from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.run import load_run, train
+from maskalign_lab.studies.prediction_targets.arms import sheet
 
 SHIPPED = data() / "judge" / "shapes"
 SMALL = judge_training.JudgeConfig(
@@ -274,6 +276,21 @@ def test_a_short_measurement_draws_the_first_samples_of_a_long_one(run):
     (short,), long = (list(evaluation.sample_batches(run, labels[:n], config)) for n in (250, 260))
     assert torch.equal(short, long[0]) and len(long[1]) == 10
     assert not torch.equal(long[1], short[:10])  # another batch, another noise
+
+
+def test_a_measurement_is_in_float32_or_tells_what_it_is_in(run, monkeypatch):
+    """Whatever the machine is best at: rows of a table are compared across machines."""
+    monkeypatch.setattr(devices, "native_bfloat16", lambda device: True)
+    monkeypatch.setattr(evaluation, "loss_of", lambda *given: {"per bin of t": []})
+    used, draw = [], evaluation.last_sample
+    monkeypatch.setattr(evaluation, "last_sample", lambda *given: used.append(given[3].precision) or draw(*given))
+    evaluation.judge_samples(run, 20)
+    sheet(run, 2)
+    found = evaluation.measure(run, 20, print_every=0)
+    assert found["sampler"]["precision"] == "float32" and ", float32, " in evaluation.measured_text(found)
+    assert set(used) == {"float32"}
+    found = evaluation.measure(run, 20, SamplerConfig("euler", 1, precision="auto"), print_every=0)
+    assert found["sampler"]["precision"] == used[-1] == "bfloat16"
 
 
 def test_the_commands(run, tmp_path, monkeypatch, capsys):

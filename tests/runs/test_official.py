@@ -25,6 +25,7 @@ from maskalign_lab.runs.official_files import export_run, import_run
 from maskalign_lab.runs.official_jit import DENOISER, bare, flat, jit_sampler
 from maskalign_lab.runs.official_shapes import read_off, told_arguments
 from maskalign_lab.runs.presets import make_recipe
+from maskalign_lab.runs.recipe import from_json, to_json
 from maskalign_lab.runs.run import build, load_run
 from maskalign_lab.training.methods import MethodConfig, PlainSiT
 
@@ -337,6 +338,7 @@ def test_a_run_of_the_lab_has_no_sampler_of_its_own():
         ([], {}),
         (["--guidance", "1.5"], {"guidance": 1.5}),
         (["--steps", "2", "--solver", "euler"], {"steps": 2, "solver": "euler"}),
+        (["--precision", "bfloat16"], {"precision": "bfloat16"}),
     ],
 )
 def test_the_command_samples_as_the_authors_do_unless_told_otherwise(words, change, tmp_path, monkeypatch):
@@ -351,6 +353,20 @@ def test_the_command_samples_as_the_authors_do_unless_told_otherwise(words, chan
     for name in (str(run), "repa-shapes"):
         assert main(["sample", name, "--n", "1", "--classes", "0", "--out", str(tmp_path / "grid.png"), *words]) == 0
     assert used == [replace(sampler, **change) for sampler in (load_run(run).sampler, SamplerConfig("heun", 25, 2.0))]
+
+
+@pytest.mark.parametrize(
+    ("words", "precision"), [([], "float32"), (["--precision", "auto"], "auto"), (["--steps", "2"], "float32")]
+)
+def test_the_command_samples_in_the_precision_that_the_recipe_wishes_for(words, precision, tmp_path, monkeypatch):
+    run, used = import_run(recorded_file(tmp_path, "jit"), tmp_path / "run"), []
+    recipe = from_json((run / "recipe.json").read_text())
+    wished = replace(recipe, execution=replace(recipe.execution, sampling="float32"))
+    (run / "recipe.json").write_text(to_json(wished))
+    noted = lambda net, objective, y, config, seed: used.append(config) or torch.zeros(len(y), 3, 32, 32)  # noqa: E731
+    monkeypatch.setattr("maskalign_lab.diffusion.sampling.last_sample", noted)
+    assert main(["sample", str(run), "--n", "1", "--classes", "0", "--out", str(tmp_path / "grid.png"), *words]) == 0
+    assert [config.precision for config in used] == [precision]
 
 
 # --- JiT --------------------------------------------------------------------------------------------------------------
@@ -385,7 +401,8 @@ def test_jit_comes_through_the_door(nested, prefixed):
 def test_the_doors_sampler_reproduces_the_recorded_samples():
     record, official = golden("jit"), opened_jit()
     start = official.objective.noise_scale * record.inputs["gen_noise_unit"]
-    drawn = last_sample(official.net, official.objective, record.inputs["labels"], official.sampler, start=start)
+    sampler = replace(official.sampler, precision="float32")
+    drawn = last_sample(official.net, official.objective, record.inputs["labels"], sampler, start=start)
     close(drawn, record.out["generate.heun.cfg_interval"])
 
 

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from maskalign_lab.base import devices
 from maskalign_lab.base.seeding import generator
 from maskalign_lab.diffusion.interpolants import interpolate
 from maskalign_lab.measure.verdicts import comparison
@@ -343,6 +344,17 @@ def test_an_identity_names_one_case():
     cases = list(dict.fromkeys([*sample_cases(), *diagram_cases(), *control_cases()]))
     assert len({toy_identity(case) for case in cases}) == len(cases)
     assert toy_identity(TINY) == toy_identity(ToyConfig(**asdict(TINY)))
+
+
+def test_flows_are_sampled_in_float32(monkeypatch):
+    """Tables hold what is seen in them."""
+    net, config = begin_toy(ToyConfig(dim=2, width=8)).net, ToyConfig(dim=2)
+    net.requires_grad_(False).apply(lambda m: hasattr(m, "weight") and m.weight.add_(0.1 * torch.randn_like(m.weight)))
+    flows = []
+    for native in (False, True):
+        monkeypatch.setattr(devices, "native_bfloat16", lambda device, native=native: native)
+        flows.append(watch_flow(net, config, 16, 4))
+    assert torch.equal(flows[0].on, flows[1].on)
 
 
 def test_only_what_is_shown_is_kept(tmp_path):

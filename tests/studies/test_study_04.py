@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from shared.studies import check_figure, smoke_fixture
 from torch import nn
 
+from maskalign_lab.base import devices
 from maskalign_lab.diffusion.guidance import Field, pack
 from maskalign_lab.diffusion.objectives import Objective
 from maskalign_lab.diffusion.sampling import SamplerConfig, sample
@@ -270,6 +271,16 @@ def test_an_exchange_at_the_end_changes_no_pixel_and_one_at_the_start_does():
     for each in exchange_all(sampled, CLASSES, [1, 0], ROWS):
         assert torch.equal(each.images, final[each.rows]) == (each.t == 0)
         assert (changed_share(each.images, final[each.rows], 0.0) > 0).all() == (each.t == 1)
+
+
+def test_what_is_seen_on_the_way_is_seen_in_float32(monkeypatch):
+    """It enters the findings, which are compared across machines."""
+    net, y, seen = small_net().float(), torch.arange(6) % 3, {}
+    for native in (False, True):
+        monkeypatch.setattr(devices, "native_bfloat16", lambda device, native=native: native)
+        seen[native] = trace(net, Objective(), y)
+    assert torch.equal(seen[True].states, seen[False].states)
+    assert torch.equal(seen[True].attention, seen[False].attention)
 
 
 def test_a_token_noised_anew_keeps_its_message_near_the_end():

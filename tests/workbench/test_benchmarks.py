@@ -130,11 +130,38 @@ def test_jit_is_measured_at_its_published_size_on_a_gpu():
 
 def test_guidance_in_two_calls_is_guidance_in_one():
     found = script("sampler")
-    net, y = found["trained_looking"](True, CPU), torch.tensor([0, 1])
-    config = found["SamplerConfig"]("euler", steps=2, guidance=2.0)
+    net, y = found["trained_looking"](True, CPU).net, torch.tensor([0, 1])
+    config = found["SamplerConfig"]("euler", steps=2, guidance=2.0, precision="float32")
     draws = [found["drawer"](net, y, config, field=field)() for field in (found["Field"], found["TwoCalls"])]
     torch.testing.assert_close(*draws, rtol=1e-4, atol=1e-5)
     assert found["Field"] is guidance.Field
+
+
+def test_the_baseline_of_sampling_is_repas_sampler():
+    """One call a step for both halves, the projector in each, and the samples that the library draws in float32."""
+    found = script("sampler")
+    theirs, y, start = found["trained_looking"](True, CPU), torch.tensor([0, 1, 2]), torch.randn(3, 3, 32, 32)
+    heads = []
+    theirs.head.register_forward_hook(lambda module, given, projected: heads.append(len(projected)))
+    config = found["SamplerConfig"]("euler", steps=3, guidance=1.8, precision="float32")
+    drawn = found["upstream_samples"](theirs, start, y, config)
+    assert heads == 3 * [2 * len(y) * theirs.net.side**2]
+    torch.testing.assert_close(drawn, found["drawer"](theirs.net, y, config, start)(), rtol=1e-4, atol=1e-5)
+
+
+def test_samplers_that_differ_are_not_timed():
+    found, one = script("sampler"), torch.ones(2, 3)
+    ways = {"float32": lambda: one, "float32, two calls": lambda: 1.1 * one, "bfloat16": lambda: 2 * one}
+    with pytest.raises(AssertionError, match="differ by 1.0e-01"):
+        found["check"](ways, 1e-3)
+    assert found["check"](ways, 0.2) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"), [(0.2, 0.4, "within"), (0.41, 0.5, "not within"), (0.3, 0.5, "undecided about")]
+)
+def test_a_share_of_repas_time_is_judged_by_its_whole_interval(low, high, verdict):
+    assert script("sampler")["told"](Ratio(0.4, low, high)).endswith(f"of REPA's time, {verdict} 0.4")
 
 
 @pytest.mark.parametrize(("size", "published"), [("S", 0.867), ("B", 0.896), ("XL", 0.815)])

@@ -179,7 +179,7 @@ def sheet_arms(
 def sheet(
     run: Run,
     n: int = 8,  # classes, one sample each
-    sampler: SamplerConfig = SamplerConfig(steps=50),
+    sampler: SamplerConfig = SamplerConfig(steps=50, precision="float32"),
 ) -> np.ndarray:  # (n, h, h, 3) uint8, h at most 64
     """Samples of a network; networks of one size start from the same noise."""
     x = torch.cat(list(sample_batches(run, torch.arange(min(n, run.net.num_classes)), sampler))).cpu()

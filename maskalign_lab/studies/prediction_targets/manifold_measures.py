@@ -127,7 +127,8 @@ def watch_flow(
     basis = embedding(config.dim).double()
     start, y = toy_start(config, n).double(), torch.zeros(n, dtype=torch.long)
     first, rows = plane_parts(start, basis)[1], []
-    for step in sample(net, config.objective, y, SamplerConfig("heun", steps), start=start):
+    sampler = SamplerConfig("heun", steps, precision="float32")
+    for step in sample(net, config.objective, y, sampler, start=start):
         on, off = plane_parts(step.x, basis)
         rows.append(
             (torch.tensor(step.t, dtype=torch.float64), on.float(), off.norm(dim=1), (off - step.t * first).norm(dim=1))

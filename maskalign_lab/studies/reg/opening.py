@@ -44,7 +44,8 @@ def watch_both(
     scale: Scale = Scale(),
 ) -> dict[str, Watched]:  # by the way of sampling
     """Samples with labels, class after class, and without, from the same noise."""
-    y, config = torch.arange(scale.samples) % run.net.num_classes, SamplerConfig(steps=scale.steps)
+    y = torch.arange(scale.samples) % run.net.num_classes
+    config = SamplerConfig(steps=scale.steps, precision="float32")  # what is seen on the way enters the findings
     null = torch.full_like(y, run.net.num_classes)
     return {"label given": watch(run, reader, y, config), "no label": watch(run, reader, null, config)}
 

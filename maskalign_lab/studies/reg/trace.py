@@ -87,7 +87,7 @@ def trace(
     net: nn.Module,
     objective: Objective,  # how the network was trained
     y: Tensor,  # (b,) labels; the null class for samples without one
-    config: SamplerConfig = SamplerConfig(),
+    config: SamplerConfig = SamplerConfig(precision="float32"),
     seed: int = 0,  # of the starting noise
 ) -> Trace:
     """Sample, and keep everything."""
@@ -203,7 +203,7 @@ def watch(
     run: Run,
     reader: Reader,
     y: Tensor,  # (b,) labels; the null class for samples without one
-    config: SamplerConfig = SamplerConfig(),
+    config: SamplerConfig = SamplerConfig(precision="float32"),
     seed: int = 0,  # of the starting noise
 ) -> Watched:
     """Sample from a run and read on the way."""
