@@ -16,8 +16,8 @@ from maskalign_lab.runs.facts import Facts
 from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.recipe import Recipe
 from maskalign_lab.runs.run import build
-from maskalign_lab.training.loop import to_device
 from maskalign_lab.training.methods import Batch, Draw, Method, Plan, State
+from maskalign_lab.training.prefetch import to_device
 
 CLASSES, TEACHER, SIDE = 1000, 768, 16  # of ImageNet; DINOv2-B's channels; tokens along a side
 LATENTS = Facts(CLASSES, (TEACHER,), channels=4, factor=8)  # of SD-VAE at 256 pixels

@@ -196,6 +196,9 @@ class AHPA(Method, name="ahpa"):
         self.heads = nn.ModuleList(level_head(width, config.dim, name) for name in heads)
         classes = net.num_classes if config.by_class else 0
         self.router = Router(config.levels, config.prior, num_classes=classes) if config.router in ROUTERS else None
+        if config.router == "bilevel":
+            self.uncompilable = "router=bilevel takes gradients within the loss"
+            self.indivisible, self.idle = "router=bilevel compares the halves of a batch", True
 
     def log_weights(self, t: Tensor, y: Tensor | None = None) -> Tensor:  # (b, K)
         """Logarithms of the levels' weights at each time."""

@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +22,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 from . import network_commands  # noqa: F401  (importing a module registers its commands)
 from .base import paths
 from .base.errors import one_of
+from .base.processes import is_first, leave_word
 from .base.terminal import enduring
 from .workbench.commands import COMMANDS, command, overview, parse
 
@@ -55,10 +57,14 @@ def main(
         try:
             return answer(words)
         except KeyboardInterrupt:
-            print("stopped", file=sys.stderr)
+            if is_first():
+                print("stopped", file=sys.stderr)
             return 130
         except Exception as error:
-            if debug or not (sentence := sentence_of(error)):
+            sentence = "" if debug else sentence_of(error)
+            if leave_word(sentence, traceback.format_exc()):
+                return 2 if sentence else 1
+            if not sentence:
                 raise
             print(f"error: {sentence}", file=sys.stderr)
             return 2

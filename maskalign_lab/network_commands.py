@@ -31,6 +31,7 @@ class Train:
     dataset: str = "shapes"  # shapes, digits, photos or folder:PATH
     seed: int = 0  # of initialisation, data order and noise
     device: str = "auto"  # auto, cpu, cuda, mps
+    processes: int = 1  # that share the work on this machine, each on a device of its own
     out: str = ""  # the run's folder; default: under runs/trained, named after the recipe
     dry_run: bool = False  # only tell parameters, memory, disk, operations and hours
     price: float | None = None  # of a GPU for an hour, in any currency; a dry run then tells the cost
@@ -49,23 +50,27 @@ def folder_for(
 @command("train", Train)
 def run_train(options: Train) -> int:
     """Train a recipe into a run folder."""
+    from maskalign_lab.base.processes import is_first, is_launched
+    from maskalign_lab.runs.estimates import foretell
     from maskalign_lab.runs.presets import make_recipe
     from maskalign_lab.runs.recipe import identity
     from maskalign_lab.runs.run import train
+    from maskalign_lab.training.ranks import check_ranks
+    from maskalign_lab.workbench.launching import check_processes, launch
 
-    words = shlex.join(options.overrides)
-    recipe = make_recipe(options.method, options.preset, options.dataset, options.seed, words)
+    overrides = shlex.join(options.overrides)
+    recipe = make_recipe(options.method, options.preset, options.dataset, options.seed, overrides)
     folder = folder_for(options.out, "trained", options.method, options.dataset, identity(recipe))
-    if options.price is not None and not options.dry_run:
-        raise ValueError(f"--price {options.price:g} is told by a dry run and nothing else: add --dry-run")
-    if options.dry_run:
-        from maskalign_lab.runs.estimates import estimate, report
-
-        print(report(estimate(recipe, folder), options.price))
-        return 0
+    if options.dry_run or options.price is not None:
+        return foretell(recipe, folder, options.dry_run, options.price)
+    if options.processes != 1 and not is_launched():
+        check_processes(options.processes, options.device)
+        check_ranks(recipe.training.batch_size, options.processes, recipe.execution.accumulate)
+        return launch("train", options, options.processes)
     train(recipe, folder, options.device)
-    quoted = shlex.quote(str(folder))
-    print(f"done. Next: maskalign-lab sample {quoted}\n            maskalign-lab run 01 -p run {quoted}")
+    if is_first():
+        quoted = shlex.quote(str(folder))
+        print(f"done. Next: maskalign-lab sample {quoted}\n            maskalign-lab run 01 -p run {quoted}")
     return 0
 
 # %% ../nbs/lib/network_commands.ipynb #0dab1aca

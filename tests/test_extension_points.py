@@ -243,7 +243,7 @@ def test_a_plain_folder(tmp_path):
 
 def test_resume(tmp_path):
     whole = trained(tmp_path, overrides="training.steps=6", name="whole")
-    short = make_recipe("sit", "smoke", overrides=f"{TINY} training.steps=6 training.save_every=2")
+    short = make_recipe("sit", "smoke", overrides=f"{TINY} training.steps=6 training.save_every=2 execution.keep=3")
     train(short, tmp_path / "halves", "cpu", 0)
     for step in steps_of(tmp_path / "halves")[1:]:
         for file in (tmp_path / "halves" / "steps" / f"{step:06d}").iterdir():

@@ -1,13 +1,16 @@
 """On a CUDA device: the same numbers as on a CPU, the same bits after a stop, and every method trains."""
 
 import json
+import threading
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+from shared.given import CASES, given, in_single, small
 
 from maskalign_lab.ahpa import AHPAConfig, Router
+from maskalign_lab.base.checkpoints import load_tensors, step_folder
 from maskalign_lab.base.seeding import generator
 from maskalign_lab.data.datasets import load_dataset
 from maskalign_lab.diffusion.sampling import SamplerConfig, sample
@@ -16,53 +19,18 @@ from maskalign_lab.encoders.teacher_features import rows_of
 from maskalign_lab.encoders.teachers import load_teacher
 from maskalign_lab.gradient_norms import token_gradient_norms
 from maskalign_lab.measure.metrics import validation_loss
-from maskalign_lab.runs.batches import kept_autoencoder
+from maskalign_lab.runs.batches import kept_autoencoder, make_batches
 from maskalign_lab.runs.facts import Facts
-from maskalign_lab.runs.presets import LATENTS, NAMED, make_recipe
 from maskalign_lab.runs.run import build, ensure_run, load_run, train
 from maskalign_lab.studies.shipped_runs import pack, write_card
-from maskalign_lab.training.loop import fit, to_device
-from maskalign_lab.training.methods import METHODS, Batch, Plan, State
+from maskalign_lab.training.execution import ExecutionConfig
+from maskalign_lab.training.loop import fit
+from maskalign_lab.training.methods import State
+from maskalign_lab.training.prefetch import SETTLED, feeding, portions, to_device
+from maskalign_lab.training.stopping import NonFinite
 
 pytestmark = pytest.mark.gpu
-GPU, NAMES = torch.device("cuda"), sorted({*METHODS, *NAMED})
-CASES = [
-    *((name, "") for name in NAMES),
-    ("ahpa", "method.router=bilevel"),
-    ("ahpa", "method.way=rotated method.mix=targets"),
-]
-CASES += [("maskalign", "method.inner.name=ahpa")]
-
-
-def small(name: str, more: str = ""):
-    """A recipe that trains in seconds."""
-    latents = LATENTS[""] if "ahpa" in name + more else ""
-    few = "data.n=64 training.steps=6 training.batch_size=8 training.precision=float32"
-    return make_recipe(name, "smoke", overrides=f"{latents} {few} {more}")
-
-
-def given(recipe):
-    """Network, method, a batch of noise that holds all that the method may need, and a draw; all on the CPU, in float64."""
-    latent = bool(recipe.data.autoencoder)
-    facts, size = ({"channels": 4, "factor": 4}, 16) if latent else ({}, recipe.data.size)
-    net, method = build(recipe, Facts(10, (24,), **facts))
-    for p in net.parameters():
-        p.data.add_(0.05 * torch.randn(p.shape, generator=generator(0, 0, "given")))
-    g, b, n = generator(0, 0, "batch"), 4, net.side**2
-    randn = partial(torch.randn, generator=g, dtype=torch.float64)
-    needs, heads = Plan(recipe.method).needs, net.blocks[0].attn.heads
-    batch = Batch(randn(b, net.in_channels, size, size), torch.tensor([0, 1, 2, 3]))
-    more = {
-        "features": randn(b, n, 24),
-        "class_token": randn(b, 24),
-        "attention": randn(b, 2, heads, n, n),
-        "levels": randn(b, 4, n, 16),
-        "held_out": replace(batch, x=randn(*batch.x.shape)),
-    }
-    batch = replace(batch, **{name: value for name, value in more.items() if name in needs})
-    draw = method.draw(batch, 0, partial(generator, 0))
-    draw = replace(draw, **{k: v.double() for k, v in vars(draw).items() if v is not None and v.is_floating_point()})
-    return net.double(), method.double(), batch, draw
+GPU = torch.device("cuda")
 
 
 @pytest.mark.parametrize(("name", "more"), CASES)
@@ -84,13 +52,16 @@ def test_losses_and_gradients_are_those_of_the_cpu(name, more):
     assert (whole - other).norm() < 1e-4 * whole.norm()
 
 
-@pytest.mark.parametrize("name", ["sit", "ahpa", "maskalign"])
+@pytest.mark.parametrize(
+    ("name", "compiled"), [("sit", "off"), ("ahpa", "off"), ("maskalign", "off"), ("maskalign", "whole")]
+)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_training_that_was_stopped_continues_to_the_same_bits(tmp_path, monkeypatch, name, precision):
+def test_a_training_that_was_stopped_continues_to_the_same_bits(tmp_path, monkeypatch, name, compiled, precision):
+    """Also by a CUDA graph, which the second part records anew."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     try:
-        recipe = small(name, f"training.precision={precision} training.save_every=2")
+        recipe = small(name, f"training.precision={precision} training.save_every=2 execution.compile={compiled}")
         whole = load_run(train(recipe, tmp_path / "whole", "cuda", 0), device="cuda")
         shorter = replace(recipe, training=replace(recipe.training, steps=3))
         train(shorter, tmp_path / "parts", "cuda", 0)
@@ -122,15 +93,81 @@ def test_a_run_is_packed_and_told_of(tmp_path):
     }
 
 
-def test_compiled_blocks_train_to_what_eager_ones_do(tmp_path):
-    nets = {}
-    for compiled in ("off", "blocks"):
-        recipe = small("ahpa", f"execution.compile={compiled} training.steps=4")
-        nets[compiled] = load_run(train(recipe, tmp_path / compiled, "cuda", 0)).net.state_dict()
-    start = build(small("ahpa"), Facts(10, channels=4, factor=4))[0].state_dict()
-    moved = torch.cat([(nets["off"][k] - start[k]).flatten() for k in start])
-    apart = torch.cat([(nets["off"][k] - nets["blocks"][k]).flatten() for k in start])
+QUICK = [("maskalign", ""), ("ahpa", ""), ("haste", "method.stop=3")]
+SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in CASES if case not in QUICK and "bilevel" not in case[1]]
+
+
+def trained(recipe, tmp_path, **how):
+    """The network at the end of a training that is executed in some way."""
+    execution = replace(recipe.execution, **how)
+    name = "-".join(f"{key}={value}" for key, value in how.items())
+    return load_run(train(replace(recipe, execution=execution), tmp_path / name, "cuda", 0)).net.state_dict()
+
+
+def check_near(recipe, one, other):
+    """Two trainings that end much nearer to each other than to their beginning."""
+    facts = Facts(10, (24,), channels=4, factor=4) if recipe.data.autoencoder else Facts(10, (24,))
+    start = build(recipe, facts)[0].state_dict()
+    same = [key for key in start if start[key].shape == one[key].shape]
+    moved = torch.cat([(one[key] - start[key]).flatten() for key in same])
+    apart = torch.cat([(one[key] - other[key]).flatten() for key in same])
     assert apart.norm() < 0.02 * moved.norm()
+
+
+@pytest.mark.parametrize(("name", "more"), [*QUICK, *SLOW])
+def test_a_compiled_loss_trains_to_what_an_eager_one_does(tmp_path, name, more):
+    """By a CUDA graph."""
+    recipe = small(name, f"{more} training.steps=5")
+    check_near(recipe, trained(recipe, tmp_path, compile="off"), trained(recipe, tmp_path, compile="whole"))
+
+
+def test_compiled_blocks_train_to_what_eager_ones_do(tmp_path):
+    recipe = small("ahpa", "training.steps=4")
+    check_near(recipe, trained(recipe, tmp_path, compile="off"), trained(recipe, tmp_path, compile="blocks"))
+
+
+@pytest.mark.parametrize("compiled", ["off", "whole"])
+def test_a_batch_in_parts_trains_to_what_the_whole_does(tmp_path, compiled):
+    recipe = small("maskalign", "training.steps=4")
+    whole = trained(recipe, tmp_path, compile="off")
+    check_near(recipe, whole, trained(recipe, tmp_path, compile=compiled, accumulate=4))
+
+
+def steps_of_a_training(compiled, batches=None, run=None, **training):
+    """The steps of a small training on a batch that lies on the device."""
+    recipe = small("ahpa", "training.precision=bfloat16")
+    net, method, batch, _ = given(recipe)
+    batch = to_device(in_single(batch), GPU)
+    config = replace(recipe.training, **dict(steps=40) | training)
+    return fit(
+        net.float(), method.float(), batches or (lambda step: batch), config, run, "cuda", ExecutionConfig(compiled)
+    )
+
+
+def test_losses_outlive_the_step_that_a_graph_replays():
+    now, later = [], []
+    for step in steps_of_a_training("whole", steps=8):
+        later.append((step.losses, step.norms))
+        now.append([{name: value.item() for name, value in each.items()} for each in later[-1]])
+    assert now == [[{name: value.item() for name, value in each.items()} for each in pair] for pair in later]
+
+
+def test_a_checkpoint_holds_the_moment_it_was_taken_at(tmp_path):
+    """Though the weights move on while it is copied and written."""
+    for step in steps_of_a_training("off", run=tmp_path, steps=9, save_every=3):
+        if step.step == 6:
+            then = {name: value.clone() for name, value in step.state.model.state_dict().items()}
+    found = load_tensors(step_folder(tmp_path, 6), "model")
+    assert all(torch.equal(found[name], value.cpu()) for name, value in then.items())
+
+
+@pytest.mark.parametrize("compiled", ["off", "whole"])
+def test_a_number_that_is_not_finite_is_noticed_though_nobody_waits(tmp_path, compiled):
+    good = to_device(in_single(given(small("ahpa"))[2]), GPU)
+    bad = replace(good, x=good.x * float("nan"))
+    with pytest.raises(NonFinite, match="step 4: not finite, first in .*; the state before it is .*000003"):
+        for _ in steps_of_a_training(compiled, lambda step: bad if step == 3 else good, tmp_path, save_every=100):
+            pass
 
 
 def test_a_router_is_finite_and_adds_up_under_autocast():
@@ -191,20 +228,50 @@ def test_gradient_norms_are_those_of_the_cpu():
     torch.testing.assert_close(here, there, rtol=1e-10, atol=1e-12)
 
 
-def test_a_step_does_not_wait_for_the_device():
-    """Apart from moving the batch there; a step that waits leaves the device idle."""
-    recipe = small("ahpa", "training.steps=40 training.precision=bfloat16")
-    net, method, batch, _ = given(recipe)
-    batch = replace(batch, x=batch.x.float(), levels=batch.levels.float())
-    steps = fit(net.float(), method.float(), lambda step: to_device(batch, GPU), recipe.training, device="cuda")
+@pytest.mark.parametrize("compiled", ["off", "blocks", "whole"])
+def test_a_step_does_not_wait_for_the_device(compiled):
+    """Nor does the guard's look, which falls among these steps; a step that waits leaves the device idle."""
+    steps = steps_of_a_training(compiled)
     for _ in range(12):
         next(steps)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for _ in range(5):
+        for _ in range(10):
             next(steps)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("placement", ["host", "device", "auto"])
+def test_rows_reach_the_device_as_they_are_and_nobody_waits(placement):
+    """By a thread's copies or picked there; two processes' parts."""
+    batches, todo = make_batches(small("maskalign")), partial(portions, 0, 9, 1, 2)
+    with feeding(batches, GPU, ExecutionConfig(placement=placement), todo) as feed:
+        for portion in todo():
+            torch.cuda.set_sync_debug_mode("error" if portion.step > SETTLED else "default")
+            try:
+                mine, whole = feed(portion)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            there = batches(*portion)
+            for name in ("x", "y", "features", "class_token"):
+                value = getattr(mine, name)
+                assert value.device.type == "cuda" and value.is_contiguous() is (name != "y")
+                torch.testing.assert_close(value.cpu(), getattr(there, name), rtol=0, atol=0 if name != "x" else 1e-6)
+            assert whole.x.shape == (8, 3, 32, 32) and len(whole.y) == 8
+        assert bool(feed.make.resident) is (placement != "host")
+    assert not any(thread.name.startswith("prefetch") for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("placement", ["host", "device"])
+def test_where_rows_live_changes_no_number(placement):
+    recipe = small("ahpa", "execution.compile=off")
+    batches, ends = make_batches(recipe, "cuda"), []
+    for execution in (ExecutionConfig("off", placement=placement), ExecutionConfig("off")):
+        net, method = build(recipe, batches.facts)
+        *_, last = fit(net, method, batches, recipe.training, None, "cuda", execution)
+        ends.append({name: value.item() for name, value in last.losses.items()})
+    assert ends[0] == pytest.approx(ends[1], rel=1e-4)
 
 
 def test_runs_of_one_recipe_are_found_again_from_either_device(tmp_path, monkeypatch):

@@ -33,10 +33,11 @@ def owner_of(
 # %% ../../nbs/lib/base/locks.ipynb #48b8abbb
 def take(
     lock: FileLock,
-    folder: Path,  # that it belongs to
+    folder: Path,  # that it belongs to, made if needed
     wait: bool,
 ) -> None:
     """Acquire a lock, or say who has it."""
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -45,6 +46,9 @@ def take(
             raise FileExistsError(f"{told}; wait until it has ended, or choose another folder") from None
         say(f"{told}; waiting for it")
         lock.acquire()
+    if not (folder / LOCK).exists():  # the last holder removed the file between our opening and locking it
+        lock.release()
+        take(lock, folder, wait)
 
 # %% ../../nbs/lib/base/locks.ipynb #871688f4
 @contextlib.contextmanager
@@ -54,16 +58,15 @@ def sole_writer(
 ) -> Iterator[None]:
     """Inside, no other process that asks writes to the folder. One in which nothing was written is removed again."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK)
-    take(lock, folder, wait)
+    take(lock := FileLock(folder / LOCK), folder, wait)
     try:
         write_atomic(folder / OWNER, json.dumps(this_process()))
         yield
     finally:
         (folder / OWNER).unlink(missing_ok=True)
-        lock.release()
-        with contextlib.suppress(OSError):  # somebody else was quicker
+        with contextlib.suppress(OSError):  # Windows keeps a file that is open
             if {path.name for path in folder.iterdir()} <= {LOCK}:
-                (folder / LOCK).unlink(missing_ok=True)
-                folder.rmdir()
+                (folder / LOCK).unlink()
+        lock.release()
+        with contextlib.suppress(OSError):  # it holds something, or somebody else was quicker
+            folder.rmdir()

@@ -218,10 +218,13 @@ class Attention(nn.Module):
         self,
         tokens: Tensor,  # (b, n, d)
         rope: tuple[Tensor, Tensor] | None = None,  # (n, head_dim) cosines and sines of rotary positions
+        seen: list[Tensor] | None = None,  # the output of the qkv map, (b, n, 3 d), is put here
     ) -> Tensor:  # (b, n, d)
         b, n, d = tokens.shape
-        qkv = self.qkv(tokens).view(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)  # (b, heads, n, head_dim)
+        qkv = self.qkv(tokens)
+        if seen is not None:
+            seen.append(qkv)
+        q, k, v = qkv.view(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)  # (b, heads, n, -1)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)

@@ -38,9 +38,14 @@ class Block(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=lambda: nn.GELU(approximate="tanh"))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, tokens: Tensor, c: Tensor) -> Tensor:  # (b, n, d), (b, d) -> (b, n, d)
+    def forward(
+        self,
+        tokens: Tensor,  # (b, n, d)
+        c: Tensor,  # (b, d) conditioning
+        seen: list[Tensor] | None = None,  # queries, keys and values, (b, n, 3 d), are put here
+    ) -> Tensor:  # (b, n, d)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)
-        tokens = tokens + gate_a.unsqueeze(1) * self.attn(modulate(self.norm1(tokens), shift_a, scale_a))
+        tokens = tokens + gate_a.unsqueeze(1) * self.attn(modulate(self.norm1(tokens), shift_a, scale_a), seen=seen)
         return tokens + gate_m.unsqueeze(1) * self.mlp(modulate(self.norm2(tokens), shift_m, scale_m))
 
 # %% ../../nbs/lib/diffusion/sit.ipynb #474735d3
@@ -68,6 +73,7 @@ class Output(NamedTuple):
     prediction: Tensor  # (b, c, h, w); of k kept tokens (b, k, p*p*c)
     class_prediction: Tensor | None  # (b, z) of a network with a class token
     hidden: dict[int, Tensor]  # depth (1-based) -> (b, [1 +] n, d), a class token first
+    qkv: dict[int, Tensor] = {}  # depth -> (b, [1 +] n, 3 d) queries, keys and values of all heads
 
 # %% ../../nbs/lib/diffusion/sit.ipynb #c641cdb3
 class SiT(nn.Module):
@@ -117,21 +123,25 @@ class SiT(nn.Module):
         keep: Tensor | None = None,  # (b, k) indices of the patches that go on behind the mixer; None: all
         fill: Tensor | None = None,  # (d,) stands in for the other patches instead of dropping them
         collect: tuple[int, ...] = (),  # depths whose hidden tokens to return
+        collect_qkv: tuple[int, ...] = (),  # depths whose queries, keys and values to return
     ) -> Output:
-        check_depths(collect, self.depth)
+        check_depths(collect + collect_qkv, self.depth)
         tokens, c = self.embed(x, t, y, cls)
         tokens = self.select(self.mix(tokens, c), keep, fill)
-        hidden = {}
+        hidden, qkv = {}, {}
         for depth, block in enumerate(self.blocks, start=1):
-            tokens = block(tokens, c)
+            seen = [] if depth in collect_qkv else None
+            tokens = block(tokens, c) if seen is None else block(tokens, c, seen)
             if depth in collect:
                 hidden[depth] = tokens
+            if seen:
+                qkv[depth] = seen[0]
         patches, class_prediction = self.final_layer(tokens, c)
         sign = -1 if self.data_at_one else 1
         prediction = patches.unflatten(2, (-1, self.out_channels))[..., : self.in_channels].flatten(2)  # (b, k, p*p*c)
         if keep is None or fill is not None:
             prediction = unpatchify(prediction, self.patch_size)  # (b, c, h, w)
-        return Output(sign * prediction, None if class_prediction is None else sign * class_prediction, hidden)
+        return Output(sign * prediction, None if class_prediction is None else sign * class_prediction, hidden, qkv)
 
     def hidden(
         self,

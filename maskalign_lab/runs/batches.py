@@ -16,11 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..base.devices import resolve_device
+from ..base.devices import autocast, resolve_device
 from ..base.errors import one_of
 from ..base.seeding import batch_indices, generator
 from ..data.caching import Cache
 from ..data.datasets import STREAMS, Dataset, load_dataset
+from ..data.gathering import Rows, gather, images_in
+from ..data.packing import unpacked
 from ..encoders.autoencoder_latents import cached_latents
 from ..encoders.autoencoder_levels import Levels, cached_level_tokens, fit_levels
 from ..encoders.autoencoders import Autoencoder, check_side, latents_of, load_autoencoder
@@ -29,7 +31,8 @@ from ..encoders.teachers import Features, Teacher, check_attention, load_teacher
 from .facts import Facts
 from .recipe import DataConfig, Recipe
 from ..training.config import TrainingConfig
-from ..training.methods import Batch, Plan
+from ..training.methods import Batch, Plan, outline
+from ..training.prefetch import Portion
 
 # %% ../../nbs/lib/runs/batches.ipynb #7a2ace08
 def options_of(data: DataConfig) -> dict[str, str]:
@@ -166,31 +169,65 @@ def check_needs(recipe: Recipe, plan: Plan, sources: Sources) -> None:
 # %% ../../nbs/lib/runs/batches.ipynb #728ab483
 @dataclass
 class Batches:
-    """Step -> batch, from images in memory."""
+    """Portion of a step -> batch. Called by hand with a step, it gives the whole batch, on the CPU."""
 
     dataset: Dataset
     training: TrainingConfig
     plan: Plan
     facts: Facts
-    features: tuple[Tensor | Cache, ...] = ()  # of each teacher (n, 1 + tokens, d) float16, the class token first
+    features: tuple[
+        Tensor | Cache, ...
+    ] = ()  # of each teacher (n, 1 + tokens, d), see `packing`; the class token first
     teacher: Teacher | None = None  # of methods that need its attention
     latents: Cache | None = None  # (n, 2, c, h, w) mean and deviation, instead of pixels
     scaling: tuple[float, float] = (1.0, 0.0)  # scale and shift of latents
-    levels: Cache | None = None  # (n, K, tokens, d) float16, of methods that need them
+    levels: Cache | None = None  # (n, K, tokens, d), of methods that need them
 
-    def __call__(self, step: int) -> Batch:
-        needs, trained = self.plan.at(step), len(self.dataset) - self.aside
-        batch = self.clean(index := self.drawn(trained, step), step)
-        if self.features:
-            rows = [features[index].float() for features in self.features]
-            batch = replace(batch, features=side_by_side([each[:, 1:] for each in rows]), class_token=rows[0][:, 0])
-        if self.levels is not None:
-            batch = replace(batch, levels=self.levels[index].float())
-        if "attention" in needs:
-            batch = replace(batch, attention=self.attention(batch, index))
+    def __call__(self, step: int, part: int = 0, parts: int = 1) -> Batch:
+        portion, rows = Portion(step, part, parts), self.rows
+        read = {name: gather(rows[kind], index) for name, (kind, index) in self.places(portion).items()}
+        return self.assemble(read, portion)[0]
+
+    @property
+    def rows(self) -> dict[str, Rows]:
+        """All that is read at some step, by kind."""
+        found = {"latents": self.latents, "labels": self.dataset.labels}
+        found |= {f"features {k}": rows for k, rows in enumerate(self.features)} | {"levels": self.levels}
+        if self.latents is None or "attention" in self.plan.needs:
+            found["pixels"] = self.dataset.pixels
+        return {kind: rows for kind, rows in found.items() if rows is not None}
+
+    def places(self, portion: Portion) -> dict[str, tuple[str, np.ndarray]]:
+        """What a portion needs: under a name of its own, the kind of rows and their numbers. Labels are those of the whole batch."""
+        needs, trained, (step, part, parts) = self.plan.at(portion.step), len(self.dataset) - self.aside, portion
+        whole, clean = self.drawn(trained, step), "pixels" if self.latents is None else "latents"
+        mine, found = whole[part::parts], {"y": ("labels", whole), "x": (clean, whole[part::parts])}
+        if needs & {"features", "class_token"}:
+            found |= {(kind := f"features {k}"): (kind, mine) for k in range(len(self.features))}
+        if "levels" in needs:
+            found["levels"] = "levels", mine
+        if "attention" in needs and self.latents is not None:
+            found["pixels"] = "pixels", mine
         if "held_out" in needs:
-            batch = replace(batch, held_out=self.clean(trained + self.drawn(self.aside, step), step, "held out "))
-        return batch
+            whole = trained + self.drawn(self.aside, step)
+            found |= {"held out y": ("labels", whole), "held out x": (clean, whole[part::parts])}
+        return found
+
+    def assemble(self, read: dict[str, Tensor], portion: Portion) -> tuple[Batch, Batch]:
+        """A part of the batch from its rows, and the whole batch or its outline; on the device that the rows are on."""
+        batch = self.clean(read, portion)
+        if "features 0" in read:
+            tokens = [unpacked(read[f"features {k}"][:, 1:]) for k in range(len(self.features))]
+            first = unpacked(read["features 0"][:, 0])
+            batch = replace(batch, features=side_by_side(tokens), class_token=first)
+        if "levels" in read:
+            batch = replace(batch, levels=unpacked(read["levels"]))
+        if "attention" in self.plan.at(portion.step):
+            images = images_in(read["pixels"]) if "pixels" in read else batch.x
+            batch = replace(batch, attention=self.attention(images).to(batch.x.device))
+        if "held out x" in read:
+            batch = replace(batch, held_out=self.clean(read, portion, "held out "))
+        return batch, batch if portion.parts == 1 else outline(batch, read["y"], read.get("held out y"))
 
     @property
     def aside(self) -> int:
@@ -201,21 +238,21 @@ class Batches:
         """Which of n images make a step."""
         return batch_indices(n, self.training.batch_size, step, self.training.seed)
 
-    def clean(self, index: np.ndarray, step: int, name: str = "") -> Batch:
-        """Images and labels; latents are drawn from the posterior of each image anew at every step, as REPA does."""
-        labels = torch.as_tensor(self.dataset.labels[index])
+    def clean(self, read: dict[str, Tensor], portion: Portion, name: str = "") -> Batch:
+        """Images or latents, and labels."""
+        x, y, mine = read[f"{name}x"], read[f"{name}y"], slice(portion.part, None, portion.parts)
         if self.latents is None:
-            return Batch(self.dataset.images(index), labels)
-        mean, std = self.latents[index].unbind(1)
-        noise = torch.randn(mean.shape, generator=generator(self.training.seed, step, f"{name}posterior"))
-        return Batch(latents_of(mean, std, *self.scaling, noise), labels)
+            return Batch(images_in(x), y[mine])
+        mean, std = unpacked(x).unbind(1)
+        draw = generator(self.training.seed, portion.step, f"{name}posterior", x.device)
+        noise = torch.randn(len(y), *mean.shape[1:], generator=draw, device=x.device)[mine]
+        return Batch(latents_of(mean, std, *self.scaling, noise), y[mine])
 
-    def attention(self, batch: Batch, index: np.ndarray) -> Tensor:
-        """What the teacher's blocks attend to in the images of a batch."""
-        images = batch.x if self.latents is None else self.dataset.images(index)
-        return self.teacher.attention(
-            images.to(self.teacher.mean.device), self.plan.settings("attention").teacher_blocks
-        )
+    def attention(self, images: Tensor) -> Tensor:
+        """What the teacher's blocks attend to in images."""
+        device, blocks = self.teacher.mean.device, self.plan.settings("attention").teacher_blocks
+        with autocast("float32" if device.type == "cpu" else self.training.precision, device):
+            return self.teacher.attention(images.to(device), blocks)
 
 
 def side_by_side(features: list[Tensor]) -> Tensor:  # (b, n, d) each -> (b, n, sum of d)

@@ -23,7 +23,7 @@ from ..base.devices import resolve_device
 from ..base.errors import nearest, one_of
 from ..base.files import write_atomic
 from ..base.locks import sole_writer
-from ..base.processes import is_first
+from ..base.processes import is_first, process_count
 from ..base.seeding import key
 from ..base.terminal import say
 from ..data.datasets import STREAMS, Dataset
@@ -46,6 +46,7 @@ from .recipe import NETWORKS, Recipe, from_json, identity, to_json
 from ..training.log import cut_log, with_log
 from ..training.loop import AVERAGES, fit
 from ..training.methods import Method, Plan, method_class
+from ..training.ranks import check_ranks, together
 
 # %% ../../nbs/lib/runs/run.ipynb #79c08506
 def build(
@@ -239,7 +240,7 @@ def load_run(
     nets = (m.to(place).eval().requires_grad_(False) for m in (net, method))
     return Run(path, recipe, facts, int(folder.name), *nets)
 
-# %% ../../nbs/lib/runs/run.ipynb #addcb9ac
+# %% ../../nbs/lib/runs/run.ipynb #95d6eafd
 def train(
     recipe: Recipe,
     path: Path,  # the run's folder, made if needed, continued if it has checkpoints
@@ -248,10 +249,10 @@ def train(
     wait: bool = False,  # for another process that trains in this folder; else that is an error
 ) -> Path:
     """Train a recipe into a run folder, which no other process writes to meanwhile."""
-    resolve_device(device)  # before anything is loaded
-    path = Path(path)
-    with sole_writer(path, wait) if is_first() else contextlib.nullcontext():
-        stored = path / "recipe.json"
+    check_ranks(recipe.training.batch_size, process_count(), recipe.execution.accumulate)
+    resolve_device(device)
+    path, stored = Path(path), Path(path) / "recipe.json"
+    with sole_writer(path, wait) if is_first() else contextlib.nullcontext(), together():
         if stored.exists() and identity(from_json(stored.read_text())) != identity(recipe):
             raise FileExistsError(f"{path} holds a run of another recipe; choose another folder or remove it")
         sources = load_sources(recipe, device)
@@ -261,10 +262,10 @@ def train(
         batches = make_batches(recipe, device, sources)
         del sources  # teachers and autoencoder need not stay on the device, unless the batches ask them
         net, method = build(recipe, batches.facts)
-        path.mkdir(parents=True, exist_ok=True)
-        write_atomic(stored, to_json(recipe))
-        write_facts(path, batches.facts)
-        cut_log(path)
+        if is_first():
+            write_atomic(stored, to_json(recipe))
+            write_facts(path, batches.facts)
+            cut_log(path)
         steps = fit(net, method, batches, recipe.training, path, device, recipe.execution)
         for _ in with_log(steps, path, recipe.training.log_every, print_every):
             pass

@@ -27,7 +27,7 @@ from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError  # noqa: F401  for those who call `execute`
 
 from ..base import paths
-from ..base.processes import stop_signals
+from ..base.processes import grace, stop_signals
 
 # %% ../../nbs/lib/workbench/notebook_kernel.ipynb #2fe75e41
 class OwnKernel(AsyncKernelManager):
@@ -49,7 +49,7 @@ def kernel_environment(
     return os.environ | ours
 
 # %% ../../nbs/lib/workbench/notebook_kernel.ipynb #f1ecbf88
-GRACE = 20.0  # seconds from the interrupt to the kill
+GRACE = grace()  # seconds from the interrupt to the kill
 
 # %% ../../nbs/lib/workbench/notebook_kernel.ipynb #164d0c62
 class Stopped(Exception):

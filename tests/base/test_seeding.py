@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from maskalign_lab.base import seeding
 from maskalign_lab.base.seeding import batch_indices, generator, key, rng
 
 KEYS = st.tuples(st.integers(0, 2**40), st.integers(0, 10**7), st.text(max_size=5))
@@ -42,6 +43,27 @@ def test_epochs_are_permutations(n, batch, seed):
     epochs = stream(n, batch, seed, 3)
     assert (np.sort(epochs) == np.arange(n)).all()
     assert np.array_equal(stream(n, 7, seed, 3), epochs)  # whatever the batch
+
+
+@settings(deadline=None, max_examples=100)
+@given(n=st.integers(1, 50), batch=st.integers(1, 160), step=st.integers(0, 40), seed=st.integers(0, 5))
+def test_indices_are_those_of_the_definition(n, batch, step, seed):
+    """Number p of the stream is number p % n of epoch p // n; a batch belongs to its caller, who may change it."""
+    places = range(step * batch, (step + 1) * batch)
+    order = {epoch: rng(seed, epoch, "epoch").permutation(n) for epoch in {p // n for p in places}}
+    found = batch_indices(n, batch, step, seed)
+    assert found.dtype == np.int64 and found.tolist() == [order[p // n][p % n] for p in places]
+    found[:] = 0
+    assert batch_indices(n, batch, step, seed).tolist() == [order[p // n][p % n] for p in places]
+
+
+def test_an_epoch_is_permuted_once(monkeypatch):
+    made, make = [], seeding.rng
+    monkeypatch.setattr(seeding, "rng", lambda *given: made.append(given) or make(*given))
+    seeding.epoch_order.cache_clear()
+    for step in range(9):
+        batch_indices(12, 8, step, 0)
+    assert made == [(0, epoch, "epoch") for epoch in range(6)]
 
 
 @settings(deadline=None, max_examples=30)

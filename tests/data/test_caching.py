@@ -82,6 +82,8 @@ def test_any_rows_come_back_by_any_index(tmp_path_factory, data):
         assert torch.equal(cache[index], source[index]), index
     with pytest.raises(IndexError):
         cache[[n]]
+    buffer, places = torch.zeros(len(indices), *shape, dtype=dtype), indices % n
+    assert cache.read(places, buffer) is buffer and torch.equal(buffer, source[places])
 
 
 def test_what_is_read_is_a_copy(tmp_path):

@@ -13,7 +13,6 @@ from torch.testing import assert_close
 from maskalign_lab.diffusion.interpolants import coefficients, interpolate
 from maskalign_lab.diffusion.objectives import Objective, denoising_loss
 from maskalign_lab.diffusion.sit import Output, SiT
-from maskalign_lab.diffusion.taps import qkv_names, taps
 from maskalign_lab.training.haste import HASTE, HASTEConfig, attention_alignment, student_logits
 from maskalign_lab.training.irepa import ConvProjector, spatial_norm
 from maskalign_lab.training.methods import Batch, Draw, State, denoise
@@ -129,13 +128,12 @@ def test_the_gradients_of_reg(path):
 
 def test_the_network_of_haste_and_its_attention():
     official, out = opened("haste"), golden("haste").out
-    with taps(official.net, *qkv_names((1, 2, 3))) as acts:
-        mine = official.net(*inputs("haste", "x", "t", "y"), collect=(3,))
+    mine = official.net(*inputs("haste", "x", "t", "y"), collect=(3,), collect_qkv=(1, 2, 3))
     close(mine.prediction, out["pred"])
     close(mine.prediction, out["pred_no_act"])
     close(official.method.projectors[0](mine.hidden[3]), out["zs.0"])
     for block in (1, 3):
-        close(student_logits(official.net, acts, block), out[f"attn_logits.{block - 1}"])
+        close(student_logits(official.net, mine.qkv[block], block), out[f"attn_logits.{block - 1}"])
 
 
 def test_the_attention_loss_of_haste():
@@ -153,8 +151,9 @@ class Recorded(nn.Module):
         self.given, self.class_dim = given, None
         self.blocks = nn.ModuleList(nn.ModuleDict({"attn": nn.ModuleDict({"qkv": nn.Identity()})}) for _ in range(8))
 
-    def forward(self, x, t, y, cls=None, keep=None, collect=()):
-        return Output(self.given["stub_pred"], None, {depth: self.given["proj_student"] for depth in collect})
+    def forward(self, x, t, y, cls=None, keep=None, collect=(), collect_qkv=()):
+        hidden = {depth: self.given["proj_student"] for depth in collect}
+        return Output(self.given["stub_pred"], None, hidden, dict.fromkeys(collect_qkv))
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -13,7 +13,7 @@ from maskalign_lab.base.seeding import generator
 from maskalign_lab.diffusion.layers import modulate, patchify
 from maskalign_lab.diffusion.objectives import Objective
 from maskalign_lab.diffusion.sit import SiT
-from maskalign_lab.diffusion.taps import qkv_names, taps
+from maskalign_lab.diffusion.taps import taps
 from maskalign_lab.encoders.teachers import Teacher, load_teacher
 from maskalign_lab.runs.batches import Batches, load_sources, make_batches
 from maskalign_lab.runs.facts import Facts
@@ -121,21 +121,23 @@ def test_sharp_attention_gives_no_nan(dtype):
 def test_a_class_token_of_the_student_is_cut_off():
     torch.manual_seed(0)
     net = SiT(**SMALL, class_dim=6)
-    with taps(net, *qkv_names((2,))) as acts:
-        net(torch.randn(2, 3, 16, 16), torch.rand(2), torch.tensor([1, 2]), cls=torch.randn(2, 6))
-    q, k, _ = acts["blocks.1.attn.qkv"].view(2, 17, 3, 2, 8).permute(2, 0, 3, 1, 4)
+    inputs = torch.randn(2, 3, 16, 16), torch.rand(2), torch.tensor([1, 2])
+    with taps(net, "blocks.1.attn.qkv") as acts:
+        qkv = net(*inputs, cls=torch.randn(2, 6), collect_qkv=(2,)).qkv
+    assert set(qkv) == {2} and torch.equal(qkv[2], acts["blocks.1.attn.qkv"])
+    q, k, _ = qkv[2].view(2, 17, 3, 2, 8).permute(2, 0, 3, 1, 4)
     expected = (q @ k.mT / 8**0.5)[:, :, 1:, 1:]
-    torch.testing.assert_close(student_logits(net, acts, 2), expected)
+    torch.testing.assert_close(student_logits(net, qkv[2], 2), expected)
 
 
 def test_logits_are_float32_under_autocast_and_normalised_where_the_network_does():
     net, _, batch, draw = setting(qk_norm=True)
     net = net.float()
-    with torch.autocast("cpu", torch.bfloat16), taps(net, *qkv_names((1,))) as acts:
-        net(batch.x.float(), draw.t.float(), draw.y)
-        logits = student_logits(net, acts, 1)
-    assert acts["blocks.0.attn.qkv"].dtype == torch.bfloat16 and logits.dtype == torch.float32
-    attn, qkv = net.blocks[0].attn, acts["blocks.0.attn.qkv"].float()
+    with torch.autocast("cpu", torch.bfloat16):
+        qkv = net(batch.x.float(), draw.t.float(), draw.y, collect_qkv=(1,)).qkv[1]
+        logits = student_logits(net, qkv, 1)
+    assert qkv.dtype == torch.bfloat16 and logits.dtype == torch.float32
+    attn, qkv = net.blocks[0].attn, qkv.float()
     q, k, _ = qkv.view(4, 16, 3, 2, 8).permute(2, 0, 3, 1, 4)
     torch.testing.assert_close(logits, attn.q_norm(q) @ attn.k_norm(k).mT / 8**0.5, rtol=0.02, atol=0.02)
 
@@ -206,11 +208,14 @@ def test_settings_that_cannot_work_are_refused_when_built(change, message):
         HASTE(SiT(**SMALL), Objective(), HASTEConfig(**(vars(CONFIG) | change)), teacher_dims=(6,))
 
 
-def test_a_compiled_network_is_refused():
+def test_a_compiled_network_shows_its_attention_as_well():
     net, haste, batch, draw = setting()
-    net.blocks[1].compile()
-    with pytest.raises(ValueError, match="execution.compile=off"):
-        haste.loss(State(net, net, 0), batch, draw)
+    expected = haste.loss(State(net, net, 0), batch, draw)
+    for block in net.blocks:
+        block.compile(dynamic=False, backend="eager")
+    found = haste.loss(State(net, net, 0), batch, draw)
+    assert torch.equal(found.total, expected.total)
+    assert torch.equal(found.parts["attention"], expected.parts["attention"])
 
 
 def test_a_teacher_with_another_grid_is_refused():

@@ -20,7 +20,7 @@ from maskalign_lab.diffusion.jit import JiT
 from maskalign_lab.diffusion.objectives import Objective
 from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.run import load_run, train
-from maskalign_lab.training import loop
+from maskalign_lab.training.compiling import compile_blocks
 from maskalign_lab.training.config import RANGES, TrainingConfig
 from maskalign_lab.training.execution import ExecutionConfig
 from maskalign_lab.training.loop import AVERAGES, fit
@@ -134,12 +134,12 @@ def test_the_culprit_is_found_inside_a_compiled_block(quick):
 
 def test_a_network_without_blocks_is_refused():
     with pytest.raises(ValueError, match="needs a network with `blocks`, which Linear has not"):
-        loop.compile_blocks(nn.Linear(2, 2), torch.device("cpu"))
+        compile_blocks(nn.Linear(2, 2), torch.device("cpu"))
 
 
 def test_a_machine_without_a_compiler_is_told_before_training(tmp_path):
     code = (
-        "import torch; from torch import nn; from maskalign_lab.training.loop import check_compiler\n"
+        "import torch; from torch import nn; from maskalign_lab.training.compiling import check_compiler\n"
         "try: check_compiler(torch.device('cpu'))\nexcept ValueError as error: print(error)"
     )
     nowhere = {name: value for name, value in os.environ.items() if name not in ("CXX", "TORCH_INDUCTOR_INSTALL_GXX")}
@@ -150,10 +150,10 @@ def test_a_machine_without_a_compiler_is_told_before_training(tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled_code_trains_the_same():
+@pytest.mark.parametrize("way", ["blocks", "whole"])
+def test_compiled_code_trains_the_same(way):
     eager, _ = losses()
-    torch._dynamo.reset()
-    compiled, _ = losses(compile="blocks")
+    compiled, _ = losses(compile=way)
     assert compiled == pytest.approx(eager, rel=1e-4)
 
 
