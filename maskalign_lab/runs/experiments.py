@@ -29,8 +29,8 @@ from .facts import Facts
 from .presets import make_recipe
 from .recipe import Recipe, identity
 from .run import Run, build, ensure_run, load_run
-from ..training.loop import to_device
 from ..training.methods import Batch, Draw, Losses, Method, Plan, State, layers_of
+from ..training.prefetch import to_device
 
 # %% ../../nbs/lib/runs/experiments.ipynb #04630d70
 @dataclass(frozen=True)
