@@ -4,7 +4,6 @@ import shlex
 
 import pytest
 import torch
-from maskalign_lab.training_commands import Train
 
 from maskalign_lab.diffusion import jit, sit
 from maskalign_lab.runs.experiments import Arm, blank_step
@@ -13,6 +12,7 @@ from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.recipe import override
 from maskalign_lab.runs.requests import checked_overrides
 from maskalign_lab.runs.sizes import NAMES
+from maskalign_lab.training_commands import Train
 from maskalign_lab.workbench.commands import parse
 
 LATENTS, PIXELS = Facts(1000, (768,), channels=4, factor=8), Facts(1000, (768,))
