@@ -134,8 +134,9 @@ def make_trainer(
 def check_divides(method: Method, config: TrainingConfig, execution: ExecutionConfig, processes: int) -> None:
     """Refuse a batch that cannot be cut into equal parts, and a loss that the mean over parts would change."""
     check_ranks(config.batch_size, processes, parts := execution.accumulate)
-    if parts > 1 and (why := trait(method, "indivisible")):
-        raise ValueError(f"execution.accumulate={parts}, and {why}; take execution.accumulate=1")
+    if processes * parts > 1 and (why := trait(method, "indivisible")):
+        cut = f"execution.accumulate={parts}" if parts > 1 else f"{processes} processes"
+        raise ValueError(f"{cut}, and {why}; take execution.accumulate=1, and one process")
 
 # %% ../../nbs/lib/training/loop.ipynb #7d712d8c
 def share(trainer: Trainer, start: int, stop: int) -> Iterator[Portion]:

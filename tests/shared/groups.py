@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-LONG = ("study", "test_browser", "test_survival")  # groups that run studies or kill trainings
+LONG = ("study", "test_browser", "test_ranks", "test_survival")  # groups that run studies or kill trainings
 
 
 def group_of(test: str) -> str:

@@ -19,7 +19,9 @@ from maskalign_lab.base.devices import resolve_device
 from maskalign_lab.base.locks import LOCK, sole_writer
 from maskalign_lab.cli import main
 from maskalign_lab.runs import run as runs
+from maskalign_lab.runs.facts import Facts
 from maskalign_lab.runs.presets import make_recipe
+from maskalign_lab.training.loop import check_divides
 from maskalign_lab.workbench import launching
 from maskalign_lab.workbench.launching import check_processes
 
@@ -178,6 +180,14 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_that_does(star
     monkeypatch.setenv("WORLD_SIZE", "16")
     monkeypatch.setenv("RANK", "0")
     assert "16 equal parts (16 processes); take 16" in refused(capsys)
+
+
+def test_a_loss_that_compares_the_halves_of_a_batch_wants_one_process():
+    recipe = make_recipe("ahpa", "smoke", overrides="method.router=bilevel")
+    _, method = runs.build(recipe, Facts(10, channels=4, factor=4))
+    check_divides(method, recipe.training, recipe.execution, 1)
+    with pytest.raises(ValueError, match="2 processes, and router=bilevel compares the halves of a batch; take"):
+        check_divides(method, recipe.training, recipe.execution, 2)
 
 
 def test_several_starts_without_a_launcher_are_refused(starts_nothing, capsys, monkeypatch):
