@@ -67,7 +67,10 @@ def told(words, capsys):
         (["measure", "repa-shapes", "--n", "1"], "expected at least 4"),
         (["import", "none.pt", "--config", "[1]"], "--config '[1]': expected names and values"),
         (["import", "none.pt", "--config", "{"], "--config '{' is not JSON"),
-        (["import", "none.pt", "--dataset", "shaeps"], "Did you mean 'shapes'? Valid: shapes, digits, photos, folder:PATH, latents"),
+        (
+            ["import", "none.pt", "--dataset", "shaeps"],
+            "Did you mean 'shapes'? Valid: shapes, digits, photos, folder:PATH, hf:NAME, latents",
+        ),
         (["import", "none.pt", "--dataset", "folder:none"], "folder 'none' does not exist"),
         ([*TRAIN, "--dataset", "folder:~nobody-of-this-name"], "there is no such user"),
         ([*TRAIN, "--out", "~nobody-of-this-name/x"], "there is no such user"),

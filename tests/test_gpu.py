@@ -19,9 +19,10 @@ from maskalign_lab.encoders.teacher_features import rows_of
 from maskalign_lab.encoders.teachers import load_teacher
 from maskalign_lab.gradient_norms import token_gradient_norms
 from maskalign_lab.measure.metrics import validation_loss
-from maskalign_lab.runs.batches import kept_autoencoder, make_batches
+from maskalign_lab.runs.batches import make_batches
 from maskalign_lab.runs.facts import Facts
 from maskalign_lab.runs.run import build, ensure_run, load_run, train
+from maskalign_lab.runs.sources import kept_autoencoder
 from maskalign_lab.studies.shipped_runs import pack, write_card
 from maskalign_lab.training.execution import ExecutionConfig
 from maskalign_lab.training.loop import fit
@@ -259,7 +260,7 @@ def test_rows_reach_the_device_as_they_are_and_nobody_waits(placement):
                 assert value.device.type == "cuda" and value.is_contiguous() is (name != "y")
                 torch.testing.assert_close(value.cpu(), getattr(there, name), rtol=0, atol=0 if name != "x" else 1e-6)
             assert whole.x.shape == (8, 3, 32, 32) and len(whole.y) == 8
-        assert bool(feed.make.resident) is (placement != "host")
+        assert bool(feed.resident) is (placement != "host")
     assert not any(thread.name.startswith("prefetch") for thread in threading.enumerate())
 
 

@@ -24,6 +24,7 @@ def update_ema(
     parameters: list[Tensor],  # current parameters, in the same order
     decay: float,  # d
     step: int,  # steps done so far
+    ramp: bool = True,  # whether the decay is warmed up
 ) -> None:
     """ema <- d ema + (1 - d) parameters, with the decay of the step."""
-    torch._foreach_lerp_(ema, parameters, 1 - decay_at(decay, step))
+    torch._foreach_lerp_(ema, parameters, 1 - (decay_at(decay, step) if ramp else decay))

@@ -57,17 +57,20 @@ def home_of(
 
 # %% ../../nbs/lib/base/paths.ipynb #88ac78c6
 def absolute(
-    spec: str,  # a dataset, an autoencoder or teachers that may name a folder: "folder:photos", "tiny:mine,oracle"
+    spec: str,  # a dataset, an autoencoder or teachers that may name a folder: "folder:photos", "tiny:mine,timm:vit@file"
 ) -> str:
     """The same name with absolute paths; names without a path are left alone."""
-    names = [spec] if spec.startswith("folder:") else spec.split(",")  # a folder's name may hold a comma
+    names = [spec] if spec.startswith(("folder:", "hf:")) else spec.split(",")  # a folder's name may hold a comma
     return ",".join(map(_absolute_name, names))
 
 
 def _absolute_name(name: str) -> str:
     kind, colon, path = name.strip().partition(":")
-    if colon and path and kind in ("folder", "tiny"):
+    if colon and path and (kind in ("folder", "tiny") or (kind == "hf" and home_of(path).is_dir())):
         return f"{kind}:{home_of(path).absolute()}"
+    if kind == "timm" and "@" in path:  # weights of one's own
+        model, _, file = path.partition("@")
+        return f"timm:{model}@{home_of(file).absolute()}"
     return str(home_of(name).absolute()) if "/" in name and not colon and home_of(name).is_dir() else name
 
 # %% ../../nbs/lib/base/paths.ipynb #a189de38

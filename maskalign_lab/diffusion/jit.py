@@ -216,9 +216,9 @@ def check_whole(cls: Tensor | None, keep: Tensor | None) -> None:
 
 # %% ../../nbs/lib/diffusion/jit.ipynb #d84c3892
 SIZES = {
-    "B": dict(width=768, depth=12, heads=12, bottleneck=128, context_start=4, dropout=0.0),
-    "L": dict(width=1024, depth=24, heads=16, bottleneck=128, context_start=8, dropout=0.0),
-    "H": dict(width=1280, depth=32, heads=16, bottleneck=256, context_start=10, dropout=0.2),
+    "B": dict(width=768, depth=12, heads=12, bottleneck=128, context_tokens=32, context_start=4, dropout=0.0),
+    "L": dict(width=1024, depth=24, heads=16, bottleneck=128, context_tokens=32, context_start=8, dropout=0.0),
+    "H": dict(width=1280, depth=32, heads=16, bottleneck=256, context_tokens=32, context_start=10, dropout=0.2),
 }
 NAMES = [f"JiT-{size}/{patch}" for size in SIZES for patch in (16, 32)]
 

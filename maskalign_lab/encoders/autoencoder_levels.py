@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WAYS', 'on_grid', 'principal_components', 'rotation', 'Levels', 'survey', 'reduction', 'check_values', 'fit_levels',
-           'description', 'cached_level_tokens']
+           'description', 'level_encoding', 'cached_level_tokens']
 
 # %% ../../nbs/lib/encoders/autoencoder_levels.ipynb #a0a8151a
 import hashlib
@@ -21,8 +21,9 @@ from ..base.seeding import generator
 from ..data.caching import Cache
 from ..data.datasets import Dataset
 from ..diffusion.layers import patchify
-from .autoencoder_latents import filled
+from .autoencoder_latents import batch_of
 from .autoencoders import Autoencoder, check_levels
+from .encoding import Encoding, cached, cached_as
 
 # %% ../../nbs/lib/encoders/autoencoder_levels.ipynb #317fbaf8
 WAYS = ("detail", "mean", "rotated")
@@ -199,7 +200,7 @@ def description(levels: Levels, dataset: Dataset) -> dict[str, Any]:
     """What cached levels depend on, as plain values."""
     code = "".join(map(inspect.getsource, (on_grid, Levels.forward, Autoencoder.levels)))
     return {
-        "data": dataset.digest,
+        "data": cached_as(dataset),
         "autoencoder": levels.autoencoder.digest,
         "levels": list(levels.names),
         "grid": levels.side,
@@ -208,14 +209,22 @@ def description(levels: Levels, dataset: Dataset) -> dict[str, Any]:
     }
 
 # %% ../../nbs/lib/encoders/autoencoder_levels.ipynb #1be42eec
-def cached_level_tokens(
+def level_encoding(
     levels: Levels,
     dataset: Dataset,
-) -> Cache:  # (n, K, tokens, d) float16, on disk
-    """The levels of every image, computed at most once and kept under `paths.cache() / "levels"`; errors as in `caching.fill`."""
+) -> Encoding:  # of rows (K, tokens, d) float16
+    """The levels of every image."""
 
     def rows(images: Tensor) -> Tensor:  # (b, K, tokens, d)
         return levels(images).half()
 
-    row_bytes = 2 * len(levels.names) * levels.side**2 * levels.dim
-    return filled("levels", description(levels, dataset), rows, row_bytes, levels.autoencoder, dataset)
+    row_bytes, told = 2 * len(levels.names) * levels.side**2 * levels.dim, description(levels, dataset)
+    return Encoding("levels", told, rows, row_bytes, batch_of(dataset), levels.autoencoder.device)
+
+
+def cached_level_tokens(
+    levels: Levels,
+    dataset: Dataset,
+) -> Cache:  # (n, K, tokens, d) float16, on disk
+    """The levels of every image, computed at most once and kept under `paths.cache() / "levels"`; errors as in `caching.open_cache`."""
+    return cached(dataset, level_encoding(levels, dataset))

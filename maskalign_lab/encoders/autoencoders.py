@@ -22,6 +22,7 @@ from ..base.errors import one_of
 from ..base.paths import data, home_of
 from ..diffusion.taps import taps
 from .teachers import weights_digest
+from .weights import unavailable
 
 # %% ../../nbs/lib/encoders/autoencoders.ipynb #16de12e5
 def latents_of(
@@ -228,10 +229,12 @@ def load_kl(
         kind = AutoencoderKL.load_config(spec).get("_class_name")
         vae = AutoencoderKL.from_pretrained(spec, torch_dtype=torch.float32) if kind == "AutoencoderKL" else None
     except Exception as error:  # whatever the hub's client raises: offline, gated, moved
+        if not Path(spec).is_dir():
+            here = "'tiny' ships with the package"
+            raise unavailable(f"autoencoder {spec!r}", "data.autoencoder=FOLDER", here, error) from error
         raise OSError(
-            f"autoencoder {spec!r} could not be loaded: {error}\nExpected an AutoencoderKL of diffusers: a folder with "
-            "config.json and weights, or a name on the Hugging Face hub that can be reached or was loaded before. "
-            "'tiny' ships with the package"
+            f"autoencoder {spec!r} could not be loaded: {' '.join(str(error).split())} "
+            "Expected an AutoencoderKL of diffusers: a folder with config.json and weights"
         ) from error
     if vae is None:
         raise ValueError(f"autoencoder {spec!r} is of class {kind!r}, expected 'AutoencoderKL'")

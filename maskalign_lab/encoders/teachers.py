@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEACHERS', 'LOADERS', 'Features', 'prepare', 'Teacher', 'check_attention', 'build_vit', 'tiny_teacher', 'load_tiny',
-           'load_timm', 'weights_digest', 'create_vit', 'load_own', 'check_grid', 'load_teacher']
+           'load_timm', 'split_timm', 'weights_digest', 'create_vit', 'load_own', 'check_grid', 'load_teacher']
 
 # %% ../../nbs/lib/encoders/teachers.ipynb #6ff2cecf
 import hashlib
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..base.errors import nearest, one_of
 from ..base.paths import data, home_of
 from ..diffusion.taps import attention_logits, qkv_names, taps
+from .weights import unavailable, weights_file
 
 # %% ../../nbs/lib/encoders/teachers.ipynb #8e096548
 class Features(NamedTuple):
@@ -154,26 +155,35 @@ def load_tiny(
 
 # %% ../../nbs/lib/encoders/teachers.ipynb #70eb3ddc
 def load_timm(
-    name: str,  # "timm:MODEL" or "timm:MODEL?random"
+    name: str,  # "timm:MODEL", "timm:MODEL@PATH" with weights of one's own, or "timm:MODEL?random"
     size: int,  # pixels a side of the images
     grid: int | None,  # tokens a side; None is what the images' own resolution gives
 ) -> Teacher:
     """Any vision transformer of timm by name, pretrained unless `?random` is appended."""
-    import timm
-
-    model, _, option = name.removeprefix("timm:").partition("?")
-    if option:
-        one_of(option, ("random",), f"option of teacher {name!r}")
-    if not timm.is_model(model):
-        guess = nearest(model, timm.list_models("*vit*"))
-        raise ValueError(f"unknown timm model {model!r}." + (f" Did you mean {guess!r}?" if guess else ""))
-    vit = create_vit(model, pretrained=not option)
+    model, file, option = split_timm(name)
+    vit = create_vit(model, not option, weights_file(home_of(file), name) if file else None)
     patch = vit.patch_embed.patch_size[0]
     grid = size // patch if grid is None else grid
     if grid < 1:
         raise ValueError(f"teacher {name!r} has patches of {patch} pixels, images of {size} give no token; set grid")
     pixels = vit.pretrained_cfg["mean"], vit.pretrained_cfg["std"]
     return Teacher(vit, name, grid, weights_digest(vit, *pixels), *pixels)
+
+
+def split_timm(name: str) -> tuple[str, str, str]:
+    """The model, the file of weights and the option in a name; the last two may be empty."""
+    import timm
+
+    model, _, file = name.removeprefix("timm:").partition("@")
+    option = ""
+    if not file:
+        model, _, option = model.partition("?")
+    if option:
+        one_of(option, ("random",), f"option of teacher {name!r}")
+    if not timm.is_model(model):
+        guess = nearest(model, timm.list_models("*vit*"))
+        raise ValueError(f"unknown timm model {model!r}." + (f" Did you mean {guess!r}?" if guess else ""))
+    return model, file, option
 
 # %% ../../nbs/lib/encoders/teachers.ipynb #047b7ca0
 def weights_digest(
@@ -190,25 +200,30 @@ def weights_digest(
 # %% ../../nbs/lib/encoders/teachers.ipynb #b3f6af7b
 def create_vit(
     model: str,  # a timm name
-    pretrained: bool,  # download the weights, or draw them from a fixed seed
+    pretrained: bool,  # load the weights, or draw them from a fixed seed
+    file: Path | None = None,  # of the weights; None is the hub
 ) -> nn.Module:
     """A timm model that takes images of any size and gives patch tokens."""
     import timm
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
+        own = {"pretrained_cfg_overlay": {"file": str(file)}} if file else {}
         try:
-            vit = timm.create_model(model, pretrained=pretrained, num_classes=0, dynamic_img_size=True)
+            vit = timm.create_model(model, pretrained=pretrained, num_classes=0, dynamic_img_size=True, **own)
         except TypeError as error:
             raise ValueError(f"timm model {model!r} is no vision transformer with patch tokens: {error}") from error
         except Exception as error:  # whatever the hub's client raises: offline, gated, moved
-            raise OSError(
-                f"the weights of timm model {model!r} could not be loaded: {error}; append '?random' for untrained ones"
-            ) from error
+            if file:
+                raise ValueError(
+                    f"{file} holds no weights of timm model {model!r}: {' '.join(str(error).split())}"
+                ) from error
+            copied, otherwise = f"data.teacher=timm:{model}@PATH", f"timm:{model}?random is untrained"
+            raise unavailable(f"the weights of timm model {model!r}", copied, otherwise, error) from error
     return vit
 
 # %% ../../nbs/lib/encoders/teachers.ipynb #099cee84
-TEACHERS = ("tiny", "tiny:PATH", "timm:MODEL", "oracle")
+TEACHERS = ("tiny", "tiny:PATH", "timm:MODEL", "timm:MODEL@PATH", "oracle")
 
 
 def load_own(name: str, size: int, grid: int | None) -> Teacher:
@@ -242,9 +257,9 @@ def load_teacher(
     """The frozen teacher that `name` stands for.
 
     "tiny" is the one that ships, "tiny:PATH" a folder made by `maskalign-lab teach`; their grid is fixed, and images
-    of another size are resized to theirs. "timm:MODEL" takes any grid. Raises `ValueError` for an unknown name and for
-    a grid that the teacher does not have, `FileNotFoundError` for a folder without a teacher, `OSError` if published
-    weights cannot be had.
+    of another size are resized to theirs. "timm:MODEL" takes any grid, and its weights from the hub, "timm:MODEL@PATH" from a
+    file. Raises `ValueError` for an unknown name and for a grid that the teacher does not have, `FileNotFoundError` for a folder
+    without a teacher, `OSError` if published weights cannot be had.
     """
     if name == "oracle":
         raise ValueError("teacher 'oracle' is no network: its features come from the generator; use dataset_features")

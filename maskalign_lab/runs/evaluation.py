@@ -26,8 +26,8 @@ from ..data.datasets import Dataset
 from ..diffusion.sampling import SamplerConfig, last_sample
 from ..measure.judge import Judge, load_judge, real_pair
 from ..measure.metrics import FEWEST, balanced_labels, judged, validation_loss
-from .batches import options_of
 from .run import Run
+from .sources import options_of
 
 # %% ../../nbs/lib/runs/evaluation.ipynb #1ecba3b6
 BATCH = 250  # samples at a time; a part of what keys the noise

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from ..ahpa import REVISION
 from ..base.errors import one_of
+from .paper_settings import IMAGES, paper_overrides
 from .recipe import Recipe, override, rooted
 from ..training.methods import METHODS, layers_of, method_class
 
@@ -20,9 +21,7 @@ PRESETS = {
     "laptop": "training.steps=200 training.warmup=50 training.cooldown=0.3",
     "gpu": "network.width=384 network.heads=6 "
     "training.steps=20000 training.batch_size=256 training.lr=5e-4 training.ema=0.9995",
-    "paper": "network.width=1152 network.depth=28 network.heads=16 network.patch_size=2 "
-    "data.teacher=timm:vit_base_patch14_dinov2 training.steps=400000 training.batch_size=256 training.lr=1e-4 "
-    "training.ema=0.9999 training.save_every=10000",
+    "paper": "",  # a table for each name: `paper_settings`
 }
 
 # %% ../../nbs/lib/runs/presets.ipynb #1dc75c32
@@ -30,31 +29,21 @@ ALIGNED: dict[str, dict[str, str]] = {
     "smoke": {"depth": "2", "projector_width": "64", "student_blocks": "(1,2)", "stop": "10"},
     "laptop": {"depth": "4", "projector_width": "256", "stop": "100"},
     "gpu": {"depth": "4", "projector_width": "1024", "stop": "5000"},
-    "paper": {
-        "depth": "8", "projector_width": "2048", "student_blocks": "(5,6,7,8)", "teacher_blocks": "(9,10,11,12)",
-        "stop": "250000",
-    },
-}  # fmt: skip
+    "paper": {},
+}
 
 # %% ../../nbs/lib/runs/presets.ipynb #0ca094da
 LATENTS = {  # what is learned are the latents of an autoencoder: 8 x 8 tokens, or 16 x 16 with preset paper
     "": "data.autoencoder=tiny data.size=64 network.patch_size=2",
-    "paper": "data.autoencoder=stabilityai/sd-vae-ft-mse data.size=256",
+    "paper": " ".join(f"{field}={IMAGES[field].value}" for field in ("data.autoencoder", "data.size")),
 }
 NAMED: dict[str, dict[str, str]] = {  # what else a name stands for, by preset; "" holds for all
-    "sra2": {"": "method.depth=2", "paper": f"{LATENTS['paper']} method.depth=8"},
-    "ahpa": {
-        "": f"{LATENTS['']} method.depth=3 method.revision={REVISION}",
-        "paper": f"{LATENTS['paper']} method.depth=7 training.lr=2e-4 training.clip=2.0 "
-        "method.levels=down.1,down.2,mid,latent",
-    },
+    "sra2": {"": "method.depth=2"},
+    "ahpa": {"": f"{LATENTS['']} method.depth=3 method.revision={REVISION}"},
     "jit": {
         "": "network.name=jit objective.prediction=x objective.clamp=0.05 objective.time_law=logit-normal "
         "objective.time_mean=0.8 objective.time_std=0.8 training.betas=(0.9,0.95)",
         "smoke": "network.bottleneck=8 network.context_tokens=4 network.context_start=2",
-        "paper": "data.size=256 network.patch_size=16 network.width=768 network.depth=12 network.heads=12 "
-        "network.bottleneck=128 network.context_tokens=32 training.steps=250000 training.batch_size=1024 training.lr=2e-4 "
-        "training.warmup=6255 training.clip=1e9 training.second_ema=0.9996",
     },
 }
 
@@ -72,17 +61,18 @@ def make_recipe(
     preset: str = "laptop",  # smoke | laptop | gpu | paper
     dataset: str = "shapes",  # what to train on
     seed: int = 0,  # of initialisation, data order and noise
-    overrides: str = "",  # "training.steps=2000 method.weight=0.25"
+    overrides: str = "",  # "training.steps=2000 method.weight=0.25", "network=SiT-B/2"
 ) -> Recipe:
     """A recipe by names."""
     one_of(preset, PRESETS, "preset")
-    named = NAMED.get(one_of(method, METHODS | NAMED, "method"), {})
-    derived = DERIVED.get(method)
-    method = method if method in METHODS else "sit"
+    name, derived = one_of(method, METHODS | NAMED, "method"), DERIVED.get(method)
+    method, named = name if name in METHODS else "sit", NAMED.get(name, {})
     config = method_class(method).Config()
     changes = f"method.name={method} {PRESETS[preset]} {method_class(method).network} training.seed={seed}"
     aligned, place = layers_of(config)[-1], "method" + ".inner" * (len(layers_of(config)) - 1)
-    changes += "".join(f" {place}.{name}={v}" for name, v in ALIGNED[preset].items() if hasattr(aligned, name))
+    changes += "".join(f" {place}.{field}={v}" for field, v in ALIGNED[preset].items() if hasattr(aligned, field))
     recipe = override(override(Recipe(), changes), f"{named.get('', '')} {named.get(preset, '')}")
+    if preset == "paper":
+        recipe = override(recipe, paper_overrides(name, recipe.method))
     recipe = override(replace(recipe, data=replace(recipe.data, name=dataset)), overrides)
     return rooted(override(recipe, f"{derived(recipe)} {overrides}") if derived else recipe)

@@ -26,15 +26,15 @@ def check_dataset(
     more: Iterable[str] = (),  # words that may stand in its place
 ) -> None:
     """Refuse a data set that does not exist."""
-    kind, _, path = spec.partition("folder:")
-    if not kind and path:
+    kind, _, path = spec.partition(":")
+    if kind == "folder" and path:
         check_folder(home_of(path))
-    else:
+    elif kind != "hf" or not path:  # what a hub has is known once it is asked
         one_of(spec, (*DATASETS, *more), "dataset")
 
 # %% ../../nbs/lib/runs/requests.ipynb #30736d2f
 def check_override(
-    item: str,  # "section.field=value"
+    item: str,  # "section.field=value", or "network=SiT-B/2"
     names: list[str],  # the overrides that name a method or a network
 ) -> None:
     """Refuse an override that fits no method."""
@@ -53,11 +53,20 @@ def checked_overrides(
 ) -> str:
     """The overrides with absolute paths; refuses those that fit no method."""
     items = shlex.split(overrides)
-    names = [item for item in items if item.partition("=")[0].endswith(".name") and not item.startswith("data.")]
+    names = [item for item in items if _names_parts(item.partition("=")[0])]
     for item in items:
         check_override(item, names)
-    rooted = ["".join((field, equals, absolute(value))) for field, equals, value in (i.partition("=") for i in items)]
+    rooted = [_rooted(item) if item.startswith("data.") else item for item in items]
     return overrides if rooted == items else shlex.join(rooted)
+
+
+def _names_parts(path: str) -> bool:
+    return path == "network" or (path.endswith(".name") and not path.startswith("data."))
+
+
+def _rooted(item: str) -> str:
+    field, equals, value = item.partition("=")
+    return f"{field}{equals}{absolute(value)}"
 
 # %% ../../nbs/lib/runs/requests.ipynb #6a46ccc8
 SHARED = {"preset", "run", "dataset", "overrides"}  # what every study of the lab declares

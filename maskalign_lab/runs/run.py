@@ -25,23 +25,24 @@ from ..base.files import write_atomic
 from ..base.locks import sole_writer
 from ..base.processes import is_first, process_count
 from ..base.seeding import key
+from ..base.terminal import say
 from ..data.datasets import STREAMS, Dataset
 from ..diffusion.sampling import SamplerConfig
 from ..diffusion.sit import SiT
 from ..encoders.autoencoders import Autoencoder
 from ..encoders.teachers import Features, Teacher
-from maskalign_lab.runs.batches import (
+from .batches import make_batches
+from .facts import Facts, check_facts, read_facts, write_facts
+from .recipe import NETWORKS, Recipe, from_json, identity, to_json
+from maskalign_lab.runs.sources import (
     kept_autoencoder,
     kept_features,
     kept_images,
     kept_teacher,
     load_sources,
-    make_batches,
     mean_latents,
     teacher_names,
 )
-from .facts import Facts, check_facts, read_facts, write_facts
-from .recipe import NETWORKS, Recipe, from_json, identity, to_json
 from ..training.log import cut_log, with_log
 from ..training.loop import AVERAGES, fit
 from ..training.methods import Method, Plan, method_class
@@ -256,6 +257,8 @@ def train(
             raise FileExistsError(f"{path} holds a run of another recipe; choose another folder or remove it")
         sources = load_sources(recipe, device)
         check_facts(path, sources.facts)
+        if print_every and is_first():
+            say(f"training in {path}")
         batches = make_batches(recipe, device, sources)
         del sources  # teachers and autoencoder need not stay on the device, unless the batches ask them
         net, method = build(recipe, batches.facts)

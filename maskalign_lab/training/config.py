@@ -41,6 +41,7 @@ class TrainingConfig:
     clip: float = 1.0  # largest gradient norm
     ema: float = 0.999  # decay of the averaged weights
     second_ema: float | None = None  # of a second average beside them (JiT: 0.9999 and 0.9996)
+    ema_ramp: bool = True  # whether early averages forget the initial weights; the papers' do not
     label_dropout: float = 0.1  # share of labels replaced by the null class
     seed: int = 0
     precision: str = "auto"  # auto | float32 | bfloat16

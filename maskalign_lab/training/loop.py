@@ -27,7 +27,7 @@ from .compiling import Compiled
 from .config import TrainingConfig, learning_rate
 from .execution import ExecutionConfig
 from .methods import Batch, Draw, Losses, Method, State, shard, trait
-from .prefetch import Feed, Portion, RowBatches, feeding, portions
+from .prefetch import Portion, Prefetcher, RowBatches, Whole, feeding, portions
 from .ranks import check_ranks, depart, same_start, told_to_stop, wait_for_all
 from .saving import Saver
 from .stopping import UNSEEN, Guard, Late, NonFinite, culprit, notice
@@ -82,7 +82,7 @@ class Step:
     norms: dict[str, Tensor]  # of the gradient before clipping: "gradient" the whole, "network" and "method" its parts
     seconds: float  # since this call of `fit` began
     state: State
-    waited: float = 0.0  # seconds of them that went into getting the batches
+    waited: float = 0.0  # seconds of them that went into waiting for data
 
 # %% ../../nbs/lib/training/loop.ipynb #1b3d50d7
 @dataclass
@@ -101,7 +101,7 @@ class Trainer:
     guard: Guard
     saver: Saver
     compiled: Compiled
-    feed: Feed | None = None  # gives the batches while `fit` runs
+    feed: Whole | Prefetcher | None = None  # gives the batches while `fit` runs
 
 # %% ../../nbs/lib/training/loop.ipynb #e2afb3e6
 def make_trainer(
@@ -208,7 +208,8 @@ def gradient_norm(weights: list[nn.Parameter]) -> Tensor:
 def average(trainer: Trainer, step: int) -> None:
     """Let every moving average follow the weights."""
     for name, averaged in trainer.averaged.items():
-        update_ema(averaged, trainer.weights["network"], getattr(trainer.config, name), step)
+        decay, ramp = getattr(trainer.config, name), trainer.config.ema_ramp
+        update_ema(averaged, trainer.weights["network"], decay, step, ramp)
 
 # %% ../../nbs/lib/training/loop.ipynb #676f38b8
 def keep(trainer: Trainer, done: int) -> None:

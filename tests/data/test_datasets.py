@@ -17,7 +17,8 @@ from shared.clone import ROOT
 
 from maskalign_lab.data import shapes
 from maskalign_lab.data.datasets import load_dataset, oracle_features, token_means
-from maskalign_lab.data.image_folder import ordered_files, read_image, stratified_places
+from maskalign_lab.data.image_files import read_image
+from maskalign_lab.data.image_folder import stratified_order, stratified_places
 
 CARDS = ROOT / "data"
 few = settings(max_examples=15, deadline=None)
@@ -277,11 +278,11 @@ def test_hold_out_does_not_depend_on_where_the_folder_lies(tmp_path):
 @few
 @given(st.lists(st.integers(1, 60), min_size=2, max_size=6), st.randoms(use_true_random=False))
 def test_hold_out_is_a_tenth_of_each_class(counts, random):
-    files = {f"c{k}": [Path(f"c{k}/{i}.png") for i in range(count)] for k, count in enumerate(counts)}
-    shuffled = {name: random.sample(paths, len(paths)) for name, paths in files.items()}
-    paths, labels, held_out = ordered_files(files, tuple(files), Path())
-    again, _, held_again = ordered_files(shuffled, tuple(files), Path())
-    assert set(np.array(paths)[held_out]) == set(np.array(again)[held_again])
+    names = np.array([f"c{k}/{i}.png".encode() for k, count in enumerate(counts) for i in range(count)])
+    labels, shuffled = np.repeat(np.arange(len(counts)), counts), random.sample(range(len(names)), len(names))
+    (rows, held_out), (again, held_again) = (stratified_order(names[o], labels[o]) for o in (slice(None), shuffled))
+    assert set(names[rows][held_out]) == set(names[shuffled][again][held_again])
+    labels = labels[rows]
     for k, count in enumerate(counts):
         held = int(held_out[labels == k].sum())
         assert held == 0 if count == 1 else 1 <= held <= max(1, count / 10 + 1)

@@ -9,8 +9,8 @@ from unittest.mock import patch
 import pytest
 from shared.clone import ROOT
 
+from maskalign_lab.runs.edits import behaviour, edit_digest
 from maskalign_lab.runs.presets import make_recipe
-from maskalign_lab.runs.recipe import behaviour, edit_digest
 from maskalign_lab.training.methods import INSTALLED, METHODS, Method
 
 CELL = """

@@ -27,11 +27,12 @@ from maskalign_lab.encoders.autoencoder_levels import (
     rotation,
 )
 from maskalign_lab.encoders.autoencoders import load_autoencoder
-from maskalign_lab.runs.batches import kept_autoencoder, load_sources, make_batches
+from maskalign_lab.runs.batches import make_batches
 from maskalign_lab.runs.facts import Facts
 from maskalign_lab.runs.presets import LATENTS, make_recipe
 from maskalign_lab.runs.recipe import from_json, identity
 from maskalign_lab.runs.run import build, load_run, train
+from maskalign_lab.runs.sources import kept_autoencoder, load_sources
 from maskalign_lab.studies.ahpa.arms import SCALES, WINDOWS, measure_ahpa, oracle_arm
 from maskalign_lab.studies.ahpa.film import make_film
 from maskalign_lab.studies.ahpa.level_contents import centroid, level_power

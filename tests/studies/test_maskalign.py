@@ -15,11 +15,11 @@ from maskalign_lab.diffusion.objectives import Objective
 from maskalign_lab.diffusion.sit import SiT
 from maskalign_lab.maskalign import MaskAlign, MaskAlignConfig, MaskInput, MaskLoss, count_kept, draw_keep
 from maskalign_lab.reg import REG, REGConfig
-from maskalign_lab.runs.batches import load_sources
 from maskalign_lab.runs.facts import Facts
 from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.recipe import from_json, identity, to_json
 from maskalign_lab.runs.run import build, load_run, train
+from maskalign_lab.runs.sources import load_sources
 from maskalign_lab.training.methods import Batch, MethodConfig, State, method_class, shard
 from maskalign_lab.training.repa import REPAConfig, cosine_alignment
 

@@ -9,10 +9,10 @@ from shared.studies import run_job
 
 from maskalign_lab.base import paths
 from maskalign_lab.data.datasets import load_dataset
-from maskalign_lab.runs.batches import images_of
 from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.recipe import from_json, identity
 from maskalign_lab.runs.run import train
+from maskalign_lab.runs.sources import images_of
 from maskalign_lab.studies.shipped_runs import SHIPPED, shipped_recipe
 
 
@@ -46,7 +46,7 @@ def test_a_given_run_is_studied(tmp_path, after_smoke):
 
 EDIT = """
 from functools import partial
-from maskalign_lab.runs.recipe import edit_digest
+from maskalign_lab.runs.edits import edit_digest
 from maskalign_lab.runs.run import build
 from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.recipe import identity

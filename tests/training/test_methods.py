@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from maskalign_lab.base.seeding import generator
 from maskalign_lab.diffusion.objectives import Objective
 from maskalign_lab.diffusion.sit import SiT
-from maskalign_lab.runs.recipe import edit_digest
+from maskalign_lab.runs.edits import edit_digest
 from maskalign_lab.training.methods import INSTALLED, METHODS, Batch, Method, MethodConfig, PlainSiT, State, shard
 from maskalign_lab.training.repa import REPA, REPAConfig, cosine_alignment
 

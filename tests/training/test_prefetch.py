@@ -209,6 +209,19 @@ def test_rows_on_the_device_are_picked_there(monkeypatch):
     assert prefetcher(Portion(2))[0].x.tolist() == [4, 9, 16, 25]
 
 
+def test_rows_move_once_it_is_known_what_a_step_takes():
+    """On a GPU after three steps, of however many parts; here it is told to."""
+    todo = list(portions(5, 12, 0, 1, micro=2))
+    prefetcher, lives = Prefetcher(Noted(), CPU, INLINE, lambda: iter(todo)), []
+    assert prefetcher.moves is False
+    prefetcher.moves = True
+    for portion in todo:
+        expected = [float(k + portion.step) ** 2 for k in range(portion.part, 4, 2)]
+        assert prefetcher(portion)[0].x.tolist() == expected
+        lives.append(bool(prefetcher.resident))
+    assert lives == [False] * 6 + [True] * 8
+
+
 # ---- pictures that are decoded
 
 

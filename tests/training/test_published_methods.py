@@ -15,10 +15,11 @@ from maskalign_lab.diffusion.objectives import Objective
 from maskalign_lab.diffusion.sit import SiT
 from maskalign_lab.diffusion.taps import taps
 from maskalign_lab.encoders.teachers import Teacher, load_teacher
-from maskalign_lab.runs.batches import Batches, load_sources, make_batches
+from maskalign_lab.runs.batches import Batches, make_batches
 from maskalign_lab.runs.facts import Facts
 from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.run import build, load_run, train
+from maskalign_lab.runs.sources import load_sources
 from maskalign_lab.training.haste import HASTE, HASTEConfig, attention_alignment, student_logits
 from maskalign_lab.training.irepa import IREPA, ConvProjector, IREPAConfig, spatial_norm
 from maskalign_lab.training.methods import Batch, MethodConfig, PlainSiT, Plan, State, denoise

@@ -31,9 +31,8 @@ HERE = ROOT / "tests" / "shared"
 def start(folder, steps=12, **more):
     """The training in a process of its own."""
     command = [sys.executable, str(HERE / "survive.py"), str(folder), str(steps)]
-    env = (
-        os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, HERE.parent, HERE))), "OMP_NUM_THREADS": "1"} | more
-    )
+    path = os.pathsep.join(map(str, (ROOT, HERE.parent, HERE)))
+    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | more
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
 
 

@@ -23,8 +23,8 @@ from ...base.statistics import four_digits
 from ...data.datasets import Dataset
 from ...diffusion.interpolants import interpolate
 from ...encoders.autoencoder_levels import Levels
-from ...runs.batches import levels_of
 from ...runs.run import Run, load_run
+from ...runs.sources import levels_of
 
 # %% ../../../nbs/lib/studies/ahpa/routing.ipynb #3d6f8104
 def run_levels(

@@ -136,8 +136,8 @@ SCALES = {
         jit="data.size=64 network.patch_size=16 training.steps=1000 training.warmup=100",
     ),
     "paper": Scale(
-        "objective.clamp=0.05 network.width=768 network.depth=12 network.heads=12", images=2048, samples=5000, longer="",
-        jit="",
+        "objective.clamp=0.05 network.width=768 network.depth=12 network.heads=12 data.autoencoder=",
+        images=2048, samples=5000, longer="", jit="",
     ),
 }  # fmt: skip
 
