@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['Teach', 'run_teach', 'TrainJudge', 'run_judge', 'Sample', 'chosen_classes', 'chosen_sampler', 'run_sample', 'Measure',
-           'run_measure', 'Runs', 'run_runs', 'Import', 'read_config', 'run_import', 'Export', 'run_export']
+           'run_measure', 'Runs', 'run_runs', 'Import', 'run_import', 'Export', 'run_export']
 
 # %% ../nbs/lib/network_commands.ipynb #798e6f4f
 import dataclasses
-import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,28 +199,15 @@ class Import:
     dataset: str = ""  # what it was trained on: shapes, digits, photos or folder:PATH, or the words latents or pixels
     autoencoder: str = ""  # whose latents it learned, as in data.autoencoder; default: the file's own word, or none
 
-# %% ../nbs/lib/network_commands.ipynb #c57afa91
-def read_config(
-    text: str,  # JSON; empty for nothing
-) -> dict[str, Any]:
-    """Official arguments as they were typed."""
-    try:
-        config = json.loads(text or "{}")
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--config {text!r} is not JSON ({error}); expected e.g. '{{\"num_heads\": 12}}'") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"--config {text!r}: expected names and values, e.g. '{{\"num_heads\": 12}}'")
-    return config
-
 # %% ../nbs/lib/network_commands.ipynb #a02a372d
 @command("import", Import)
 def run_import(options: Import) -> int:
     """Import a checkpoint and name its folder."""
-    config = read_config(options.config)
-    from maskalign_lab.runs.official_files import import_run
+    from maskalign_lab.runs.official_files import import_run, read_config
     from maskalign_lab.runs.requests import check_dataset
     from maskalign_lab.runs.run import UNTOLD
 
+    config = read_config(options.config)
     if options.dataset:
         check_dataset(options.dataset, UNTOLD)
     names = paths.absolute(options.dataset), paths.absolute(options.autoencoder)

@@ -6,7 +6,7 @@
 __all__ = ['AUTOCAST', 'COMPILED', 'GPUS', 'SHARE', 'WORKSPACE', 'UNITS', 'ASSUMED', 'FusedAttention', 'saved_bytes',
            'activations', 'count', 'watching', 'averages', 'memory', 'caches', 'checkpoints', 'Gpu', 'forward_flops',
            'operations', 'measured_rate', 'Estimate', 'estimate', 'resident', 'parts_needed', 'size', 'sum_of',
-           'duration', 'on_gpu', 'report']
+           'duration', 'on_gpu', 'report', 'foretell']
 
 # %% ../../nbs/lib/runs/estimates.ipynb #e5c94678
 import json
@@ -274,3 +274,16 @@ def report(
         hours = duration(training.steps / found.rate / 3600)
         lines.append(f"time, measured: {found.rate:.3g} steps a second in this run's log, {hours} in all")
     return "\n".join(lines)
+
+# %% ../../nbs/lib/runs/estimates.ipynb #30139b4f
+def foretell(
+    recipe: Recipe,
+    run: Path,  # its folder
+    dry: bool,  # whether a dry run was asked for
+    price: float | None,  # of a GPU for an hour
+) -> int:
+    """What `maskalign-lab train --dry-run` does."""
+    if not dry:
+        raise ValueError(f"--price {price:g} is told by a dry run and nothing else: add --dry-run")
+    print(report(estimate(recipe, run), price))
+    return 0

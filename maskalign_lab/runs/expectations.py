@@ -15,12 +15,11 @@ import torch
 from ..base.errors import one_of
 from ..base.paths import data, home_of
 from ..data import photos, shapes
-from ..data.datasets import DATASETS, DEFAULT_LENGTH, HELD_OUT_DIGITS, STREAMS
-from ..data.image_folder import find_split
+from ..data.datasets import DATASETS, DEFAULT_LENGTH, HELD_OUT_DIGITS, LISTINGS, STREAMS
 from ..encoders.teachers import Teacher, build_vit, check_grid, create_vit, load_teacher, split_timm
-from .batches import images_of, oracle_dim, teacher_names
 from .facts import Facts
 from .recipe import DataConfig, Recipe
+from .sources import images_of, oracle_dim, teacher_names
 from ..training.methods import Plan
 
 # %% ../../nbs/lib/runs/expectations.ipynb #ceacc148
@@ -41,17 +40,17 @@ class Images(NamedTuple):
 
 # %% ../../nbs/lib/runs/expectations.ipynb #1d76a18b
 def expected_images(config: DataConfig) -> Images:
-    """The training images of a recipe; a folder is listed, and none is opened."""
-    name, folder = config.name, home_of(config.name.removeprefix("folder:"))
+    """The training images of a recipe; what lies on disk is listed, and nothing is opened."""
+    name, (kind, _, place) = config.name, config.name.partition(":")
     if name in KNOWN:
         count, classes = KNOWN[name]
         count = config.n or count if name in STREAMS else min(count, config.n or count)
         return Images(count, classes, name)
     if ":" not in name:
         one_of(name, DATASETS, "dataset")
-    if name.startswith("folder:") and folder.is_dir():
-        paths, _, classes, _ = find_split(folder, "train")
-        return Images(min(len(paths), config.n or len(paths)), len(classes), f"listed in {folder}")
+    if kind in LISTINGS and home_of(place).is_dir():
+        listing = LISTINGS[kind](place, "train", config.classes).take(slice(config.n))
+        return Images(len(listing), len(listing.classes), f"listed in {home_of(place)}")
     count, classes = IMAGENET
     return Images(config.n or count, classes, f"assumed, as ImageNet's: {name} is not here")
 
