@@ -9,7 +9,7 @@ import nbformat
 import pytest
 from shared.clone import ROOT
 
-from maskalign_lab import cli, network_commands
+from maskalign_lab import cli, network_commands, training_commands
 from maskalign_lab.base import paths
 from maskalign_lab.cli import main
 from maskalign_lab.workbench import commands
@@ -89,8 +89,8 @@ def test_mistakes_are_told_in_one_line(words, message, capsys):
 
 def test_overrides_stand_anywhere():
     words = ["repa", "method.weight=1", "--preset", "gpu", "training.steps=3", "--out", "here"]
-    typed = commands.parse(network_commands.Train, words)
-    assert typed == network_commands.Train("repa", ("method.weight=1", "training.steps=3"), preset="gpu", out="here")
+    typed = commands.parse(training_commands.Train, words)
+    assert typed == training_commands.Train("repa", ("method.weight=1", "training.steps=3"), preset="gpu", out="here")
 
 
 # ---- training and sampling

@@ -4,6 +4,7 @@ The rows are those of the table "Where do I change what?" in README.md. How a no
 """
 
 import json
+from dataclasses import dataclass
 from unittest.mock import patch
 
 import pytest
@@ -12,20 +13,31 @@ from shared.clone import ROOT
 
 from maskalign_lab.base import averaging
 from maskalign_lab.base.checkpoints import load_tensors, step_folder, steps_of
+from maskalign_lab.cli import main
 from maskalign_lab.diffusion import guidance
 from maskalign_lab.diffusion.guidance import is_guided
-from maskalign_lab.diffusion.interpolants import TARGETS, Target
+from maskalign_lab.diffusion.interpolants import INTERPOLANTS, TARGETS, Coefficients, Target
 from maskalign_lab.diffusion.objectives import TIME_LAWS, TimeLaw
 from maskalign_lab.diffusion.sampling import SamplerConfig, last_sample
+from maskalign_lab.diffusion.sit import SiT
 from maskalign_lab.diffusion.solvers import SOLVERS, Solver, even_times
 from maskalign_lab.encoders import teachers
 from maskalign_lab.runs.presets import make_recipe
-from maskalign_lab.runs.recipe import from_json, identity, to_json
+from maskalign_lab.runs.recipe import NETWORKS, SiTConfig, from_json, identity, to_json
 from maskalign_lab.runs.run import Run, load_run, train
+from maskalign_lab.runs.sizes import DEPTHS
 from maskalign_lab.training.methods import INSTALLED, METHODS, Losses, PlainSiT, denoise
+from maskalign_lab.workbench.commands import COMMANDS, command
 
 pytestmark = pytest.mark.usefixtures("own_folders")
 TINY = "network.width=16 network.depth=2 network.heads=2 data.n=32 training.batch_size=8 training.warmup=1 training.steps=3"
+
+
+@dataclass
+class Greet:
+    """Say hello."""
+
+    name: str = "all"
 
 
 def trained(tmp_path, method="sit", overrides="", name="run", dataset="shapes") -> Run:
@@ -81,12 +93,51 @@ def test_a_new_solver(tmp_path):
         SamplerConfig("ralston")
 
 
+def test_a_size_by_its_name(tmp_path):
+    """What else is said wins; the depth that is aligned follows, from a table."""
+    small = "network=SiT-S/8 network.width=16 network.depth=2 network.heads=2 network.patch_size=4"
+    with patch.dict(DEPTHS, {"": {"S": 1}}):
+        run = trained(tmp_path, "repa", small)
+    assert run.net.width == 16 and run.method.config.depth == 1
+    assert make_recipe("repa", "smoke", overrides="network=SiT-S/8").method.depth == 4
+
+
+def test_a_new_network(tmp_path):
+    """A class and its settings, which may be another one's."""
+
+    class Deaf(SiT):
+        def embed(self, x, t, y, cls=None):
+            return super().embed(x, t, torch.full_like(y, self.num_classes), cls)
+
+    with patch.dict(NETWORKS, deaf=(Deaf, SiTConfig)):
+        run = trained(tmp_path, overrides="network.name=deaf", name="deaf")
+        assert isinstance(run.net, Deaf) and run.recipe.network.name == "deaf"
+    assert differ(weights(run), weights(trained(tmp_path)))
+    with pytest.raises(ValueError, match="unknown network 'deaf'"):
+        make_recipe("sit", overrides="network.name=deaf")
+
+
+def test_another_path(tmp_path):
+    """Noise that comes late: alpha = 1 - t^2, sigma = t^2."""
+
+    def late(t):
+        return Coefficients(1 - t**2, t**2, -2 * t, 2 * t)
+
+    with patch.dict(INTERPOLANTS, late=late):
+        run = trained(tmp_path, overrides="objective.interpolant=late", name="late")
+        samples = last_sample(run.net, run.recipe.objective, torch.arange(4), SamplerConfig(steps=2))
+    assert samples.isfinite().all() and differ(weights(run), weights(trained(tmp_path)))
+
+
 def test_an_ema_ramp(tmp_path, monkeypatch):
     plain = trained(tmp_path, name="plain")
     monkeypatch.setattr(averaging, "decay_at", lambda decay, step: 0.0)  # no memory at all
     ramped = trained(tmp_path, name="ramped")
     model, ema = (load_tensors(step_folder(ramped.path), name) for name in ("model", "ema"))
     assert not differ(model, ema) and differ(model, load_tensors(step_folder(plain.path), "ema"))
+    full = trained(tmp_path, overrides="training.ema_ramp=false", name="full")  # asks for no ramp
+    slow, quick = (load_tensors(step_folder(run.path), "ema") for run in (full, plain))
+    assert differ(slow, quick) and not differ(weights(full), weights(plain))
 
 
 def test_a_new_teacher(tmp_path):
@@ -166,6 +217,20 @@ def test_three_depths_for_two_teachers_are_refused(tmp_path):
         trained(tmp_path, "repa", "data.teacher=tiny,oracle network.depth=3 method.depth=(1,2,3)")
 
 
+def test_a_command(capsys):
+    """Options are a dataclass, and its docstring is the help."""
+    with patch.dict(COMMANDS):
+
+        @command("greet", Greet)
+        def run_greet(options: Greet) -> int:
+            print(f"hello {options.name}")
+            return 0
+
+        assert main(["greet", "--name", "you"]) == 0
+        assert capsys.readouterr().out == "hello you\n"
+    assert main(["greet"]) == 2 and "unknown command 'greet'" in capsys.readouterr().err
+
+
 def test_a_plain_folder(tmp_path):
     from PIL import Image
 
@@ -190,6 +255,9 @@ def test_resume(tmp_path):
 ROWS = {
     "another law of times": test_another_time_law,
     "a new solver": test_a_new_solver,
+    "a size by its name": test_a_size_by_its_name,
+    "a new network": test_a_new_network,
+    "another path from noise to data": test_another_path,
     "an EMA ramp": test_an_ema_ramp,
     "a new teacher": test_a_new_teacher,
     "another rule for the guidance interval": test_the_rule_of_the_guidance_interval,
@@ -197,6 +265,7 @@ ROWS = {
     "a new loss": test_a_new_loss,
     "to log something, such as the projector's gradient norm": test_the_norm_of_the_projectors_gradient_is_logged,
     "a second aligned layer, or a second teacher": test_a_second_aligned_layer_or_teacher,
+    "a command of `maskalign-lab`": test_a_command,
     "my own folder of images": test_a_plain_folder,
     "to stop and go on": test_resume,
 }

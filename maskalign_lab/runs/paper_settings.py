@@ -25,90 +25,105 @@ class Setting(NamedTuple):
 
 # %% ../../nbs/lib/runs/paper_settings.ipynb #31fa5a8b
 IMAGES = {
-    "data.size": Setting("256", "ImageNet at 256 px; REPA section 4, MaskAlign table 7"),
+    "data.size": Setting("256", "ImageNet at 256 px; REPA dataset_tools, MaskAlign table 7: 32 x 32 latents"),
     "data.autoencoder": Setting(
-        "stabilityai/sd-vae-ft-mse", "REPA preprocessing; scale and shift are of its config.json"
+        "stabilityai/sd-vae-ft-mse", "REPA dataset_tools, MaskAlign table 7; scale and shift are of its config.json"
     ),
     "data.teacher": Setting(
-        "timm:vit_base_patch14_dinov2", "DINOv2-B; REPA train.py, MaskAlign table 7; timm holds the same weights"
+        "timm:vit_base_patch14_dinov2",
+        "DINOv2-B: MaskAlign table 7, as in REPA, REG and HASTE; timm holds the same weights",
     ),
 }
+
+# %% ../../nbs/lib/runs/paper_settings.ipynb #fbbcb3b6
 NETWORK = {
-    "network": Setting("SiT-XL/2", "SiT table 1, REPA models/sit.py, MaskAlign table 7"),
-    "network.mlp_ratio": Setting("4.0", "SiT models.py"),
-    "network.qk_norm": Setting("false", "REPA train.py: --qk-norm is off"),
+    "network": Setting("SiT-XL/2", "REPA models/sit.py, MaskAlign table 7"),
+    "network.mlp_ratio": Setting("4.0", "SiT's and REPA's code"),
+    "network.qk_norm": Setting("false", "REPA models/sit.py: an option, which is off"),
     "network.data_at_one": Setting("false", "REPA loss.py: t = 1 is noise"),
 }
+
+# %% ../../nbs/lib/runs/paper_settings.ipynb #bbd5ee2e
 OBJECTIVE = {
     "objective.interpolant": Setting("linear", "REPA loss.py: 1 - t and t; MaskAlign table 7"),
     "objective.prediction": Setting("v", "REPA loss.py, MaskAlign table 7"),
     "objective.loss_space": Setting("v", "REPA loss.py: the square of the velocity's error, no weights"),
-    "objective.time_law": Setting("uniform", "REPA train.py: --weighting uniform"),
+    "objective.time_law": Setting("uniform", "REPA loss.py: weighting uniform"),
     "objective.noise_scale": Setting("1.0", "REPA loss.py"),
     "objective.clamp": Setting("0.0", "nothing is divided: the network predicts what the loss is on"),
 }
 
 # %% ../../nbs/lib/runs/paper_settings.ipynb #97079a91
 TRAINING = {
-    "training.steps": Setting(
-        "400000", "REPA table 2, REG and MaskAlign table 1: the budget at which all are compared"
-    ),
+    "training.steps": Setting("400000", "MaskAlign table 1: where SiT, REPA, REG and MaskAlign are compared"),
     "training.batch_size": Setting("256", "REPA train.py, MaskAlign table 7"),
     "training.lr": Setting("1e-4", "REPA train.py, MaskAlign table 7"),
     "training.warmup": Setting("0", "REPA train.py: the rate is constant"),
     "training.cooldown": Setting("0.0", "REPA train.py: the rate is constant"),
     "training.betas": Setting("(0.9,0.999)", "REPA train.py, MaskAlign table 7"),
     "training.weight_decay": Setting("0.0", "REPA train.py"),
-    "training.clip": Setting("1.0", "REPA train.py: --max-grad-norm"),
+    "training.clip": Setting("1.0", "REPA train.py: clip_grad_norm_"),
     "training.ema": Setting("0.9999", "REPA train.py: update_ema"),
     "training.second_ema": Setting("none", "REPA train.py: one average"),
     "training.ema_ramp": Setting("false", "REPA train.py: the full decay from the first step"),
     "training.label_dropout": Setting("0.1", "REPA models/sit.py: class_dropout_prob"),
     "training.precision": Setting("auto", "bfloat16 on a GPU; REPA's family trains in float16", OURS),
-    "training.save_every": Setting("50000", "REPA train.py: --checkpointing-steps"),
+    "training.save_every": Setting("50000", "REPA train.py"),
 }
+
+# %% ../../nbs/lib/runs/paper_settings.ipynb #4f92167c
 ALIGNMENT = {  # of these a method takes those that it has
-    "method.depth": Setting("8", "REPA train.py: --encoder-depth 8 of L and XL; other sizes: runs.sizes"),
-    "method.projector_width": Setting("2048", "REPA models/sit.py: projector_dim"),
+    "method.depth": Setting("8", "REPA models/sit.py: encoder_depth, 8 of L and XL; other sizes: runs.sizes"),
+    "method.projector_width": Setting("2048", "REPA models/sit.py"),
 }
 
 # %% ../../nbs/lib/runs/paper_settings.ipynb #51cb7ee9
 SETTINGS: dict[str, dict[str, Setting]] = {"": IMAGES | NETWORK | OBJECTIVE | TRAINING | ALIGNMENT}  # "" holds for all
+
+# %% ../../nbs/lib/runs/paper_settings.ipynb #c965d7c7
 SETTINGS["sit"] = {
     "network.learn_sigma": Setting(
         "false", "SiT trains twice the channels and drops half, which changes nothing that is kept", OURS
     ),
     "network.data_at_one": Setting("false", "SiT counts times from the noise; the same training, turned", OURS),
     "training.clip": Setting("1e9", "SiT train.py: no clipping"),
-    "training.steps": Setting("400000", "SiT table 1 and REPA table 2; its best network is trained for 7M"),
+    "training.steps": Setting("400000", "MaskAlign table 1; its best network is trained for 7M"),
 }
+
+# %% ../../nbs/lib/runs/paper_settings.ipynb #09b5d9f1
 SETTINGS["repa"] = {
-    "method.weight": Setting("0.5", "REPA section 4: lambda; train.py --proj-coeff"),
+    "method.weight": Setting("0.5", "REPA loss.py and train.py: proj_coeff"),
 }
+
+# %% ../../nbs/lib/runs/paper_settings.ipynb #2e0484d7
 SETTINGS["reg"] = {
-    "method.weight": Setting("0.5", "REG train.sh: --proj-coeff"),
+    "method.weight": Setting("0.5", "REG train.sh and loss.py"),
     "method.class_weight": Setting(
         "0.03", "REG train.sh: --cls; of the raw class token, as DINOv2's last norm gives it"
     ),
-    "training.steps": Setting("400000", "REG table 1; its script goes on to 1M"),
+    "training.steps": Setting("400000", "MaskAlign table 1; its own script trains for 1M"),
     "training.save_every": Setting("50000", "REG train.sh saves every 10,000 steps", OURS),
 }
 
 # %% ../../nbs/lib/runs/paper_settings.ipynb #509c57fa
 SETTINGS["maskalign"] = {
-    "method.inner.name": Setting("reg", "MaskAlign section 5: built on REG"),
+    "method.inner.name": Setting("reg", "MaskAlign equations 6 to 11: on top of REG"),
     "method.mask_ratio": Setting("0.25", "MaskAlign table 7: 192 of 256 patches stay"),
     "network.mixer_depth": Setting("2", "MaskAlign table 7: mixing layers"),
     "training.steps": Setting("400000", "MaskAlign table 1; XL goes on to 2.4M"),
 }
+
+# %% ../../nbs/lib/runs/paper_settings.ipynb #d325f171
 SETTINGS["haste"] = {
-    "method.weight": Setting("0.5", "HASTE scripts/run.sh: --proj-coeff"),
-    "method.attention_weight": Setting("0.5", "HASTE scripts/run.sh: --attn-coeff"),
+    "method.weight": Setting("0.5", "HASTE loss.py and scripts/run.sh"),
+    "method.attention_weight": Setting("0.5", "HASTE loss.py and scripts/run.sh"),
     "method.student_blocks": Setting("(5,6,7,8)", "HASTE loss.py: 4 to 7, counted from 0; other sizes: runs.sizes"),
     "method.teacher_blocks": Setting("(9,10,11,12)", "HASTE loss.py: 8 to 11 of DINOv2-B, counted from 0"),
-    "method.stop": Setting("250000", "HASTE scripts/run.sh, of L and XL; of B 100,000, second hand"),
+    "method.stop": Setting("250000", "HASTE's code: early_stop_point, of L and XL; of B 100,000, second hand"),
     "training.steps": Setting("500000", "its table of XL", SECOND_HAND),
 }
+
+# %% ../../nbs/lib/runs/paper_settings.ipynb #d0f0e141
 SETTINGS["irepa"] = {
     "data.autoencoder": Setting(
         "stabilityai/sd-vae-ft-mse", "iREPA has an f8d4 file of its own, and statistics per channel", OURS
@@ -116,7 +131,7 @@ SETTINGS["irepa"] = {
     "method.weight": Setting("1.0", "iREPA ldm/configs/irepa.yaml: proj_coeff"),
     "method.kernel": Setting("3", "iREPA README; the parser's own default is 1"),
     "method.gamma": Setting(
-        "0.6", "iREPA ldm: zscore_alpha; another reading of its code has 1.0, RARE 0.6", SECOND_HAND
+        "0.6", "iREPA ldm: alpha, which one reading of its code has at 1.0; RARE has 0.6", SECOND_HAND
     ),
     "training.steps": Setting("400000", "as REPA; iREPA's tables of encoders are at 100,000", OURS),
 }
@@ -126,9 +141,11 @@ SETTINGS["sra2"] = {
     "method.weight": Setting("1.0", "arXiv 2601.17830: lambda", SECOND_HAND),
     "method.depth": Setting("8", "arXiv 2601.17830: L and XL; B has 2", SECOND_HAND),
     "method.layers": Setting("5", "arXiv 2601.17830: five layers are better than two", SECOND_HAND),
-    "training.lr": Setting("1e-4", "as SiT, whose FID of 33.0 its baseline has", SECOND_HAND),
+    "training.lr": Setting("1e-4", "not known; its baseline has SiT's FID of 33.0, hence SiT's rate", OURS),
     "training.clip": Setting("1.0", "as REPA; the paper's value is not known", OURS),
 }
+
+# %% ../../nbs/lib/runs/paper_settings.ipynb #957f014b
 SETTINGS["ahpa"] = {
     "method.depth": Setting("7", "AHPA README: --encoder-depth; RARE has 3 for B"),
     "training.lr": Setting("2e-4", "AHPA README, for its baselines too"),
@@ -150,28 +167,36 @@ SETTINGS["ahpa"] = {
 
 # %% ../../nbs/lib/runs/paper_settings.ipynb #8c31798a
 SETTINGS["jit"] = {
-    "network": Setting("JiT-B/16", "JiT table 9; of the sizes the one that its ablations train"),
-    "data.autoencoder": Setting("", "JiT section 4: pixels"),
+    "network": Setting("JiT-B/16", "JiT table 9; its tables 2 to 4 train this one"),
+    "data.autoencoder": Setting("", "JiT: pixels, no latents"),
     "network.qk_norm": Setting("true", "JiT's code: model_jit.py"),
     "network.swiglu": Setting("true", "JiT table 4"),
     "network.rms_norm": Setting("true", "JiT table 4"),
     "network.rope": Setting("true", "JiT table 4"),
     "network.data_at_one": Setting("false", "JiT counts times from the noise; the same training, turned", OURS),
-    "objective.prediction": Setting("x", "JiT section 4"),
-    "objective.loss_space": Setting("v", "JiT section 4, table 2"),
+}
+
+# %% ../../nbs/lib/runs/paper_settings.ipynb #5dcf7479
+SETTINGS["jit"] |= {
+    "objective.prediction": Setting("x", "JiT: its final method"),
+    "objective.loss_space": Setting("v", "JiT: its final method, the best of table 2"),
     "objective.clamp": Setting("0.05", "JiT's code: denoiser.py, of target and prediction"),
-    "objective.time_law": Setting("logit-normal", "JiT table 9"),
-    "objective.time_mean": Setting("0.8", "JiT table 9: P_mean -0.8, turned"),
-    "objective.time_std": Setting("0.8", "JiT table 9: P_std"),
-    "objective.noise_scale": Setting("1.0", "JiT table 9: pixels / 256"),
-    "training.steps": Setting("250200", "JiT table 9: 200 epochs of the ablations; the final networks have 600"),
-    "training.batch_size": Setting("1024", "JiT table 9"),
-    "training.lr": Setting("2e-4", "JiT table 9: 5e-5 for 256 images"),
-    "training.warmup": Setting("6255", "JiT table 9: 5 epochs"),
-    "training.betas": Setting("(0.9,0.95)", "JiT table 9"),
+    "objective.time_law": Setting("logit-normal", "JiT, and its code: denoiser.py"),
+    "objective.time_mean": Setting("0.8", "JiT table 3, and its code: P_mean -0.8, turned"),
+    "objective.time_std": Setting("0.8", "JiT, and its code: P_std"),
+    "objective.noise_scale": Setting("1.0", "JiT: pixels / 256"),
+}
+
+# %% ../../nbs/lib/runs/paper_settings.ipynb #d9880d29
+SETTINGS["jit"] |= {
+    "training.steps": Setting("250200", "JiT: 200 epochs of the ablations; the final networks have 600"),
+    "training.batch_size": Setting("1024", "JiT"),
+    "training.lr": Setting("2e-4", "JiT: 5e-5 for 256 images"),
+    "training.warmup": Setting("6255", "JiT: 5 epochs"),
+    "training.betas": Setting("(0.9,0.95)", "JiT"),
     "training.clip": Setting("1e9", "JiT's code: no clipping"),
-    "training.ema": Setting("0.9999", "JiT's code: ema_decay1"),
-    "training.second_ema": Setting("0.9996", "JiT's code: ema_decay2"),
+    "training.ema": Setting("0.9999", "JiT's code: the first of its two averages"),
+    "training.second_ema": Setting("0.9996", "JiT's code: the second"),
     "training.label_dropout": Setting("0.1", "JiT's code: label_drop_prob"),
     "training.save_every": Setting("50000", "JiT's code saves by epochs", OURS),
 }

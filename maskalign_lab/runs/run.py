@@ -25,6 +25,7 @@ from ..base.files import write_atomic
 from ..base.locks import sole_writer
 from ..base.processes import is_first, process_count
 from ..base.seeding import key
+from ..base.terminal import say
 from ..data.datasets import STREAMS, Dataset
 from ..diffusion.sampling import SamplerConfig
 from ..diffusion.sit import SiT
@@ -256,6 +257,8 @@ def train(
             raise FileExistsError(f"{path} holds a run of another recipe; choose another folder or remove it")
         sources = load_sources(recipe, device)
         check_facts(path, sources.facts)
+        if print_every and is_first():
+            say(f"training in {path}")
         batches = make_batches(recipe, device, sources)
         del sources  # teachers and autoencoder need not stay on the device, unless the batches ask them
         net, method = build(recipe, batches.facts)

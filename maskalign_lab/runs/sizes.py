@@ -16,7 +16,8 @@ NAMES = (*sit.NAMES, *jit.NAMES)
 
 def network_overrides(name: str) -> dict[str, str]:  # path -> value, as in an override
     """What a published name says of the network, and of the images that a JiT sees."""
-    family = one_of(name, NAMES, "network").partition("-")[0].lower()
+    family = name.partition("-")[0].lower()
+    one_of(name, [known for known in NAMES if known.lower().startswith(f"{family}-")] or NAMES, "network")
     sizes = dict((jit if family == "jit" else sit).published_size(name))
     data = {"data.size": str(sizes.pop("input_size")), "data.autoencoder": ""} if family == "jit" else {}
     return {"network.name": family} | {f"network.{field}": str(value) for field, value in sizes.items()} | data

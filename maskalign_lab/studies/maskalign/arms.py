@@ -95,7 +95,7 @@ SCALES = {
     "smoke": Scale("training.cooldown=0 training.steps=8 data.n=128", 64, 3, 2, 2, 2, "pair", 16),
     "laptop": Scale("training.cooldown=0 training.steps=800 training.batch_size=32 training.warmup=100"),
     "gpu": Scale("training.steps=2000 training.warmup=200", 4096, 11, 10, 16, 5, EVERY),
-    "paper": Scale("", 8192, 11, 10, 16, 5, EVERY),
+    "paper": Scale("training.steps=400000", 8192, 11, 10, 16, 5, EVERY),
 }
 
 # %% ../../../nbs/lib/studies/maskalign/arms.ipynb #e29848a4
