@@ -12,6 +12,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -77,7 +78,7 @@ class StoredImages:
     @property
     def stays_on_disk(self) -> bool:
         """Whether there is too much of it for the memory."""
-        return int(np.prod(self.shape, dtype=np.int64)) > IN_MEMORY
+        return len(self.listing) * prod(self.shape[1:]) > IN_MEMORY
 
     @cached_property
     def held(self) -> np.ndarray:

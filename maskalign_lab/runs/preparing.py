@@ -52,7 +52,8 @@ def prepare(
     print_every: float = 10.0,  # seconds between progress lines, 0 for silence
 ) -> Dataset:  # the images that a training will see
     """Make the caches that the training of a recipe opens, or this process's share of them."""
-    sources, share, workers = load_sources(recipe, device), own_share(), recipe.execution.workers
+    sources = load_sources(recipe, device, lazy=False)  # a small set is tried anew
+    share, workers = own_share(), recipe.execution.workers
     dataset, encodings, began = sources.dataset, encodings_of(recipe, sources), time.monotonic()
     if is_first():
         say(plan_text(dataset, encodings))

@@ -93,13 +93,17 @@ class Sources(NamedTuple):
         return self.teachers[0] if self.teachers else None
 
 # %% ../../nbs/lib/runs/sources.ipynb #aaa94ef5
-def load_sources(recipe: Recipe, device: str = "cpu") -> Sources:
+def load_sources(
+    recipe: Recipe,
+    device: str = "cpu",  # where teachers and autoencoder look at the images
+    lazy: bool = True,  # decode images in files when they are looked at, see `stored_images.opened`
+) -> Sources:
     """Load the training images, the autoencoder and the teachers that a recipe needs; all must fit each other."""
     data, plan, place = recipe.data, Plan(recipe.method), resolve_device(device)
     if data.name in STREAMS:
         dataset = kept_images(data, "train", data.n)
     else:  # a folder may have changed
-        dataset = images_of(data, "train", data.n, lazy=True)
+        dataset = images_of(data, "train", data.n, lazy)
     load = kept_autoencoder if data.autoencoder == "tiny" else load_autoencoder  # likewise
     autoencoder = load(data.autoencoder, place) if data.autoencoder else None
     if autoencoder:

@@ -1,6 +1,7 @@
 """`prepare`: what a training reads, made beforehand; killed and gone on with, by one process or by two, from broken files too."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -151,9 +152,7 @@ def test_a_training_alone_makes_the_same_from_memory_and_from_disk(folder, tmp_p
 def test_a_broken_file_of_a_large_set(folder, tmp_path, large, capsys):
     """It is found while the others are encoded, named once, and left out of every training after."""
     copy = tmp_path / "copy"
-    for path in folder.rglob("*.jpg"):
-        (copy / path.parent.name).mkdir(parents=True, exist_ok=True)
-        (copy / path.parent.name / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(folder, copy)
     broken = list_folder(str(copy), "train").source(11)
     broken.write_bytes(broken.read_bytes()[:99])
     first = make_batches(recipe(copy), "cpu")  # a training that was not prepared finds it, too
@@ -211,6 +210,21 @@ def test_images_that_were_written_anew_with_as_many_bytes_are_found_on_request(f
     prepare(recipe(copy), "cpu")  # names and sizes are as before
     with pytest.raises(ValueError, match=r"images 16 to 24 of folder:.* are not those that .* was made from; remove"):
         prepare(recipe(copy), "cpu", verify=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*skipped")
+def test_a_small_set_in_which_a_file_broke_later_is_mended_by_prepare(folder, tmp_path):
+    """Its size is as before, so nobody knows until it is looked at."""
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    words = "data.n=60 training.steps=1"
+    load_sources(make_recipe("sit", "smoke", f"folder:{copy}", overrides=words))
+    listing = list_folder(str(copy), "train")
+    listing.source(2).write_bytes(bytes(listing.sizes[2]))  # none of those whose content is hashed
+    recipe = make_recipe("sit", "smoke", f"folder:{copy}", overrides=words)
+    with pytest.raises(ValueError, match="1 images cannot be read.*`maskalign-lab prepare`"):
+        make_batches(recipe)
+    assert len(prepare(recipe, "cpu")) == len(make_batches(recipe).dataset) == 59
 
 
 def test_what_does_not_fit_is_refused_before_it_begins(folder, monkeypatch):
