@@ -225,7 +225,7 @@ def whole(words: list[str]) -> float:
 
 def parts(short: bool, device: torch.device) -> list[Part]:
     """In the order of their worth; with little work the sizes do not differ."""
-    sizes, scripts = ["S"] if short else list(SECONDS), {"gradient_norms": 10, "sampler": 25}
+    sizes, scripts = ["S"] if short else list(SECONDS), {"gradient_norms": 10, "data_path": 25, "sampler": 25}
 
     def of(method: str) -> list[Part]:
         return [Part(f"{method} {s}", SECONDS[s], partial(published, method, s, short, device)) for s in sizes]

@@ -100,11 +100,11 @@ def memory(recipe: Recipe, blank: BlankStep, teacher: Teacher | None = None) -> 
 def caches(recipe: Recipe, facts: Facts, images: int) -> dict[str, float]:  # kind -> bytes
     """What is computed once and kept for all images."""
     side, needs = recipe.data.size // facts.factor, Plan(recipe.method).needs
-    tokens, rows = (side // recipe.network.patch_size) ** 2, {}
+    tokens, rows, kept = (side // recipe.network.patch_size) ** 2, {}, recipe.data.precision
     if recipe.data.autoencoder:
-        rows["latents"] = 4 * 2 * facts.channels * side**2
+        rows["latents"] = (4 if kept == "exact" else 2) * 2 * facts.channels * side**2
     if "features" in needs:
-        rows["features"] = 2 * (1 + tokens) * sum(facts.teacher_dims)
+        rows["features"] = (1 + tokens) * sum(dim + 2 if kept == "int8" else 2 * dim for dim in facts.teacher_dims)
     if "levels" in needs:
         asked = Plan(recipe.method).settings("levels")
         rows["levels"] = 2 * len(asked.levels) * tokens * asked.dim

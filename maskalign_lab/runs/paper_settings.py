@@ -33,6 +33,12 @@ IMAGES = {
         "timm:vit_base_patch14_dinov2",
         "DINOv2-B: MaskAlign table 7, as in REPA, REG and HASTE; timm holds the same weights",
     ),
+    "data.crop": Setting("adm", "REPA dataset_tools and ADM image_datasets.py: halved by boxes, then bicubic"),
+    "data.precision": Setting(
+        "half",
+        "REPA keeps latents in float32, and asks DINOv2 at every step in float16; here both are kept in float16",
+        OURS,
+    ),
 }
 
 # %% ../../nbs/lib/runs/paper_settings.ipynb #fbbcb3b6
@@ -169,6 +175,8 @@ SETTINGS["ahpa"] = {
 SETTINGS["jit"] = {
     "network": Setting("JiT-B/16", "JiT table 9; its tables 2 to 4 train this one"),
     "data.autoencoder": Setting("", "JiT: pixels, no latents"),
+    "data.crop": Setting("adm", "JiT's code: util/crop.py, which is ADM's"),
+    "data.precision": Setting("exact", "JiT: pixels, and nothing that is kept"),
     "network.qk_norm": Setting("true", "JiT's code: model_jit.py"),
     "network.swiglu": Setting("true", "JiT table 4"),
     "network.rms_norm": Setting("true", "JiT table 4"),

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..base.devices import resolve_device
 from ..base.errors import one_of
-from ..data.datasets import STREAMS, Dataset, load_dataset
+from ..data.datasets import LISTINGS, STREAMS, Dataset, load_dataset
 from ..data.listing import note_unreadable
 from ..encoders.autoencoder_latents import cached_latents, latent_encoding
 from ..encoders.autoencoder_levels import Levels, fit_levels, level_encoding
@@ -34,7 +34,8 @@ from ..training.methods import Plan
 def options_of(data: DataConfig) -> dict[str, str | tuple[str, ...]]:
     """The options of `load_dataset` that a recipe sets."""
     options = {STREAMS[one_of(data.name, STREAMS, "dataset with variants")]: data.variant} if data.variant else {}
-    return options | {name: value for name in ("crop", "classes") if (value := getattr(data, name)) not in ("fit", ())}
+    crop = {"crop": data.crop} if data.name.partition(":")[0] in LISTINGS else {}  # made images are square as they are
+    return options | crop | ({"classes": data.classes} if data.classes else {})
 
 # %% ../../nbs/lib/runs/sources.ipynb #4adc21e1
 def images_of(data: DataConfig, split: str, n: int | None = None, lazy: bool = False) -> Dataset:

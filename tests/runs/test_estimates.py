@@ -76,8 +76,9 @@ def test_what_a_step_keeps_is_what_a_real_one_keeps(name):
     assert saved_bytes(blank_step(recipe, facts)) == pytest.approx(real, rel=0.02)
 
 
-def test_what_lies_on_disk_afterwards_is_what_was_told(tmp_path):
-    recipe = small("repa")
+@pytest.mark.parametrize("precision", ["exact", "int8"])
+def test_what_lies_on_disk_afterwards_is_what_was_told(precision, tmp_path):
+    recipe = small("repa", f"data.precision={precision}")
     found = estimate(recipe)
     run = train(recipe, tmp_path / "run", "cpu", 0)
     saved = sum(file.stat().st_size for file in step_folder(run).iterdir())
@@ -86,8 +87,9 @@ def test_what_lies_on_disk_afterwards_is_what_was_told(tmp_path):
     assert kept == pytest.approx(found.caches["features"], rel=0.01)
 
 
-def test_latents_and_levels_are_told_too():
-    recipe = make_recipe("ahpa", "smoke", overrides="data.n=32")
+@pytest.mark.parametrize("precision", ["exact", "half"])
+def test_latents_and_levels_are_told_too(precision):
+    recipe = make_recipe("ahpa", "smoke", overrides=f"data.n=32 data.precision={precision}")
     told = caches(recipe, expect(recipe).facts, 32)
     batches = make_batches(recipe)
     assert told == {"latents": batches.latents[:].nbytes, "levels": batches.levels[:].nbytes}
