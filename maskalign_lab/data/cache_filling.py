@@ -11,6 +11,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,10 +133,20 @@ def fill_group(
     todo = {name: Span(*spans[name], folders) for name, folders in told.items() if folders}
     what = f"filling {', '.join(map(str, group))}, rows"
     progress = Progress(what, sum(span.stop - span.start for span in todo.values()), print_every)
-    for (name, span), (made, notes) in zip(todo.items(), compute(list(todo.values()))):
-        for folder, rows in zip(span.folders, made, strict=True):
+
+    def write(name: str, made: list[Tensor], notes: dict[str, Any]) -> None:
+        for folder, rows in zip(todo[name].folders, made, strict=True):
             add_shard(folder, group[folder], name, rows, share.rank, **notes)
-        progress(span.stop - span.start)
+
+    with ThreadPoolExecutor(1) as writer:  # while the next span is computed
+        written = []
+        for (name, span), (made, notes) in zip(todo.items(), compute(list(todo.values()))):
+            for last in written:
+                last.result()
+            written = [writer.submit(write, name, made, notes)]
+            progress(span.stop - span.start)
+        for last in written:
+            last.result()
 
 # %% ../../nbs/lib/data/cache_filling.ipynb #f842f2f0
 def fill_all(
