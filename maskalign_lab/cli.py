@@ -44,6 +44,8 @@ def sentence_of(
         return (
             f"not enough memory ({said}); take less at a time, such as a smaller training.batch_size, or another device"
         )
+    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+        return f"a process that decodes images was ended from outside ({error}); execution.workers=1 takes less memory"
     return ""
 
 # %% ../nbs/lib/cli.ipynb #bfff34f8

@@ -70,6 +70,7 @@ def run_train(options: Train) -> int:
     from maskalign_lab.runs.presets import make_recipe
     from maskalign_lab.runs.recipe import identity
     from maskalign_lab.runs.run import train
+    from maskalign_lab.training.ranks import check_ranks
 
     words = shlex.join(options.overrides)
     recipe = make_recipe(options.method, options.preset, options.dataset, options.seed, words)
@@ -77,9 +78,9 @@ def run_train(options: Train) -> int:
     if options.dry_run or options.price is not None:
         from maskalign_lab.runs.estimates import foretell
 
+        check_ranks(recipe.training.batch_size, max(1, options.processes), recipe.execution.accumulate)
         return foretell(recipe, folder, options.dry_run, options.price)
     if options.processes != 1 and not is_launched():
-        from maskalign_lab.training.ranks import check_ranks
         from maskalign_lab.workbench.launching import check_processes, launch
 
         check_processes(options.processes, options.device)

@@ -30,7 +30,7 @@ def _explained(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        advice = "make room, or set MASKALIGN_LAB_CACHE to a folder that has room; shards that are whole are kept"
+        advice = "make room, or set MASKALIGN_LAB_CACHE to a folder that can be written; shards that are whole are kept"
         why = f"the cache {folder} cannot be written: {error.strerror or error}; {advice}"
         raise OSError(error.errno, why) from error
 

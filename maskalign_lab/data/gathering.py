@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Rows', 'PIECE', 'TOGETHER', 'AHEAD', 'Pictures', 'stored', 'dtype_of', 'nbytes', 'gather', 'resident', 'images_in',
-           'Decoded', 'obey', 'deaf', 'as_it_is', 'pieces', 'decode', 'collect']
+           'Decoded', 'obey', 'deaf', 'as_it_is', 'workers_here', 'pieces', 'decode', 'collect']
 
 # %% ../../nbs/lib/data/gathering.ipynb #30e7764d
 import os
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from math import prod
 from multiprocessing import parent_process
 from threading import Thread
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -98,8 +98,11 @@ class Decoded(Dataset):
     def __init__(self, pictures: Pictures):
         self.pictures = pictures
 
-    def __getitems__(self, index: list[int]) -> Tensor:  # (b, h, w, 3) uint8
-        return torch.from_numpy(np.ascontiguousarray(self.pictures[np.array(index)]))
+    def __getitems__(self, index: list[int]) -> Tensor | ValueError:  # (b, h, w, 3) uint8
+        try:
+            return torch.from_numpy(np.ascontiguousarray(self.pictures[np.array(index)]))
+        except ValueError as error:  # a sentence, to which `DataLoader` would add a worker's traceback
+            return error
 
 # %% ../../nbs/lib/data/gathering.ipynb #4c620346
 def obey() -> None:
@@ -119,9 +122,17 @@ def deaf(worker: int) -> None:
         Thread(target=obey, daemon=True).start()
 
 
-def as_it_is(piece: Tensor) -> Tensor:
-    """What a worker has decoded is one tensor already."""
+def as_it_is(piece: Any) -> Any:
+    """What a worker has decoded is one piece already."""
     return piece
+
+
+def workers_here(
+    asked: int,  # processes, 0 for none
+) -> int:
+    """As many as were asked for, and no more than there are cores: `DataLoader` warns of those."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(asked, cores)
 
 # %% ../../nbs/lib/data/gathering.ipynb #be7adb27
 def pieces(index: np.ndarray) -> list[list[int]]:
@@ -133,20 +144,27 @@ def decode(
     pictures: Pictures,
     indices: Iterable[np.ndarray],  # which, in the order in which they will be taken
     workers: int,  # processes, at least one
-) -> Iterator[Tensor]:  # pieces (b, h, w, 3) uint8
+) -> Iterator[Tensor | ValueError]:  # pieces (b, h, w, 3) uint8, or why there is none
     """Pictures decoded ahead by other processes, piece by piece; an index ends with a piece."""
     order = (piece for index in indices for piece in pieces(index))
-    options = {"num_workers": workers, "prefetch_factor": AHEAD, "collate_fn": as_it_is, "worker_init_fn": deaf}
+    options = {
+        "num_workers": workers_here(workers),
+        "prefetch_factor": AHEAD,
+        "collate_fn": as_it_is,
+        "worker_init_fn": deaf,
+    }
     return iter(DataLoader(Decoded(pictures), batch_sampler=order, **options))
 
 # %% ../../nbs/lib/data/gathering.ipynb #e89f1a41
 def collect(
-    decoded: Iterator[Tensor],  # from `decode`
+    decoded: Iterator[Tensor | ValueError],  # from `decode`
     shape: tuple[int, ...],  # (b, h, w, 3) of the next index
     pinned: bool = False,
 ) -> Tensor:  # uint8
     """The pictures of the next index in one tensor."""
     out = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
     for place in out.split(TOGETHER):
-        place.copy_(next(decoded))
+        if isinstance(piece := next(decoded), ValueError):
+            raise piece
+        place.copy_(piece)
     return out

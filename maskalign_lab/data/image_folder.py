@@ -83,7 +83,8 @@ def class_files(
             files[name] = np.array(paths, "S"), np.array(sizes, np.int64)
         else:
             others.append(name)
-    return files, [f"{root / name} (no image)" for name in others]
+    reasons = ("no image" if os.access(root / name, os.R_OK) else "closed to this user" for name in others)
+    return files, [f"{root / name} ({why})" for name, why in zip(others, reasons)]
 
 # %% ../../nbs/lib/data/image_folder.ipynb #63c34301
 def check_folder(

@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 
 from ..base.devices import autocast
+from ..base.processes import is_first
 from ..base.seeding import batch_indices, generator
+from ..base.terminal import say
 from ..data.cache_filling import own_share, wait_for
 from ..data.caching import Cache
 from ..data.datasets import Dataset
 from ..data.gathering import Rows, gather, images_in
 from ..data.packing import unpacked
 from ..encoders.autoencoders import latents_of
-from ..encoders.encoding import encode_all, opened_cache, refreshed
+from ..encoders.encoding import encode_all, left_out_text, opened_cache, refreshed
 from ..encoders.teacher_features import dataset_features, rows_of
 from ..encoders.teachers import Teacher
 from .facts import Facts
@@ -157,6 +159,8 @@ def caches_of(
     encode_all(sources.dataset, encodings, recipe.execution.workers, share)
     wait_for([each.folder for each in encodings], share)
     dataset = refreshed(sources.dataset)
+    if is_first() and dataset is not sources.dataset:  # found just now
+        say(left_out_text(dataset))
     return [opened_cache(dataset, each) for each in encodings], dataset
 
 # %% ../../nbs/lib/runs/batches.ipynb #24e38115

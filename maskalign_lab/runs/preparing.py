@@ -16,6 +16,7 @@ from ..data.datasets import Dataset
 from maskalign_lab.encoders.encoding import (
     Encoding,
     encode_all,
+    left_out_text,
     missing_bytes,
     opened_cache,
     refreshed,
@@ -79,6 +80,5 @@ def finish(
     if verify:
         verify_images(dataset, encodings, workers)
         say("verified: the caches hold what was written, and were made from these images")
-    if dataset.stored and dataset.stored.stays_on_disk and (left_out := len(dataset.stored.left_out)):
-        first = "; ".join(dataset.skipped[:3]) + (" ..." if left_out > 3 else "")
-        say(f"left out {left_out:,} of {row_count(dataset):,} images that cannot be read: {first}")
+    if left_out := left_out_text(dataset):
+        say(left_out)

@@ -51,6 +51,8 @@ class DataConfig:
     precision: str = "exact"  # of what is cached of the images: exact | half | int8, see `teacher_features`
 
     def __post_init__(self):
+        if self.n is not None and self.n < 1:
+            raise ValueError(f"data.n={self.n}: expected at least 1, or none for all")
         one_of(self.crop, CROPS, "data.crop")
         one_of(self.precision, PRECISIONS, "data.precision")
 

@@ -15,7 +15,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from ..base.processes import check_launched
+from ..base.processes import check_launched, is_orphan
 from ..base.terminal import say
 from .stopping import PREEMPTED, Late
 
@@ -66,7 +66,8 @@ def told_to_stop(
         return bool(signals)
     if step % every:
         return False
-    return late.read(accelerator.reduce(torch.tensor(float(bool(signals)), device=accelerator.device))) > 0
+    told = bool(signals) or is_orphan()
+    return late.read(accelerator.reduce(torch.tensor(float(told), device=accelerator.device))) > 0
 
 # %% ../../nbs/lib/training/ranks.ipynb #8dc5b418
 def wait_for_all() -> None:

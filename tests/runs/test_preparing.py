@@ -157,6 +157,7 @@ def test_a_broken_file_of_a_large_set(folder, tmp_path, large, capsys):
     broken.write_bytes(broken.read_bytes()[:99])
     first = make_batches(recipe(copy), "cpu")  # a training that was not prepared finds it, too
     assert len(first.dataset) == 59 and first.facts.data_digest == first.dataset.digest
+    assert "left out 1 of 60 images that cannot be read" in capsys.readouterr().out
     assert "left out 1 of 60 images that cannot be read" in (prepare(recipe(copy), "cpu") and capsys.readouterr().out)
     again = make_batches(recipe(copy), "cpu")
     assert again.facts == first.facts == load_sources(recipe(copy)).facts
@@ -166,6 +167,35 @@ def test_a_broken_file_of_a_large_set(folder, tmp_path, large, capsys):
     torch.testing.assert_close(again.features[0][:][:, 1:].float(), teacher(images).tokens, atol=5e-3, rtol=5e-3)
     levels = make_batches(recipe(copy, method="ahpa", more="method.dim=4"), "cpu")
     assert len(levels.levels) == 59 and levels.levels[:].isfinite().all()
+
+
+def test_a_file_of_a_large_set_that_cannot_be_opened_today_is_not_left_out_for_good(folder, tmp_path, large):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    closed = list_folder(str(copy), "train").source(12)
+    read = stored_images.read_image
+
+    def refusing(source, *more):
+        return f"PermissionError: [Errno 13] denied: '{source}'" if source == closed else read(source, *more)
+
+    words = "execution.workers=0"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="1 images cannot be read now.*Permission"):
+        patch.setattr(stored_images, "read_image", refusing)
+        prepare(recipe(copy, words), "cpu")
+    assert len(prepare(recipe(copy, words), "cpu", verify=True)) == 60
+
+
+def test_a_file_that_broke_after_it_was_prepared_is_named_in_one_sentence(folder, tmp_path, large):
+    """Also when it is a worker that meets it."""
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    recipe = make_recipe("sit", "smoke", f"folder:{copy}", overrides="data.n=60 execution.workers=1")
+    broken = list_folder(str(copy), "train").source(11)
+    broken.write_bytes(bytes(broken.stat().st_size))
+    with pytest.raises(
+        ValueError, match=r"^1 images cannot be read: .*`maskalign-lab prepare` finds and leaves out all such$"
+    ):
+        train(recipe, tmp_path / "run", "cpu", 0)
 
 
 def test_a_training_on_pixels_is_prepared_by_trying_every_file(folder, tmp_path, large, capsys):
