@@ -16,7 +16,7 @@ def reason(error: BaseException) -> str:
     while found := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(found)
     network = [each for each in chain if isinstance(each, (socket.gaierror, ConnectionError, TimeoutError))]
-    return " ".join(str((network or chain[:1])[-1]).split())
+    return " ".join(str((network or chain[:1])[-1]).split()).rstrip(".")
 
 # %% ../../nbs/lib/encoders/weights.ipynb #37b6b9d7
 def unavailable(

@@ -285,5 +285,7 @@ def foretell(
     """What `maskalign-lab train --dry-run` does."""
     if not dry:
         raise ValueError(f"--price {price:g} is told by a dry run and nothing else: add --dry-run")
+    if price is not None and not price >= 0:
+        raise ValueError(f"--price {price:g}: expected at least 0")
     print(report(estimate(recipe, run), price))
     return 0

@@ -19,7 +19,7 @@ from ..data.datasets import DATASETS, DEFAULT_LENGTH, HELD_OUT_DIGITS, LISTINGS,
 from ..encoders.teachers import Teacher, build_vit, check_grid, create_vit, load_teacher, split_timm
 from .facts import Facts
 from .recipe import DataConfig, Recipe
-from .sources import images_of, oracle_dim, teacher_names
+from .sources import images_of, options_of, oracle_dim, teacher_names
 from ..training.methods import Plan
 
 # %% ../../nbs/lib/runs/expectations.ipynb #ceacc148
@@ -42,6 +42,7 @@ class Images(NamedTuple):
 def expected_images(config: DataConfig) -> Images:
     """The training images of a recipe; what lies on disk is listed, and nothing is opened."""
     name, (kind, _, place) = config.name, config.name.partition(":")
+    options_of(config)  # refuses what does not fit the data set
     if name in KNOWN:
         count, classes = KNOWN[name]
         count = config.n or count if name in STREAMS else min(count, config.n or count)

@@ -33,8 +33,14 @@ from ..training.methods import Plan
 # %% ../../nbs/lib/runs/sources.ipynb #c31b0c0f
 def options_of(data: DataConfig) -> dict[str, str | tuple[str, ...]]:
     """The options of `load_dataset` that a recipe sets."""
+    listed = data.name.partition(":")[0] in LISTINGS
+    if data.classes and not listed:
+        chosen = ",".join(data.classes)
+        raise ValueError(
+            f"data.classes={chosen}: expected a folder:PATH or hf:NAME to choose from, got data set {data.name!r}"
+        )
     options = {STREAMS[one_of(data.name, STREAMS, "dataset with variants")]: data.variant} if data.variant else {}
-    crop = {"crop": data.crop} if data.name.partition(":")[0] in LISTINGS else {}  # made images are square as they are
+    crop = {"crop": data.crop} if listed else {}  # made images are square as they are
     return options | crop | ({"classes": data.classes} if data.classes else {})
 
 # %% ../../nbs/lib/runs/sources.ipynb #4adc21e1

@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import re
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -209,3 +210,18 @@ def test_a_training_says_where_only_after_its_checks(tmp_path, capsys):
     assert "training in" not in capsys.readouterr().out
     assert main([*words, "training.steps=1"]) == 0
     assert f"training in {tmp_path / 'run'}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("execution.accumulate=3", "training.batch_size=32 cannot be cut into 3 equal parts"),
+        ("training.batch_size=33 --processes 2", "training.batch_size=33 cannot be cut into 2 equal parts"),
+        ("data.n=0", "data.n=0: expected at least 1"),
+        ("data.classes=circle", "data.classes=circle: expected a folder:PATH or hf:NAME .* got data set 'shapes'"),
+        ("--price -3", "--price -3: expected at least 0"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_training_would(words, told, capsys):
+    assert main(["train", "sit", "--preset", "smoke", "--dry-run", *words.split()]) == 2
+    assert re.search(told, capsys.readouterr().err)
