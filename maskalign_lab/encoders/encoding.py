@@ -49,7 +49,8 @@ class Encoding:
     def of(self, pixels: np.ndarray) -> Tensor:  # (n, h, w, 3) uint8 -> (n, ...) on the CPU
         """The rows of some images, batch by batch."""
         parts = [pixels[k : k + self.batch] for k in range(0, len(pixels), self.batch)]
-        return torch.cat([self.rows(to_images(part, self.device)).cpu() for part in parts])
+        images = (to_images(torch.from_numpy(part.copy()).to(self.device)) for part in parts)
+        return torch.cat([self.rows(each).cpu() for each in images])
 
 # %% ../../nbs/lib/encoders/encoding.ipynb #7da395ed
 CHUNK = 64  # images that a worker decodes at once
