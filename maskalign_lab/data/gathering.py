@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Rows', 'PIECE', 'TOGETHER', 'AHEAD', 'Pictures', 'stored', 'dtype_of', 'nbytes', 'gather', 'resident', 'Decoded',
-           'obey', 'deaf', 'as_it_is', 'pieces', 'decode', 'collect']
+           'end_with_parent', 'ignore_signals', 'as_it_is', 'pieces', 'decode', 'collect']
 
 # %% ../../nbs/lib/data/gathering.ipynb #30e7764d
 import os
@@ -95,21 +95,21 @@ class Decoded(Dataset):
         return torch.from_numpy(np.ascontiguousarray(self.pictures[np.array(index)]))
 
 # %% ../../nbs/lib/data/gathering.ipynb #4c620346
-def obey() -> None:
+def end_with_parent() -> None:
     """End this worker as soon as its parent, and nobody else, sends SIGTERM."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent_process().pid:
         pass
     os._exit(0)
 
 
-def deaf(worker: int) -> None:
+def ignore_signals(worker: int) -> None:
     """Let signals that mean "save and leave" pass a worker by."""
     for name in ("SIGINT", "SIGHUP", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        Thread(target=obey, daemon=True).start()
+        Thread(target=end_with_parent, daemon=True).start()
 
 
 def as_it_is(piece: Tensor) -> Tensor:
@@ -129,7 +129,12 @@ def decode(
 ) -> Iterator[Tensor]:  # pieces (b, h, w, 3) uint8
     """Pictures decoded ahead by other processes, piece by piece; an index ends with a piece."""
     order = (piece for index in indices for piece in pieces(index))
-    options = {"num_workers": workers, "prefetch_factor": AHEAD, "collate_fn": as_it_is, "worker_init_fn": deaf}
+    options = {
+        "num_workers": workers,
+        "prefetch_factor": AHEAD,
+        "collate_fn": as_it_is,
+        "worker_init_fn": ignore_signals,
+    }
     return iter(DataLoader(Decoded(pictures), batch_sampler=order, **options))
 
 # %% ../../nbs/lib/data/gathering.ipynb #e89f1a41

@@ -59,7 +59,7 @@ def compile_whole(
 
 # %% ../../nbs/lib/training/compiling.ipynb #b2eed848
 WHOLE = 200_000_000  # parameters up to which the host holds up a step: B has 130 million, L 458
-SHORT = 1000  # steps; a training of fewer ends before compiling has paid
+SHORT = 1000  # steps; a training of fewer is thought to end before compiling has paid
 
 
 def way_to_compile(
