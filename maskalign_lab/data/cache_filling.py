@@ -8,7 +8,6 @@ __all__ = ['Compute', 'SMALL_SHARD', 'LARGE_SHARD', 'Share', 'own_share', 'cache
 
 # %% ../../nbs/lib/data/cache_filling.ipynb #f3b05bd8
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,8 +19,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..base.files import write_atomic
-from ..base.processes import process_count
-from .cache_index import Index, Progress, add_line, begin_index, new_hash, read_index, verify
+from ..base.processes import process_count, process_number
+from ..base.terminal import Progress, say
+from .cache_index import Index, add_line, begin_index, new_hash, read_index, verify
 from .caching import Cache, open_cache
 
 # %% ../../nbs/lib/data/cache_filling.ipynb #7637a65e
@@ -49,7 +49,7 @@ class Share(NamedTuple):
 
 def own_share() -> Share:
     """The share of one process among those that a launcher such as torchrun has started together."""
-    return Share(int(os.environ.get("RANK", 0)), process_count())
+    return Share(process_number(), process_count())
 
 
 @contextlib.contextmanager
@@ -61,7 +61,7 @@ def cache_lock(folder: Path, rank: int = 0) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            print(f"another process fills {folder}; waiting for it", flush=True)
+            say(f"another process fills {folder}; waiting for it")
             lock.acquire()
     try:
         yield
@@ -194,7 +194,7 @@ def wait_for(
     """Wait until the other processes have made their shares."""
     for folder in folders:
         if share.of > 1 and not is_whole(folder):
-            print(f"process {share.rank} waits for the shares of the others in {folder}", flush=True)
+            say(f"process {share.rank} waits for the shares of the others in {folder}")
         while share.of > 1 and not is_whole(folder):
             time.sleep(0.5)
 

@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..base import paths
-from ..base.terminal import size_text
+from ..base.terminal import Progress, size_text
 from ..data.cache_filling import Share, Span, Wanted, fill_all, is_whole, rows_per_shard
-from ..data.cache_index import Progress, new_hash, read_index
+from ..data.cache_index import new_hash, read_index
 from ..data.caching import Cache, open_cache, place
 from ..data.datasets import Dataset, to_images
 from ..data.gathering import as_it_is, ignore_signals
