@@ -42,7 +42,9 @@ def compile_blocks(
 ) -> None:
     """Compile each transformer block in place."""
     if not len(getattr(model, "blocks", ())):
-        raise ValueError(f"execution.compile needs a network with `blocks`, which {type(model).__name__} has not")
+        raise ValueError(
+            f"execution.compile needs a network with `blocks`, which {type(model).__name__} has not; set execution.compile=off"
+        )
     check_compiler(device)
     for block in (*model.blocks, *getattr(model, "mixer", ())):
         block.compile(dynamic=False)
