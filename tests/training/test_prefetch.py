@@ -201,7 +201,7 @@ def test_what_does_not_fit_is_said_with_its_size():
 
 
 def test_rows_on_the_device_are_picked_there(monkeypatch):
-    monkeypatch.setattr("maskalign_lab.data.gathering.PIECE", 64)
+    monkeypatch.setattr("maskalign_lab.data.gathering.BUFFER", 64)
     noted = Noted()
     prefetcher = Prefetcher(noted, CPU, ExecutionConfig(placement="device"), lambda: iter(()))
     assert torch.equal(prefetcher.resident["squares"], noted.rows["squares"])
