@@ -17,7 +17,7 @@ from torch import Tensor
 from ..base.devices import autocast
 from ..data.caching import Cache
 from ..data.datasets import Dataset, oracle_features
-from ..data.packing import CACHE_PRECISIONS, packed
+from ..data.packing import packed
 from .encoding import Encoding, cached, cached_as
 from .teachers import Features, Teacher, load_teacher, prepare
 
