@@ -94,8 +94,8 @@ def residents(
     if placement == "device" and sum(sizes.values()) > room:
         told = ", ".join(f"{name} {size_text(size)}" for name, size in sizes.items())
         raise ValueError(
-            f"execution.placement=device: {told} do not fit in the {size_text(room)} that are free there; take auto, which "
-            "places what fits, or host"
+            f"execution.placement=device: {told} do not fit in the {size_text(max(0, room))} that are free there; take auto, "
+            "which places what fits, or host"
         )
     return fitting(sizes, room)
 
