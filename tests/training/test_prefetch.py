@@ -28,7 +28,7 @@ from maskalign_lab.training.execution import ExecutionConfig
 from maskalign_lab.training.log import with_log
 from maskalign_lab.training.loop import fit
 from maskalign_lab.training.methods import METHODS, Batch, shard
-from maskalign_lab.training.prefetch import Portion, Prefetcher, chosen, feeding, portions
+from maskalign_lab.training.prefetch import Portion, Prefetcher, feeding, portions, residents
 
 CPU = torch.device("cpu")
 AHEAD, INLINE = ExecutionConfig(placement="host", workers=0), ExecutionConfig(workers=0)
@@ -195,13 +195,13 @@ def test_where_rows_live_and_who_reads_them_changes_no_bit(name, placement):
 
 def test_what_does_not_fit_is_said_with_its_size():
     rows = {"latents": np.empty((1000, 16), np.uint8), "features 0": torch.empty(1000, 64)}
-    assert chosen(rows, "auto", 16_000) == ["latents"] and chosen(rows, "auto", 272_000) == list(rows)
-    with pytest.raises(ValueError, match="latents 1.6e-05 GB, features 0 0.000256 GB do not fit in the 0.0002 GB"):
-        chosen(rows, "device", 200_000)
+    assert residents(rows, "auto", 16_000) == ["latents"] and residents(rows, "auto", 272_000) == list(rows)
+    with pytest.raises(ValueError, match="latents 16 kB, features 0 256 kB do not fit in the 200 kB"):
+        residents(rows, "device", 200_000)
 
 
 def test_rows_on_the_device_are_picked_there(monkeypatch):
-    monkeypatch.setattr("maskalign_lab.data.gathering.PIECE", 64)
+    monkeypatch.setattr("maskalign_lab.data.gathering.BUFFER", 64)
     noted = Noted()
     prefetcher = Prefetcher(noted, CPU, ExecutionConfig(placement="device"), lambda: iter(()))
     assert torch.equal(prefetcher.resident["squares"], noted.rows["squares"])
