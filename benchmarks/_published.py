@@ -16,13 +16,14 @@ from maskalign_lab.runs.facts import Facts
 from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.recipe import Recipe
 from maskalign_lab.runs.run import build
+from maskalign_lab.runs.sizes import DEPTHS
 from maskalign_lab.training.methods import Batch, Draw, Method, Plan, State
 from maskalign_lab.training.prefetch import to_device
 
 CLASSES, TEACHER, SIDE = 1000, 768, 16  # of ImageNet; DINOv2-B's channels; tokens along a side
 LATENTS = Facts(CLASSES, (TEACHER,), channels=4, factor=8)  # of SD-VAE at 256 pixels
 PIXELS = Facts(CLASSES, (TEACHER,))  # of JiT
-MIXER, ALIGNED = 2, {"S": 4, "B": 4, "XL": 8}  # blocks of the mixer; depth that is aligned, of the whole network
+MIXER = 2  # blocks of the mixer, of the whole network
 
 
 def recipe_for(
@@ -33,17 +34,15 @@ def recipe_for(
     overrides: str = "",  # last of all
 ) -> Recipe:
     """A published size, or one of fewer blocks in which mixer and aligned depth shrink alike."""
-    sizes = SIZES[size]
-    whole, depth = sizes["depth"], depth or sizes["depth"]
-    at = {"sit": "", "maskalign": "method.inner.depth"}.get(method, "method.depth")
-    at = f" {at}={max(1, ALIGNED[size] * depth // whole)}" if at else ""
-    mixer = f" network.mixer_depth={MIXER * depth // whole}" if method == "maskalign" else ""
-    changes = f"network.width={sizes['width']} network.heads={sizes['heads']} network.depth={depth}{mixer}{at}"
-    return make_recipe(
-        method,
-        "paper",
-        overrides=f"{changes} training.batch_size={batch} training.steps=1000000000 data.size=256 {overrides}",
-    )
+    changes, whole = f"network=SiT-{size}/2", SIZES[size]["depth"]
+    if depth not in (None, whole):
+        aligned = DEPTHS.get(method, DEPTHS[""])[size]
+        at = {"sit": "", "maskalign": "method.inner.depth"}.get(method, "method.depth")
+        changes += f" network.depth={depth}"
+        changes += f" {at}={max(1, aligned * depth // whole)}" if at else ""
+        changes += f" network.mixer_depth={MIXER * depth // whole}" if method == "maskalign" else ""
+    more = f"training.batch_size={batch} training.steps=1000000000 data.size=256"
+    return make_recipe(method, "paper", overrides=f"{changes} {more} {overrides}")
 
 
 def facts_of(recipe: Recipe) -> Facts:

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from maskalign_lab.base.devices import resolve_precision
 from maskalign_lab.base.seeding import generator
-from maskalign_lab.data.caching import Cache, fill
+from maskalign_lab.data.cache_filling import fill
+from maskalign_lab.data.caching import Cache
 from maskalign_lab.data.datasets import Dataset
 from maskalign_lab.runs.batches import Batches
 from maskalign_lab.runs.facts import Facts

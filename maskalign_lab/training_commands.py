@@ -54,7 +54,7 @@ class Train:
     method: Positional[str]  # sit, repa, reg, maskalign, haste, irepa, sra2, ahpa or jit: what is trained
     overrides: Positional[tuple[str, ...]] = ()  # section.field=value, as many as you like; network=SiT-B/2 for a size
     preset: str = "laptop"  # smoke, laptop, gpu or paper
-    dataset: str = "shapes"  # shapes, digits, photos or folder:PATH
+    dataset: str = "shapes"  # shapes, digits, photos, folder:PATH or hf:NAME
     seed: int = 0  # of initialisation, data order and noise
     device: str = "auto"  # auto, cpu, cuda, mps
     processes: int = 1  # that share the work on this machine, each on a device of its own
@@ -76,10 +76,10 @@ def run_train(options: Train) -> int:
     recipe = make_recipe(options.method, options.preset, options.dataset, options.seed, words)
     folder = folder_for(options.out, "trained", options.method, options.dataset, identity(recipe))
     if options.dry_run or options.price is not None:
-        from maskalign_lab.runs.estimates import foretell
+        from maskalign_lab.runs.estimates import dry_run
 
         check_ranks(recipe.training.batch_size, max(1, options.processes), recipe.execution.accumulate)
-        return foretell(recipe, folder, options.dry_run, options.price)
+        return dry_run(recipe, folder, options.dry_run, options.price)
     if options.processes != 1 and not is_launched():
         from maskalign_lab.workbench.launching import check_processes, launch
 

@@ -24,6 +24,7 @@ from masked_step import whole_step
 from training_step import fit_step, plain_step
 
 from maskalign_lab.base import paths
+from maskalign_lab.runs.estimates import GPUS
 from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.recipe import Recipe
 from maskalign_lab.training.methods import layers_of
@@ -31,7 +32,6 @@ from maskalign_lab.workbench.benchmark_plan import Part
 from maskalign_lab.workbench.benchmarking import Comparison, in_turn, measure_of
 
 PLAIN = "plain: eager, bfloat16, foreach AdamW"
-PEAKS = {"H100": 989, "H200": 989, "H800": 989, "A100": 312}  # dense bfloat16 TFLOP/s of the datasheets
 METHODS = ("sit", "reg", "maskalign", "repa", "ahpa")
 SECONDS = {"S": 10, "B": 12, "XL": 22}  # of a method's part: building, compiling, and the steps
 STEPS = {"S": 10, "B": 5, "XL": 2, "JiT-B/16": 3}  # that follow each other without waiting, as in a training
@@ -40,7 +40,7 @@ STEPS = {"S": 10, "B": 5, "XL": 2, "JiT-B/16": 3}  # that follow each other with
 def peak(device: torch.device) -> float | None:
     """TFLOP/s of the datasheet, if it is known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((rate for model, rate in PEAKS.items() if model in name), None)
+    return next((round(1e-12 * gpu.peak) for model, gpu in GPUS.items() if model in name), None)
 
 
 def batch_size(size: str, device: torch.device) -> int:

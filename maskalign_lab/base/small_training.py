@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .averaging import update_ema
 from .checkpoints import resume, step_folder, steps_of, store
-from .terminal import say
+from .terminal import say, step_line
 
 # %% ../../nbs/lib/base/small_training.ipynb #681d2823
 @dataclass(frozen=True)
@@ -119,11 +119,9 @@ def train(
 def progress(
     step: Step,
 ) -> str:
-    """One line: where we are, the losses, the rate, the time that is left."""
-    rate = step.step / max(step.seconds, 1e-9)
-    left = int((step.total - step.step) / rate)
-    losses = "  ".join(f"{name} {loss.item():.4f}" for name, loss in step.losses.items())
-    return f"step {step.step}/{step.total}  {losses}  {rate:.1f} steps/s  {left // 60}:{left % 60:02d} left"
+    """One line about a step."""
+    losses = {name: loss.item() for name, loss in step.losses.items()}
+    return step_line(step.step, step.total, losses, step.step / max(step.seconds, 1e-9))
 
 # %% ../../nbs/lib/base/small_training.ipynb #b3b8a4ca
 def complete(

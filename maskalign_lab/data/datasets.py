@@ -47,7 +47,7 @@ class Dataset:
 
     def images(self, index: Any = slice(None), device: str | torch.device = "cpu") -> Tensor:
         """Images (b, 3, h, w), float32 in [-1, 1], by a slice or an array of indices; bytes travel, not floats."""
-        return to_images(self.pixels[index], device)
+        return to_images(torch.from_numpy(self.pixels[index].copy()).to(device))
 
     def subset(self, index: np.ndarray) -> "Dataset":
         """The chosen images only, with their masks and attributes."""
@@ -74,12 +74,10 @@ class Dataset:
 
 # %% ../../nbs/lib/data/datasets.ipynb #bdb0d61f
 def to_images(
-    pixels: np.ndarray,  # (b, h, w, 3) uint8
-    device: str | torch.device,
-) -> Tensor:  # (b, 3, h, w) float32 in [-1, 1]
+    pixels: Tensor,  # (b, h, w, 3) uint8
+) -> Tensor:  # (b, 3, h, w) float32 in [-1, 1], on the same device
     """Bytes as images."""
-    chosen = torch.from_numpy(pixels.copy()).to(device)
-    return chosen.permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1)
+    return pixels.permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1)
 
 
 def to_pixels(

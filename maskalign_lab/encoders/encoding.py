@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'LARGEST', 'SPAN', 'Encoding', 'Chunks', 'refuse_passing', 'decoded', 'row_count', 'cached_as', 'spans_of',
-           'together', 'missing_bytes', 'check_room', 'encode_all', 'opened_cache', 'cached', 'refreshed',
+           'shard_groups', 'missing_bytes', 'check_room', 'encode_all', 'opened_cache', 'cached', 'refreshed',
            'left_out_text', 'try_all', 'verify_images']
 
 # %% ../../nbs/lib/encoders/encoding.ipynb #cbf67c27
@@ -21,11 +21,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..base import paths
+from ..base.terminal import Progress, size_text
 from ..data.cache_filling import Share, Span, Wanted, fill_all, is_whole, rows_per_shard
-from ..data.cache_index import Progress, new_hash, read_index
+from ..data.cache_index import new_hash, read_index
 from ..data.caching import Cache, open_cache, place
 from ..data.datasets import Dataset, to_images
-from ..data.gathering import as_it_is, deaf, workers_here
+from ..data.gathering import as_it_is, ignore_signals, workers_here
 from ..data.image_files import may_pass
 from ..data.listing import known_unreadable, note_unreadable
 from ..data.stored_images import StoredImages
@@ -50,7 +51,8 @@ class Encoding:
     def of(self, pixels: np.ndarray) -> Tensor:  # (n, h, w, 3) uint8 -> (n, ...) on the CPU
         """The rows of some images, batch by batch."""
         parts = [pixels[k : k + self.batch] for k in range(0, len(pixels), self.batch)]
-        return torch.cat([self.rows(to_images(part, self.device)).cpu() for part in parts])
+        images = (to_images(torch.from_numpy(part.copy()).to(self.device)) for part in parts)
+        return torch.cat([self.rows(each).cpu() for each in images])
 
 # %% ../../nbs/lib/encoders/encoding.ipynb #7da395ed
 CHUNK = 64  # images that a worker decodes at once
@@ -91,7 +93,13 @@ def decoded(
     cuts = [[(a, min(a + CHUNK, stop)) for a in range(start, stop, CHUNK)] for start, stop in spans]
     chunks = Chunks(stored, [bounds for span in cuts for bounds in span], workers == 0)
     loaded = iter(
-        DataLoader(chunks, batch_size=None, num_workers=workers_here(workers), collate_fn=as_it_is, worker_init_fn=deaf)
+        DataLoader(
+            chunks,
+            batch_size=None,
+            num_workers=workers_here(workers),
+            collate_fn=as_it_is,
+            worker_init_fn=ignore_signals,
+        )
     )
     for span in cuts:
         parts, why = zip(*(next(loaded) for _ in span))
@@ -125,16 +133,16 @@ def spans_of(
 LARGEST = 2**29  # bytes of a shard, or of the images that it is made from
 
 # %% ../../nbs/lib/encoders/encoding.ipynb #936700c4
-def together(
+def shard_groups(
     encodings: list[Encoding],
     dataset: Dataset,
 ) -> list[tuple[list[Encoding], int]]:  # groups, and the rows of their shards
-    """Which caches are filled side by side."""
+    """Which caches are filled side by side, with shards of equally many rows."""
     batch = math.lcm(*(each.batch for each in encodings))
     image = math.prod(dataset.pixels.shape[1:]) if dataset.stored and dataset.stored.stays_on_disk else 0
     largest = max(image, *(each.row_bytes for each in encodings))
     if len(encodings) > 1 and batch * largest > LARGEST:
-        return [group for each in encodings for group in together([each], dataset)]
+        return [group for each in encodings for group in shard_groups([each], dataset)]
     return [(encodings, rows_per_shard(largest, batch, row_count(dataset)))]
 
 # %% ../../nbs/lib/encoders/encoding.ipynb #6b377289
@@ -152,7 +160,7 @@ def check_room(encodings: list[Encoding], rows: int) -> None:
     here = next(path for path in (paths.cache(), *paths.cache().parents) if path.exists())
     if needed > (free := shutil.disk_usage(here).free):
         raise OSError(
-            f"the caches need {needed / 1e9:,.1f} GB in {paths.cache()}, and {free / 1e9:,.1f} GB are free; make room, set "
+            f"the caches need {size_text(needed)} in {paths.cache()}, and {size_text(free)} are free; make room, set "
             "MASKALIGN_LAB_CACHE to a folder that has room, or take less: data.n, data.classes, data.precision"
         )
 
@@ -176,7 +184,7 @@ def encode_all(
             notes = {"images": new_hash(part).hexdigest()} if dataset.stored else {}
             yield [known[folder].of(part) for folder in span.folders], notes
 
-    for group, shard_rows in together(wanted, dataset):
+    for group, shard_rows in shard_groups(wanted, dataset):
         caches = [Wanted(each.folder, each.description) for each in group]
         fill_all(caches, row_count(dataset), compute, shard_rows, share, print_every)
 

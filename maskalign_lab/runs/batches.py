@@ -18,8 +18,8 @@ from ..base.seeding import batch_indices, generator
 from ..base.terminal import say
 from ..data.cache_filling import own_share, wait_for
 from ..data.caching import Cache
-from ..data.datasets import Dataset
-from ..data.gathering import Rows, gather, images_in
+from ..data.datasets import Dataset, to_images
+from ..data.gathering import Rows, gather
 from ..data.packing import unpacked
 from ..encoders.autoencoders import latents_of
 from ..encoders.encoding import encode_all, left_out_text, opened_cache, refreshed
@@ -89,7 +89,7 @@ class Batches:
         if "levels" in read:
             batch = replace(batch, levels=unpacked(read["levels"]))
         if "attention" in self.plan.at(portion.step):
-            images = images_in(read["pixels"]) if "pixels" in read else batch.x
+            images = to_images(read["pixels"]) if "pixels" in read else batch.x
             batch = replace(batch, attention=self.attention(images).to(batch.x.device))
         if "held out x" in read:
             batch = replace(batch, held_out=self.clean(read, portion, "held out "))
@@ -108,7 +108,7 @@ class Batches:
         """Images or latents, and labels."""
         x, y, mine = read[f"{name}x"], read[f"{name}y"], slice(portion.part, None, portion.parts)
         if self.latents is None:
-            return Batch(images_in(x), y[mine])
+            return Batch(to_images(x), y[mine])
         mean, std = unpacked(x).unbind(1)
         draw = generator(self.training.seed, portion.step, f"{name}posterior", x.device)
         noise = torch.randn(len(y), *mean.shape[1:], generator=draw, device=x.device)[mine]

@@ -10,7 +10,7 @@ import time
 from math import prod
 
 from ..base.processes import is_first
-from ..base.terminal import say
+from ..base.terminal import say, size_text
 from ..data.cache_filling import own_share, wait_for
 from ..data.datasets import Dataset
 from maskalign_lab.encoders.encoding import (
@@ -37,12 +37,11 @@ def plan_text(
     lines = [f"{rows:,} images of {dataset.name}, {side} pixels a side"]
     for each in encodings:
         missing = missing_bytes(each, rows)
-        todo = f"{missing / 1e9:,.2f} GB to make" if missing else "there"
-        lines.append(f"  {each.kind:9} {rows * each.row_bytes / 1e9:10,.2f} GB, {todo}: {each.folder}")
+        todo = f"{size_text(missing)} to make" if missing else "there"
+        lines.append(f"  {each.kind:9} {size_text(rows * each.row_bytes):>8}, {todo}: {each.folder}")
     if not encodings:
-        lines.append(
-            f"  this training reads pixels: {prod(dataset.pixels.shape) / 1e9:,.2f} GB decoded, nothing to cache"
-        )
+        decoded = size_text(prod(dataset.pixels.shape))
+        lines.append(f"  this training reads pixels: {decoded} decoded, nothing to cache")
     return "\n".join(lines)
 
 # %% ../../nbs/lib/runs/preparing.ipynb #98cffdef

@@ -22,10 +22,10 @@ from .. import ahpa, maskalign, reg  # noqa: F401  (importing a module registers
 from ..base.errors import one_of
 from ..base.paths import absolute
 from ..data.image_files import CROPS
+from ..data.packing import CACHE_PRECISIONS
 from ..diffusion.jit import JiT
 from ..diffusion.objectives import Objective
 from ..diffusion.sit import SiT
-from ..encoders.teacher_features import PRECISIONS
 from .edits import edit_digest
 from .sizes import check_tokens, size_overrides
 from ..training import haste, irepa, sra2  # noqa: F401  (importing a module registers its methods)
@@ -54,7 +54,7 @@ class DataConfig:
         if self.n is not None and self.n < 1:
             raise ValueError(f"data.n={self.n}: expected at least 1, or none for all")
         one_of(self.crop, CROPS, "data.crop")
-        one_of(self.precision, PRECISIONS, "data.precision")
+        one_of(self.precision, CACHE_PRECISIONS, "data.precision")
 
 # %% ../../nbs/lib/runs/recipe.ipynb #9811c5a1
 @dataclass(frozen=True)

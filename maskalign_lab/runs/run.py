@@ -46,7 +46,7 @@ from maskalign_lab.runs.sources import (
 from ..training.log import cut_log, with_log
 from ..training.loop import AVERAGES, fit
 from ..training.methods import Method, Plan, method_class
-from ..training.ranks import check_ranks, together
+from ..training.ranks import check_ranks, process_group
 
 # %% ../../nbs/lib/runs/run.ipynb #79c08506
 def build(
@@ -252,7 +252,7 @@ def train(
     check_ranks(recipe.training.batch_size, process_count(), recipe.execution.accumulate)
     resolve_device(device)
     path, stored = Path(path), Path(path) / "recipe.json"
-    with sole_writer(path, wait) if is_first() else contextlib.nullcontext(), together():
+    with sole_writer(path, wait) if is_first() else contextlib.nullcontext(), process_group():
         if stored.exists() and identity(from_json(stored.read_text())) != identity(recipe):
             raise FileExistsError(f"{path} holds a run of another recipe; choose another folder or remove it")
         sources = load_sources(recipe, device)

@@ -106,16 +106,15 @@ def load_sources(
 ) -> Sources:
     """Load the training images, the autoencoder and the teachers that a recipe needs; all must fit each other."""
     data, plan, place = recipe.data, Plan(recipe.method), resolve_device(device)
-    if data.name in STREAMS:
-        dataset = kept_images(data, "train", data.n)
-    else:  # a folder may have changed
-        dataset = images_of(data, "train", data.n, lazy)
+    made = data.name in STREAMS  # which takes long at a paper's size: weights that are missing are told first
+    dataset = None if made else images_of(data, "train", data.n, lazy)  # anew, since a folder may have changed
     load = kept_autoencoder if data.autoencoder == "tiny" else load_autoencoder  # likewise
     autoencoder = load(data.autoencoder, place) if data.autoencoder else None
     if autoencoder:
         check_side(autoencoder, data.size)
     names, side = teacher_names(data) if "features" in plan.needs else [], token_side(recipe, autoencoder)
     teachers = tuple(None if name == "oracle" else load_teacher(name, data.size, place, side) for name in names)
+    dataset = kept_images(data, "train", data.n) if made else dataset
     sources = Sources(dataset, teachers, autoencoder, Facts(len(dataset.classes)))
     check_needs(recipe, plan, sources)
     return sources._replace(facts=found_facts(sources, side))

@@ -42,7 +42,9 @@ def compile_blocks(
 ) -> None:
     """Compile each transformer block in place."""
     if not len(getattr(model, "blocks", ())):
-        raise ValueError(f"execution.compile needs a network with `blocks`, which {type(model).__name__} has not")
+        raise ValueError(
+            f"execution.compile needs a network with `blocks`, which {type(model).__name__} has not; set execution.compile=off"
+        )
     check_compiler(device)
     for block in (*model.blocks, *getattr(model, "mixer", ())):
         block.compile(dynamic=False)
@@ -59,7 +61,7 @@ def compile_whole(
 
 # %% ../../nbs/lib/training/compiling.ipynb #b2eed848
 WHOLE = 200_000_000  # parameters up to which the host holds up a step: B has 130 million, L 458
-SHORT = 1000  # steps; a training of fewer ends before compiling has paid
+SHORT = 1000  # steps; a training of fewer is thought to end before compiling has paid
 
 
 def way_to_compile(

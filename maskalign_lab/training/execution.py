@@ -23,7 +23,7 @@ class ExecutionConfig:
 
     compile: str = "auto"  # off | blocks | whole: the loss with its backward pass; auto: as the device and the size ask
     accumulate: int = 1  # parts in which a batch is worked, one after the other, to save memory
-    placement: str = "auto"  # of cached latents and features: device | host; auto: on the device if they fit
+    placement: str = "auto"  # of the rows that batches are made of: device | host; auto: what fits is on the device
     workers: int = 4  # processes that decode pictures while the device works; 0: none
     save_minutes: float = 10.0  # between checkpoints, besides those of training.save_every
     keep: int = 2  # last checkpoints that stay whole; of older ones of training.save_every the averages stay

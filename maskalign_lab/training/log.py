@@ -10,12 +10,10 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from maskalign_lab.base.checkpoints import (
-    steps_of,
-)
+from ..base.checkpoints import steps_of
 from ..base.files import write_atomic
 from ..base.statistics import significant
-from ..base.terminal import say
+from ..base.terminal import say, step_line
 from .loop import Step
 
 # %% ../../nbs/lib/training/log.ipynb #306aab7a
@@ -58,10 +56,8 @@ def data_wait(
     last: Step | None,  # that was logged; None: this is the first line
 ) -> float:
     """The share of the time that went into getting batches."""
-    waited, seconds = (
-        (step.waited, step.seconds) if last is None else (step.waited - last.waited, step.seconds - last.seconds)
-    )
-    return round(waited / max(seconds, 1e-9), 4)
+    waited, seconds = (last.waited, last.seconds) if last else (0.0, 0.0)
+    return round((step.waited - waited) / max(step.seconds - seconds, 1e-9), 4)
 
 # %% ../../nbs/lib/training/log.ipynb #59481108
 def cut_log(run: Path) -> None:
@@ -75,10 +71,12 @@ def cut_log(run: Path) -> None:
 WORTH_TELLING = 0.05  # of the time, spent on waiting for data
 
 
-def progress_line(step: Step, record: dict, done: int) -> str:
-    """One line: where we are, the losses, the rate, the time that is left."""
-    rate = done / max(step.seconds, 1e-9)
-    left = int((step.total - step.step) / rate)
-    losses = "  ".join(f"{name} {record[name]:.4f}" for name in step.losses)
+def progress_line(
+    step: Step,
+    record: dict[str, float],  # from `log_record`, with "data_wait"
+    done: int,  # steps of this call
+) -> str:
+    """One line about a step."""
+    losses = {name: record[name] for name in step.losses}
     waits = f"  {record['data_wait']:.0%} waiting for data" if record["data_wait"] > WORTH_TELLING else ""
-    return f"step {step.step}/{step.total}  {losses}  {rate:.1f} steps/s{waits}  {left // 60}:{left % 60:02d} left"
+    return step_line(step.step, step.total, losses, done / max(step.seconds, 1e-9), waits)

@@ -27,10 +27,10 @@ from .compiling import Compiled
 from .config import TrainingConfig, learning_rate
 from .execution import ExecutionConfig
 from .methods import Batch, Draw, Losses, Method, State, shard, trait
-from .prefetch import Portion, Prefetcher, RowBatches, Whole, feeding, portions
-from .ranks import check_ranks, depart, same_start, told_to_stop, wait_for_all
+from .prefetch import Portion, Prefetcher, RowBatches, WholeBatches, feeding, portions
+from .ranks import check_ranks, exit_on_signal, same_start, told_to_stop, wait_for_all
 from .saving import Saver
-from .stopping import UNSEEN, Guard, Late, NonFinite, culprit, notice
+from .stopping import UNSEEN, DelayedRead, Guard, NonFinite, culprit, notice
 
 # %% ../../nbs/lib/training/loop.ipynb #5c23f272
 class Trainee(nn.Module):
@@ -101,7 +101,7 @@ class Trainer:
     guard: Guard
     saver: Saver
     compiled: Compiled
-    feed: Whole | Prefetcher | None = None  # gives the batches while `fit` runs
+    feed: WholeBatches | Prefetcher | None = None  # gives the batches while `fit` runs
 
 # %% ../../nbs/lib/training/loop.ipynb #e2afb3e6
 def make_trainer(
@@ -248,7 +248,7 @@ def fit(
     gradient that is not finite raises `NonFinite`, which names the step and the module.
     """
     trainer, start = make_trainer(model, method, config, execution, run, device)
-    saver, late, began = trainer.saver, Late(trainer.accelerator.device), time.perf_counter()
+    saver, late, began = trainer.saver, DelayedRead(trainer.accelerator.device), time.perf_counter()
     todo = partial(share, trainer, start, config.steps)
     with notice() if run else contextlib.nullcontext([]) as signals, contextlib.ExitStack() as leaving:
         leaving.callback(saver.wait)
@@ -269,7 +269,7 @@ def fit(
             state = State(model, trainer.averages["ema"], done)
             yield Step(done, config.steps, parts, norms, time.perf_counter() - began, state, trainer.feed.waited)
             if leave and done < config.steps:
-                depart(signals, done)
+                exit_on_signal(signals, done)
 
 # %% ../../nbs/lib/training/loop.ipynb #1f8a212c
 @contextlib.contextmanager

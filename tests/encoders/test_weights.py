@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from maskalign_lab.base.paths import absolute
 from maskalign_lab.cli import main
+from maskalign_lab.data import shapes
 from maskalign_lab.encoders.autoencoders import load_autoencoder
 from maskalign_lab.encoders.teachers import load_teacher
 
@@ -49,17 +50,9 @@ def test_missing_weights_are_told_in_one_sentence(load, named, otherwise, offlin
 
 def test_they_are_told_before_any_work(offline, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("MASKALIGN_LAB_CACHE", str(tmp_path / "cache"))
-    words = [
-        "train",
-        "repa",
-        "--preset",
-        "smoke",
-        "data.n=16",
-        f"data.teacher=timm:{MODEL}",
-        "--out",
-        str(tmp_path / "run"),
-    ]
-    assert main(words) == 2
+    monkeypatch.setattr(shapes, "render", lambda *_: pytest.fail("images were made before the weights were looked for"))
+    words = f"train repa --preset smoke data.n=17 data.teacher=timm:{MODEL} --out {tmp_path / 'run'}"
+    assert main(words.split()) == 2
     told = capsys.readouterr()
     assert told.err.count("\n") == 1 and "HF_HOME" in told.err and not told.out
     assert not (tmp_path / "run" / "recipe.json").exists() and not (tmp_path / "cache").exists()

@@ -15,7 +15,7 @@ from maskalign_lab.training.execution import ExecutionConfig
 from maskalign_lab.training.log import cut_log, with_log
 from maskalign_lab.training.loop import fit
 from maskalign_lab.training.methods import Batch, MethodConfig, PlainSiT, outline
-from maskalign_lab.training.ranks import together
+from maskalign_lab.training.ranks import process_group
 
 
 def tiny():
@@ -57,7 +57,7 @@ def train(folder, steps=12, batches=batches, **changes):
     folder.mkdir(parents=True, exist_ok=True)
     cut_log(folder)
     how = ExecutionConfig(accumulate=int(os.environ.get("ACCUMULATE", 1)))
-    with together():
+    with process_group():
         for step in with_log(fit(*tiny(), batches, config(steps, **changes), folder, "cpu", how), folder, 1, 0):
             print("step", step.step, flush=True)
     return step.state

@@ -15,7 +15,7 @@ from maskalign_lab.training.config import TrainingConfig
 from maskalign_lab.training.execution import ExecutionConfig
 from maskalign_lab.training.loop import Trainee, fit, make_trainer, pieces, work
 from maskalign_lab.training.methods import Losses, MethodConfig, PlainSiT, trait
-from maskalign_lab.training.prefetch import Whole
+from maskalign_lab.training.prefetch import WholeBatches
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 BILEVEL = ("ahpa", "method.router=bilevel")
@@ -181,7 +181,7 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(name, more):
     config, found = TrainingConfig(batch_size=8, precision="float32"), []
     for accumulate in (1, 2, 4):
         trainer, _ = make_trainer(net, method, config, ExecutionConfig(accumulate=accumulate), None, "cpu")
-        trainer.feed = Whole(lambda _, batch=batch: batch, CPU)
+        trainer.feed = WholeBatches(lambda _, batch=batch: batch, CPU)
         assert [len(part.y) for _, part, _ in pieces(trainer, 0)] == [8 // accumulate] * accumulate
         losses = work(trainer, 0)
         slopes = {key: p.grad for key, p in trainer.trainee.named_parameters() if p.grad is not None}
