@@ -74,7 +74,7 @@ def way_to_compile(
     """How a trainee is compiled; raises `ValueError` if what is asked for cannot be."""
     why = trait(trainee.method, "uncompilable")
     if asked == "whole" and why:
-        raise ValueError(f"execution.compile=whole, and {why}; take execution.compile=off")
+        raise ValueError(f"execution.compile=whole, and {why}; take execution.compile=blocks or off")
     if asked != "auto":
         return asked
     if device.type != "cuda" or steps < SHORT:

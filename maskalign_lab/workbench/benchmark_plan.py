@@ -82,7 +82,10 @@ def measured_before(
     """The parts that an earlier call has measured; a file of another machine, version or command is refused."""
     if not out.exists():
         return {}
-    tree = json.loads(out.read_text())
+    try:
+        tree = json.loads(out.read_text())
+    except ValueError as error:
+        raise ValueError(f"{out} holds no results ({error}); give another --out, or remove the file") from error
     before, now = ((each.get("device"), (each.get("git") or {}).get("commit")) for each in (tree["machine"], facts))
     if (before, tree["made_by"]) != (now, command):
         raise FileExistsError(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from maskalign_lab.cli import main
 from maskalign_lab.workbench import benchmark_plan
-from maskalign_lab.workbench.benchmark_plan import ENOUGH, Part, follow, plans, run_parts
+from maskalign_lab.workbench.benchmark_plan import ENOUGH, Part, follow, measured_before, plans, run_parts
 from maskalign_lab.workbench.benchmarking import Comparison, from_json, scripts
 
 PARTS = ("first", "second", "third")
@@ -102,3 +102,9 @@ def test_the_whole_plan_fits_into_nine_minutes():
     parts = benchmark_plan.benchmarking.function_of(plans()["gpu"], "parts")(False, torch.device("cpu"))
     assert sum(part.seconds for part in parts) <= 540
     assert len({part.name for part in parts}) == len(parts)
+
+
+def test_a_file_that_is_no_json_is_named(tmp_path):
+    (tmp_path / "gpu.json").write_text('{"machine":')
+    with pytest.raises(ValueError, match="gpu.json holds no results .*; give another --out, or remove the file"):
+        measured_before(tmp_path / "gpu.json", {}, "bench gpu")
