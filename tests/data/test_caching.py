@@ -426,3 +426,12 @@ def test_the_oracle_is_not_kept():
     (features,) = make_batches(recipe("data.teacher=oracle")).features
     assert torch.equal(features, rows_of(dataset_features("oracle", load_dataset("shapes", n=64), 8)))
     assert not (paths.cache() / "features").exists()
+
+
+def test_nobody_waits_for_ever_for_a_process_that_is_gone(tmp_path, monkeypatch):
+    folder = fill(tmp_path / "a", OURS, 20, Counted(), 6).folder
+    cache_filling.wait_for([folder], cache_filling.Share(0, 2))  # all is there
+    (folder / "00001.safetensors").unlink()
+    monkeypatch.setattr(cache_filling, "PATIENCE", 0.0)
+    with pytest.raises(TimeoutError, match="lacks shards of other processes"):
+        cache_filling.wait_for([folder], cache_filling.Share(0, 2))
