@@ -15,9 +15,10 @@ def nearest(
     value: Any,  # what was typed
     valid: Iterable[str],  # what exists
 ) -> str | None:
-    """The valid name that looks most like `value`, or None."""
-    names = {str(name).lower(): str(name) for name in valid}
-    found = difflib.get_close_matches(str(value).lower(), names, n=1, cutoff=0.5)
+    """The valid name that looks most like `value`, or None; a field in another section is nearer than another field."""
+    names, text = {str(name).lower(): str(name) for name in valid}, str(value).lower()
+    moved = [name for name in names if "." in text and name.rpartition(".")[2] == text.rpartition(".")[2]]
+    found = difflib.get_close_matches(text, moved or names, n=1, cutoff=0.0 if moved else 0.5)
     return names[found[0]] if found else None
 
 # %% ../../nbs/lib/base/errors.ipynb #78be38ac
