@@ -1,7 +1,7 @@
 """Steps of the published sizes: recipes on ImageNet's latents, a batch of noise for each, and FLOPs counted without computing."""
 
 from collections.abc import Iterable
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import lru_cache, partial
 
 import torch
@@ -82,13 +82,6 @@ def flops(recipe: Recipe, shares: tuple[float, ...] = (0.0,)) -> list[int]:
             method.loss(State(net, net, 0), to_device(batch, meta), draw).total.backward()
         counted.append(counter.get_total_flops())
     return counted
-
-
-def an_image(recipe: Recipe) -> float:
-    """FLOPs of a training step for each of its images, as its method trains."""
-    one = replace(recipe, training=replace(recipe.training, batch_size=1))
-    share = getattr(recipe.method, "mask_ratio", 0.0)
-    return flops(one, (share,))[0]
 
 
 def numbers(values: Iterable[float]) -> str:

@@ -19,12 +19,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _published import an_image, batch_for, facts_of, recipe_for
+from _published import batch_for, facts_of, recipe_for
 from masked_step import whole_step
 from training_step import fit_step, plain_step
 
 from maskalign_lab.base import paths
 from maskalign_lab.runs.estimates import GPUS
+from maskalign_lab.runs.experiments import step_flops
 from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.recipe import Recipe
 from maskalign_lab.training.methods import layers_of
@@ -120,7 +121,7 @@ def steps_of(title: str, recipe: Recipe, size: str, short: bool, device: torch.d
 
 def rates(recipe: Recipe, seconds: dict[str, list[float]], device: torch.device) -> list[str]:
     """Images and operations a second of each way, as shares of what the device can do."""
-    each, matmul, notes = an_image(recipe), 2e-12 * 8192**3, []
+    each, matmul, notes = step_flops(recipe, facts_of(recipe)), 2e-12 * 8192**3, []
     measured = matmul / float(np.median(matmul_rate(8192, device))) if device.type == "cuda" else None
     for way, times in seconds.items():
         images = recipe.training.batch_size / float(np.median(times))

@@ -20,6 +20,7 @@ from maskalign_lab.data import stored_images
 from maskalign_lab.data.image_folder import list_folder
 from maskalign_lab.data.packing import unpacked
 from maskalign_lab.encoders import encoding
+from maskalign_lab.runs import preparing
 from maskalign_lab.runs.batches import make_batches
 from maskalign_lab.runs.preparing import prepare
 from maskalign_lab.runs.presets import make_recipe
@@ -130,6 +131,15 @@ def test_an_image_is_decoded_once_and_a_training_decodes_none(folder, tmp_path, 
     assert (
         len(seen) == 60 + 3 * 60
     )  # the first are tried, and levels fitted to them, then all are encoded; latents are there
+
+
+def test_how_long_it_takes_is_told_before_it_begins(folder, large, monkeypatch, capsys):
+    monkeypatch.setattr(preparing, "TRIAL", 4)
+    begun = []
+    monkeypatch.setattr(preparing, "encode_all", lambda *given: begun.append(capsys.readouterr().out))
+    with pytest.raises(FileNotFoundError):  # of the caches that nobody makes here
+        prepare(recipe(folder), "cpu")
+    assert "60 images" in begun[0] and "as the first 4 images take it" in begun[0]
 
 
 @pytest.mark.filterwarnings("ignore:.*skipped")
