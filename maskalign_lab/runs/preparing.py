@@ -15,6 +15,7 @@ from ..data.cache_filling import own_share, wait_for
 from ..data.datasets import Dataset
 from maskalign_lab.encoders.encoding import (
     Encoding,
+    check_room,
     encode_all,
     left_out_text,
     missing_bytes,
@@ -60,6 +61,7 @@ def expected_seconds(
     if max(missing.values(), default=0) < 10 * TRIAL:
         return 0.0
     todo, span = [each for each in encodings if missing[each]], (0, TRIAL)
+    check_room(todo, rows)  # before anything is tried
     for each in todo:
         each.of(next(iter(spans_of(dataset, [(0, 1)], 0))))
     began = time.monotonic()

@@ -1,7 +1,5 @@
 """A training may be compiled, or worked in parts: it stays the same training."""
 
-from functools import partialmethod
-
 import pytest
 import torch
 from shared import survive
@@ -20,21 +18,6 @@ from maskalign_lab.training.prefetch import WholeBatches
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 BILEVEL = ("ahpa", "method.router=bilevel")
 WHOLES = [*(case for case in CASES if case != BILEVEL), ("maskalign", "method.inner.name=haste")]
-
-
-@pytest.fixture
-def traced(monkeypatch):
-    """The graphs that are made, with their inputs: traced and differentiated as by the compiler, but no code is generated."""
-    found = []
-
-    def backend(graph, inputs):
-        found.append(inputs)
-        return graph.forward
-
-    torch._dynamo.reset()
-    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=backend))
-    yield found
-    torch._dynamo.reset()
 
 
 def is_static(graphs) -> bool:

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import fields
-from functools import partialmethod
 
 import pytest
 import torch
@@ -86,33 +85,18 @@ def losses(folder=None, steps=6, compile="off", **changes):
     return found, step.state
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """Trace and differentiate as the compiler does, but generate no code, which takes long; the blocks traced."""
-    traced = []
-
-    def backend(graph, inputs):
-        traced.append(graph)
-        return graph.forward
-
-    torch._dynamo.reset()
-    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=backend))
-    yield traced
-    torch._dynamo.reset()
-
-
-def test_traced_blocks_train_the_same_and_the_average_stays_eager(quick):
+def test_traced_blocks_train_the_same_and_the_average_stays_eager(traced):
     eager, plain = losses()
-    assert not quick
+    assert not traced
     compiled, state = losses(compile="blocks")
-    assert quick and compiled == pytest.approx(eager, rel=1e-5)
+    assert traced and compiled == pytest.approx(eager, rel=1e-5)
     assert state.model.state_dict().keys() == plain.model.state_dict().keys() == state.ema.state_dict().keys()
     assert all(block._compiled_call_impl is not None for block in state.model.blocks)
     assert all(block._compiled_call_impl is None for block in state.ema.blocks)
 
 
 @pytest.mark.parametrize("ways", [("off", "blocks"), ("blocks", "off")])
-def test_a_checkpoint_goes_on_either_way(quick, tmp_path, ways):
+def test_a_checkpoint_goes_on_either_way(traced, tmp_path, ways):
     whole, _ = losses()
     losses(tmp_path, steps=3, compile=ways[0])
     rest, _ = losses(tmp_path, compile=ways[1])
@@ -120,7 +104,7 @@ def test_a_checkpoint_goes_on_either_way(quick, tmp_path, ways):
     assert set(load_tensors(step_folder(tmp_path), "model")) == set(tiny()[0].state_dict())
 
 
-def test_the_culprit_is_found_inside_a_compiled_block(quick):
+def test_the_culprit_is_found_inside_a_compiled_block(traced):
     net, method = tiny()
     steps = fit(
         net, method, batches, TrainingConfig(steps=3, precision="float32"), None, "cpu", ExecutionConfig("blocks")
