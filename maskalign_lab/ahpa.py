@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from .base.devices import full_precision
 from .base.errors import one_of
-from .base.seeding import generator
+from .base.seeding import drawn_as
 from .diffusion.layers import sinusoids
 from .diffusion.sit import check_depths
 from .encoders.autoencoder_levels import WAYS
@@ -161,7 +161,8 @@ def level_head(
 ) -> nn.Linear:
     """One linear map from the trunk to a level."""
     head = nn.Linear(width, dim)
-    nn.init.xavier_uniform_(head.weight, generator=generator(torch.initial_seed() % 2**31, 0, f"head {name}"))
+    with drawn_as(f"head {name}"):
+        nn.init.xavier_uniform_(head.weight)
     nn.init.zeros_(head.bias)
     return head
 
@@ -195,7 +196,8 @@ class AHPA(Method, name="ahpa"):
         heads = ("mixture",) if config.mix == "targets" else config.levels
         self.heads = nn.ModuleList(level_head(width, config.dim, name) for name in heads)
         classes = net.num_classes if config.by_class else 0
-        self.router = Router(config.levels, config.prior, num_classes=classes) if config.router in ROUTERS else None
+        with drawn_as("router"):
+            self.router = Router(config.levels, config.prior, num_classes=classes) if config.router in ROUTERS else None
         if config.router == "bilevel":
             self.uncompilable = "router=bilevel takes gradients within the loss"
             self.indivisible, self.idle = "router=bilevel compares the halves of a batch", True

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from .base.seeding import drawn_as
 from .diffusion.layers import patchify, take, with_class_token
 from .diffusion.sit import Output
 from .reg import REGConfig
@@ -119,7 +120,8 @@ class MaskInput(MaskAlign, name="mask-input"):
 
     def build(self, net: nn.Module, teacher_dims: tuple[int, ...]) -> None:
         super().build(net, teacher_dims)
-        self.mask_token = nn.Parameter(0.02 * torch.randn(net.width))
+        with drawn_as("mask_token"):
+            self.mask_token = nn.Parameter(0.02 * torch.randn(net.width))
 
     def loss(self, state: State, batch: Batch, draw: Draw, phase: str = "main") -> Losses:
         def filled(x: Tensor, t: Tensor, y: Tensor, cls: Tensor | None, keep: None, collect: tuple) -> Output:

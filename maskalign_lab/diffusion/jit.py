@@ -13,6 +13,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from ..base.errors import one_of
+from ..base.seeding import drawn_as
 from maskalign_lab.diffusion.layers import (
     Attention,
     BottleneckPatchEmbed,
@@ -121,7 +122,8 @@ class JiT(nn.Module):
         self.final_layer.norm_final = norm_layer(width, rms_norm)
         initialize(self)
         if context_tokens:
-            self.in_context_posemb = nn.Parameter(0.02 * torch.randn(1, context_tokens, width))
+            with drawn_as("in_context_posemb"):
+                self.in_context_posemb = nn.Parameter(0.02 * torch.randn(1, context_tokens, width))
         cos, sin = rope_2d(width // heads, self.side, context_tokens) if rope else (None, None)
         self.register_buffer("rope_cos", cos, persistent=False)  # (context_tokens + n, head_dim)
         self.register_buffer("rope_sin", sin, persistent=False)
