@@ -282,8 +282,8 @@ def test_a_measurement_is_in_float32_or_tells_what_it_is_in(run, monkeypatch):
     """Whatever the machine is best at: rows of a table are compared across machines."""
     monkeypatch.setattr(devices, "native_bfloat16", lambda device: True)
     monkeypatch.setattr(evaluation, "loss_of", lambda *given: {"per bin of t": []})
-    used, draw = [], evaluation.last_sample
-    monkeypatch.setattr(evaluation, "last_sample", lambda *given: used.append(given[3].precision) or draw(*given))
+    used, draw = [], evaluation.sample
+    monkeypatch.setattr(evaluation, "sample", lambda *given: used.append(given[3].precision) or draw(*given))
     evaluation.judge_samples(run, 20)
     sheet(run, 2)
     found = evaluation.measure(run, 20, print_every=0)
