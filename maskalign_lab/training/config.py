@@ -23,7 +23,6 @@ RANGES = {  # field -> what is expected, the test
     "second_ema": ("in [0, 1), or None", lambda v: v is None or 0 <= v < 1),
     "label_dropout": ("in [0, 1]", lambda v: 0 <= v <= 1),
     "save_every": ("at least 1", lambda v: v >= 1),
-    "save_at": ("steps of at least 1", lambda v: all(step >= 1 for step in v)),
     "log_every": ("at least 1", lambda v: v >= 1),
 }
 
@@ -55,6 +54,8 @@ class TrainingConfig:
         for name, (expected, fits) in RANGES.items():
             if not fits(value := getattr(self, name)):
                 raise ValueError(f"{name}={value} must be {expected}")
+        if min(self.save_at, default=1) < 1:
+            raise ValueError(f"save_at={self.save_at} must be steps of at least 1")
 
     @property
     def kept(self) -> frozenset[int]:
