@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from .token_measures import measure_token
 
 from ...base.statistics import four_digits
 from ...diffusion.sampling import SamplerConfig
@@ -21,6 +20,7 @@ from ...runs.evaluation import judge_samples
 from ...runs.experiments import Arm
 from ...runs.recipe import Recipe
 from ...runs.run import Run
+from .token_measures import measure_token
 
 # %% ../../../nbs/lib/studies/reg/arms.ipynb #57660297
 BASELINES = (
