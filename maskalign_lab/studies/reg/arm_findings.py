@@ -67,9 +67,9 @@ def lost(rows: Sequence[dict[str, Any]], arm: str = "REG") -> str:
         mean_list(rows, arm, f"class in {kind} tokens")[0] for kind in ("noised", "denoised", "told")
     )
     return (
-        f"**Where {arm} loses it.** Beyond chance the reader finds {plain(real, 2)} of the classes in real tokens. Of that, {plain(noised, 2)} is "
-        f"left when they are noised to t = {TIMES[0]:g}; the network makes {plain(denoised, 2)} of it, {plain(told, 2)} if it is told the "
-        f"label. Sampled tokens have {plain(sampled, 2)}. {where(real, told, denoised, sampled)}"
+        f"**Where {arm} loses it.** Beyond chance the reader finds {plain(real, 2)} of the classes in real tokens, {plain(noised, 2)} in "
+        f"the same noised to t = {TIMES[0]:g}, {plain(denoised, 2)} in what the network makes of these, {plain(told, 2)} if it is told "
+        f"the label, and {plain(sampled, 2)} in sampled ones. {where(real, told, denoised, sampled)}"
     )
 
 # %% ../../../nbs/lib/studies/reg/arm_findings.ipynb #9a78a037
