@@ -2706,6 +2706,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                       'maskalign_lab/studies/reg/token_measures.py'),
                                                           'maskalign_lab.studies.reg.token_measures.noise_left': ( 'lib/studies/reg/token_measures.html#noise_left',
                                                                                                                    'maskalign_lab/studies/reg/token_measures.py'),
+                                                          'maskalign_lab.studies.reg.token_measures.read_class': ( 'lib/studies/reg/token_measures.html#read_class',
+                                                                                                                   'maskalign_lab/studies/reg/token_measures.py'),
                                                           'maskalign_lab.studies.reg.token_measures.reader_of': ( 'lib/studies/reg/token_measures.html#reader_of',
                                                                                                                   'maskalign_lab/studies/reg/token_measures.py'),
                                                           'maskalign_lab.studies.reg.token_measures.relative_error': ( 'lib/studies/reg/token_measures.html#relative_error',

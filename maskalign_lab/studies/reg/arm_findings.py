@@ -98,11 +98,13 @@ def width(rows: Sequence[dict[str, Any]]) -> str:
     """A wider network, and one that need not give back the noise."""
     left = {arm: percent(mean_of(rows, arm, "noise left"), digits=0) for arm in ("REG", *CAUSES["width"])}
     told = ", ".join(f"{share} with *{arm}*" for arm, share in left.items())
-    least = percent(mean_of(rows, "REG", "least noise left"), digits=0)
+    least, real, under = (
+        mean_of(rows, "REG", name) for name in ("least noise left", "class in real tokens", "class under least noise")
+    )
     return (
-        f"**The width.** In directions where real tokens hardly differ, this much of the noise stays in a denoised one (t = 0.5): {told}; "
-        f"REG's width cannot do with less than {least}. Carried, beside REG: "
-        f"{', '.join(beside_reg(rows, arm) for arm in CAUSES['width'])}."
+        f"**The width.** In directions where real tokens hardly differ, this much of the noise stays in a denoised one (t = 0.5): {told}. "
+        f"REG's width cannot do with less than {percent(least, digits=0)}, and under that much noise the reader finds {plain(under, 2)} in real "
+        f"tokens, which have {plain(real, 2)}. Carried, beside REG: {', '.join(beside_reg(rows, arm) for arm in CAUSES['width'])}."
     )
 
 
