@@ -12,7 +12,7 @@ from maskalign_lab.measure.verdicts import against
 from maskalign_lab.measure.wording import NotTrained
 from maskalign_lab.runs import studied_runs
 from maskalign_lab.runs.experiments import lengths, load_rows, results_file, run_arms, run_identity
-from maskalign_lab.runs.presets import PRESETS, make_recipe
+from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.run import train
 from maskalign_lab.studies.maskalign import findings, opening
 from maskalign_lab.studies.maskalign.arms import (
@@ -151,7 +151,7 @@ def test_every_arm_trains_and_is_measured(own_folders):
         assert all(("gap" in row) is (row["arm"] != "iREPA") for row in rows)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", SCALES)
 def test_arms_differ_by_the_same_at_every_preset(preset):
     recipes = {arm.name: arm.recipe(preset, overrides=SCALES[preset].overrides) for arm in ARMS}
     base, haste = recipes["REG"], recipes["HASTE"]
