@@ -1,5 +1,7 @@
 """Study 05: what its smoke run leaves, the table that ships, its findings, and runs of other kinds."""
 
+import json
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -159,11 +161,36 @@ def test_every_arm_trains_and_is_measured(own_folders):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_arms_differ_by_the_same_at_every_preset(preset):
     recipes = {arm.name: arm.recipe(preset, overrides=SCALES[preset].overrides) for arm in ARMS}
-    base, haste = recipes["REG"], recipes["HASTE"]
+    base = recipes["REG"]
     assert recipes["two blocks behind"].network.depth == base.network.depth + 2
     assert recipes["aligned two deeper"].method.depth == base.method.depth + 2 <= base.network.depth
-    assert haste.method.stop == haste.training.steps // 2
     assert len({recipe.training for recipe in recipes.values()}) == 1
+
+
+TEACHER_BLOCKS = {"timm:vit_base_patch14_dinov2": 12}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_haste_and_irepa_are_their_authors_relative_to_size(preset):
+    """A share of the steps, a share of the teacher's blocks, student blocks that end at the aligned depth; the rest as it is."""
+    haste, irepa = (arm.recipe(preset, overrides=SCALES[preset].overrides) for arm in ON_REPA[2:])
+    theirs, blocks = make_recipe("haste", "paper"), TEACHER_BLOCKS | {"tiny": tiny_blocks()}
+    assert haste.method.stop * theirs.training.steps == theirs.method.stop * haste.training.steps
+    teacher, student = haste.method.teacher_blocks, haste.method.student_blocks
+    last, pairs = blocks[haste.data.teacher], round(blocks[haste.data.teacher] * 4 / 12)
+    assert teacher == tuple(range(last - pairs + 1, last + 1))
+    assert student == tuple(range(haste.method.depth - pairs + 1, haste.method.depth + 1))
+    assert (haste.method.weight, haste.method.attention_weight) == (
+        theirs.method.weight,
+        theirs.method.attention_weight,
+    )
+    assert replace(irepa.method, depth=8) == make_recipe("irepa", "paper").method
+    assert irepa.method.depth == haste.method.depth
+
+
+def tiny_blocks() -> int:
+    """How many blocks the teacher that ships has."""
+    return json.loads((paths.data() / "teacher" / "shapes" / "card.json").read_text())["network"]["depth"]
 
 
 @pytest.mark.parametrize("name", SAID)
