@@ -1999,7 +1999,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                 'maskalign_lab/studies/maskalign/arms.py'),
                                                       'maskalign_lab.studies.maskalign.arms.arms_of': ( 'lib/studies/maskalign/arms.html#arms_of',
                                                                                                         'maskalign_lab/studies/maskalign/arms.py'),
-                                                      'maskalign_lab.studies.maskalign.arms.haste_stop': ( 'lib/studies/maskalign/arms.html#haste_stop',
+                                                      'maskalign_lab.studies.maskalign.arms.as_authors': ( 'lib/studies/maskalign/arms.html#as_authors',
                                                                                                            'maskalign_lab/studies/maskalign/arms.py'),
                                                       'maskalign_lab.studies.maskalign.arms.measure_arm': ( 'lib/studies/maskalign/arms.html#measure_arm',
                                                                                                             'maskalign_lab/studies/maskalign/arms.py'),

@@ -89,7 +89,7 @@ def rows_of(recipe: Recipe) -> list[Row]:
 WHY = {  # by name of the row
     "images": "small, so that many seeds can be trained",
     "network": "small, for the same reason",
-    "teacher": "taught on images like these",
+    "teacher": "one for images like these",
     "steps": "short, and as many for every method",
     "optimiser": "one for every method, and for fewer steps",
     "depth": "goes with the number of blocks",

@@ -188,6 +188,12 @@ def test_haste_and_irepa_are_their_authors_relative_to_size(preset):
     assert irepa.method.depth == haste.method.depth
 
 
+@pytest.mark.parametrize(("depth", "student", "teacher"), [(1, (1,), (5,)), (2, (1, 2), (4, 5)), (6, (5, 6), (4, 5))])
+def test_hastes_blocks_follow_the_aligned_depth(depth, student, teacher):
+    told = ON_REPA[2].recipe("laptop", overrides=f"network.depth=6 method.depth={depth}").method
+    assert (told.student_blocks, told.teacher_blocks) == (student, teacher)
+
+
 def tiny_blocks() -> int:
     """How many blocks the teacher that ships has."""
     return json.loads((paths.data() / "teacher" / "shapes" / "card.json").read_text())["network"]["depth"]
