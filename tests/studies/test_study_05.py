@@ -1,5 +1,7 @@
 """Study 05: what its smoke run leaves, the table that ships, its findings, and runs of other kinds."""
 
+import json
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -85,6 +87,11 @@ ASKED = {  # by finding: arm, other, claim, metric and budget of the differences
         ("mask the loss", "MaskAlign", 0, "velocity", "steps"),
         ("mask the input", "REG", 0, "velocity", "steps"),
     ],
+    "augmentation": [
+        ("mask the attention", "REG", 0, "velocity", "steps"),
+        ("MaskAlign", "mask the attention", 0, "velocity", "steps"),
+        ("mask, no mixer", "attention, no mixer", 0, "velocity", "steps"),
+    ],
     "equal_operations": [
         (arm, "REG", 0, "velocity", "flops") for arm in ("mask, no mixer", "ratio 0.5", "ratio 0.75", "MaskAlign")
     ],
@@ -154,11 +161,42 @@ def test_every_arm_trains_and_is_measured(own_folders):
 @pytest.mark.parametrize("preset", SCALES)
 def test_arms_differ_by_the_same_at_every_preset(preset):
     recipes = {arm.name: arm.recipe(preset, overrides=SCALES[preset].overrides) for arm in ARMS}
-    base, haste = recipes["REG"], recipes["HASTE"]
+    base = recipes["REG"]
     assert recipes["two blocks behind"].network.depth == base.network.depth + 2
     assert recipes["aligned two deeper"].method.depth == base.method.depth + 2 <= base.network.depth
-    assert haste.method.stop == haste.training.steps // 2
     assert len({recipe.training for recipe in recipes.values()}) == 1
+
+
+TEACHER_BLOCKS = {"timm:vit_base_patch14_dinov2": 12}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_haste_and_irepa_are_their_authors_relative_to_size(preset):
+    """A share of the steps, a share of the teacher's blocks, student blocks that end at the aligned depth; the rest as it is."""
+    haste, irepa = (arm.recipe(preset, overrides=SCALES[preset].overrides) for arm in ON_REPA[2:])
+    theirs, blocks = make_recipe("haste", "paper"), TEACHER_BLOCKS | {"tiny": tiny_blocks()}
+    assert haste.method.stop * theirs.training.steps == theirs.method.stop * haste.training.steps
+    teacher, student = haste.method.teacher_blocks, haste.method.student_blocks
+    last, pairs = blocks[haste.data.teacher], round(blocks[haste.data.teacher] * 4 / 12)
+    assert teacher == tuple(range(last - pairs + 1, last + 1))
+    assert student == tuple(range(haste.method.depth - pairs + 1, haste.method.depth + 1))
+    assert (haste.method.weight, haste.method.attention_weight) == (
+        theirs.method.weight,
+        theirs.method.attention_weight,
+    )
+    assert replace(irepa.method, depth=8) == make_recipe("irepa", "paper").method
+    assert irepa.method.depth == haste.method.depth
+
+
+@pytest.mark.parametrize(("depth", "student", "teacher"), [(1, (1,), (5,)), (2, (1, 2), (4, 5)), (6, (5, 6), (4, 5))])
+def test_hastes_blocks_follow_the_aligned_depth(depth, student, teacher):
+    told = ON_REPA[2].recipe("laptop", overrides=f"network.depth=6 method.depth={depth}").method
+    assert (told.student_blocks, told.teacher_blocks) == (student, teacher)
+
+
+def tiny_blocks() -> int:
+    """How many blocks the teacher that ships has."""
+    return json.loads((paths.data() / "teacher" / "shapes" / "card.json").read_text())["network"]["depth"]
 
 
 @pytest.mark.parametrize("name", SAID)
@@ -202,7 +240,10 @@ def test_a_finding_is_left_out_if_an_arm_is_missing(name, made):
 def test_all_findings_of_the_rows_that_ship(shipped):
     """Each of them once, with runs' records and photographs."""
     text = shipped_findings(shipped)
-    assert text.count("\n* ") + 1 == len(findings.ON_ROWS) + 2 and "no rows here" not in text
+    there = {row["arm"] for row in shipped}
+    missing = [name for name, asked in ASKED.items() if not {arm for each in asked for arm in each[:2]} <= there]
+    assert text.count("\n* ") + 1 == len(findings.ON_ROWS) + 2 - len(missing) + bool(missing)
+    assert (f"no rows here: {len(missing)}." in text) == bool(missing)
     assert "At step 7,000, of one seed, MaskAlign's gap is 14 % of REG's" in text
     assert "(CIFAR-10) the gap is 21 % of REG's, a difference of -.0007 +/- .0002 (*reproduced*)" in text
     assert "at +.0032 +/- .0010 (*higher*) after equal steps, at -.0007 +/- .0012 (*undecided*)" in text
@@ -274,4 +315,4 @@ def test_a_run_without_class_token_or_mixer_is_studied(tmp_path, after_smoke):
 
 
 def test_methods_of_the_study_are_installed():
-    assert {"maskalign", "mask-loss", "mask-input"} <= METHODS.keys() and "same-mask" not in METHODS
+    assert {"maskalign", "mask-loss", "mask-input", "mask-attention"} <= METHODS.keys() and "same-mask" not in METHODS

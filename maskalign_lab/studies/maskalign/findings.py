@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ON_ROWS', 'stability', 'parts_alone', 'stability_on_repa', 'stability_in_the_end', 'carried', 'preference_note',
            'preference', 'dropping', 'dropping_more', 'repair', 'depth_of_the_mixer', 'on_repa', 'controls',
-           'equal_operations', 'equal_operations_on_repa', 'photographs', 'all_findings', 'cost']
+           'augmentation', 'equal_operations', 'equal_operations_on_repa', 'photographs', 'all_findings', 'cost']
 
 # %% ../../../nbs/lib/studies/maskalign/findings.ipynb #ef95c6e1
 from collections.abc import Mapping, Sequence
@@ -137,6 +137,22 @@ def controls(rows: Sequence[dict[str, Any]]) -> str:
         f"{hidden} beside REG."
     )
 
+# %% ../../../nbs/lib/studies/maskalign/findings.ipynb #0968c032
+def augmentation(rows: Sequence[dict[str, Any]]) -> str:
+    """The masked arms beside the same masks with nothing dropped."""
+    views, masked, unmixed = (
+        compared(rows, *pair)
+        for pair in (
+            ("mask the attention", "REG"),
+            ("MaskAlign", "mask the attention"),
+            ("mask, no mixer", "attention, no mixer"),
+        )
+    )
+    return (
+        f"**Is it an augmentation?** The same masks, with nothing dropped and attention between the parts cut, are at {views} beside REG. "
+        f"MaskAlign is at {masked} beside them, and the mask alone at {unmixed} beside its own."
+    )
+
 # %% ../../../nbs/lib/studies/maskalign/findings.ipynb #05a41f06
 def equal_operations(rows: Sequence[dict[str, Any]]) -> str:
     """Cheap steps against dear ones; the paper says nothing of equal operations."""
@@ -167,7 +183,7 @@ def photographs(rows: Sequence[dict[str, Any]]) -> str:
 # %% ../../../nbs/lib/studies/maskalign/findings.ipynb #ef79c98c
 ON_ROWS = (
     *(stability, parts_alone, stability_on_repa, carried, preference),
-    *(dropping, dropping_more, repair, depth_of_the_mixer, on_repa, controls),
+    *(dropping, dropping_more, repair, depth_of_the_mixer, on_repa, controls, augmentation),
     *(equal_operations, equal_operations_on_repa),
 )
 
