@@ -2670,6 +2670,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'maskalign_lab/studies/reg/findings.py'),
                                                     'maskalign_lab.studies.reg.findings.class_effect': ( 'lib/studies/reg/findings.html#class_effect',
                                                                                                          'maskalign_lab/studies/reg/findings.py'),
+                                                    'maskalign_lab.studies.reg.findings.class_effects': ( 'lib/studies/reg/findings.html#class_effects',
+                                                                                                          'maskalign_lab/studies/reg/findings.py'),
                                                     'maskalign_lab.studies.reg.findings.effect_in_words': ( 'lib/studies/reg/findings.html#effect_in_words',
                                                                                                             'maskalign_lab/studies/reg/findings.py'),
                                                     'maskalign_lab.studies.reg.findings.exchange_sentences': ( 'lib/studies/reg/findings.html#exchange_sentences',
