@@ -121,4 +121,7 @@ def test_verdicts_of_a_table_are_counted_in_all_its_columns():
     wide = pd.DataFrame({("loss", "verdict"): words, ("judge", "verdict"): words, ("judge", "mean"): words})
     assert count_verdicts(wide) == 6
     assert count_verdicts(pd.DataFrame({"loss: verdict": words, "verdict of": words})) == 3
+    assert (
+        count_verdicts(pd.DataFrame({"verdict": ["bends, minimum near t = .65", "met (5 seeds)", "not measured"]})) == 2
+    )
     assert by_luck(40).startswith("Of 40 verdicts luck would decide about 2 if")
