@@ -7,6 +7,7 @@ from functools import cache
 import nbformat
 import numpy as np
 import pytest
+from shared.displayed import section_prose
 
 from maskalign_lab.base import paths
 from maskalign_lab.data.datasets import load_dataset
@@ -256,7 +257,7 @@ def summed_up(**changed):
 
 def test_the_findings_are_a_table_of_ten_rows_and_250_words():
     shown = findings_table(summed_up()).data
-    (prose,) = re.findall(r"## Findings\s+(.*?)\s+## Try it", notebook_prose(), flags=re.DOTALL)
+    prose = section_prose(paths.notebooks() / "03_prediction_targets.ipynb", "Findings")
     assert check_words(f"{prose} {shown}") > 200
     assert shown.count("\n|") == 11 and "no rows here" not in shown
     for row in (
