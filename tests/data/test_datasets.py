@@ -11,12 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from maskalign_lab.data.oracle import oracle_features, token_means
 from PIL import Image
 from scipy.ndimage import binary_dilation
 from shared.clone import ROOT
 
 from maskalign_lab.data import shapes
-from maskalign_lab.data.datasets import load_dataset, oracle_features, token_means
+from maskalign_lab.data.datasets import load_dataset
 from maskalign_lab.data.image_files import read_image
 from maskalign_lab.data.image_folder import stratified_order, stratified_places
 
