@@ -38,6 +38,7 @@ class Dataset:
     classes: tuple[str, ...]  # names, in the order of the labels
     masks: np.ndarray | None = None  # (n, h, w) uint8, 1 on the object; shapes only
     attributes: dict[str, np.ndarray] | None = None  # (n,) each; shapes: x, y, scale, hue ...; photos: x, y, side
+    wraps: bool = False  # no border: what leaves an image on one side comes back on the other; shapes on a torus only
     skipped: tuple[str, ...] = field(default=(), repr=False)  # files that are not in `pixels`, with the reason
     stored: StoredImages | None = field(default=None, repr=False)  # the files that the pixels come from
 
@@ -100,7 +101,7 @@ def load_shapes(
     """Procedural images with exact masks and attributes."""
     sample = shapes.render(n, size, seed, split, placement)
     pixels, masks, labels = (sample.pop(name) for name in ("pixels", "masks", "labels"))
-    return Dataset("shapes", split, pixels, labels, shapes.CLASSES, masks, attributes=sample)
+    return Dataset("shapes", split, pixels, labels, shapes.CLASSES, masks, sample, shapes.wraps(placement))
 
 # %% ../../nbs/lib/data/datasets.ipynb #b5b301ac
 def enlarge_digit(

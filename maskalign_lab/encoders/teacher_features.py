@@ -12,12 +12,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from ..data.oracle import oracle_features
 from torch import Tensor
 
 from ..base.devices import autocast
 from ..data.caching import Cache
 from ..data.datasets import Dataset
+from ..data.oracle import oracle_features
 from ..data.packing import packed
 from .encoding import Encoding, cached, cached_as
 from .teachers import Features, Teacher, load_teacher, prepare

@@ -10,10 +10,10 @@ import math
 
 import numpy as np
 import torch
-from ..data.oracle import token_means
 
 from ..base.statistics import linear_probe
 from ..data.datasets import Dataset, load_dataset
+from ..data.oracle import token_means
 from ..diffusion.layers import patchify
 from .teachers import Features, Teacher, build_vit
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from maskalign_lab.data.oracle import oracle_features, token_means
 from PIL import Image
 from scipy.ndimage import binary_dilation
 from shared.clone import ROOT
@@ -20,6 +19,7 @@ from maskalign_lab.data import shapes
 from maskalign_lab.data.datasets import load_dataset
 from maskalign_lab.data.image_files import read_image
 from maskalign_lab.data.image_folder import stratified_order, stratified_places
+from maskalign_lab.data.oracle import oracle_features, token_means
 
 CARDS = ROOT / "data"
 few = settings(max_examples=15, deadline=None)
