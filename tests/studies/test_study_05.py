@@ -176,7 +176,7 @@ def test_arms_differ_by_the_same_at_every_preset(preset):
 TEACHER_BLOCKS = {"timm:vit_base_patch14_dinov2": 12}
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", SCALES)
 def test_haste_and_irepa_are_their_authors_relative_to_size(preset):
     """A share of the steps, a share of the teacher's blocks, student blocks that end at the aligned depth; the rest as it is."""
     haste, irepa = (arm.recipe(preset, overrides=SCALES[preset].overrides) for arm in ON_REPA[2:])
