@@ -302,9 +302,9 @@ def test_mistakes_are_told_before_any_work():
         build(make_recipe("maskalign", "smoke", overrides="method.mask_ratio=0.99"), Facts(10, (16,)))
     with pytest.raises(ValueError, match="cannot drop tokens from 'irepa': its projector is a convolution"):
         build(make_recipe("maskalign", "smoke", overrides="method.inner.name=irepa"), Facts(10, (16,)))
-    for teacher in ("oracle", "timm:vit_wee_patch16_reg1_gap_256?random"):
-        with pytest.raises(ValueError, match="denoises the teacher's class token.*repa"):
-            load_sources(make_recipe("maskalign", "smoke", overrides=f"data.teacher={teacher} data.n=4"))
+    teacher = "timm:vit_wee_patch16_reg1_gap_256?random"
+    with pytest.raises(ValueError, match="denoises the teacher's class token.*repa"):
+        load_sources(make_recipe("maskalign", "smoke", overrides=f"data.teacher={teacher} data.n=4"))
     with pytest.raises(ValueError, match="class token of 12 channels, and cls is missing"):
         network()(torch.zeros(1, 3, 16, 16).double(), torch.zeros(1).double(), torch.zeros(1, dtype=torch.long))
     with pytest.raises(ValueError, match="no class token, and cls is given"):
