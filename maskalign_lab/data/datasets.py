@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['STREAMS', 'DEFAULT_LENGTH', 'HELD_OUT_DIGITS', 'DATASETS', 'LISTINGS', 'Dataset', 'to_images', 'to_pixels',
            'load_shapes', 'enlarge_digit', 'load_digits', 'load_photos', 'repeated', 'check_request', 'load_stored',
-           'load_dataset', 'token_means', 'mask_edges', 'token_positions', 'position_code', 'check_oracle',
-           'oracle_features']
+           'load_dataset']
 
 # %% ../../nbs/lib/data/datasets.ipynb #8e8c0ae6
 import hashlib
@@ -39,6 +38,7 @@ class Dataset:
     classes: tuple[str, ...]  # names, in the order of the labels
     masks: np.ndarray | None = None  # (n, h, w) uint8, 1 on the object; shapes only
     attributes: dict[str, np.ndarray] | None = None  # (n,) each; shapes: x, y, scale, hue ...; photos: x, y, side
+    wraps: bool = False  # no border: what leaves an image on one side comes back on the other; shapes on a torus only
     skipped: tuple[str, ...] = field(default=(), repr=False)  # files that are not in `pixels`, with the reason
     stored: StoredImages | None = field(default=None, repr=False)  # the files that the pixels come from
 
@@ -101,7 +101,7 @@ def load_shapes(
     """Procedural images with exact masks and attributes."""
     sample = shapes.render(n, size, seed, split, placement)
     pixels, masks, labels = (sample.pop(name) for name in ("pixels", "masks", "labels"))
-    return Dataset("shapes", split, pixels, labels, shapes.CLASSES, masks, attributes=sample)
+    return Dataset("shapes", split, pixels, labels, shapes.CLASSES, masks, sample, shapes.wraps(placement))
 
 # %% ../../nbs/lib/data/datasets.ipynb #b5b301ac
 def enlarge_digit(
@@ -225,73 +225,3 @@ def load_dataset(
         return load_digits(size, split, n)
     load = load_shapes if spec == "shapes" else load_photos
     return load(size, split, DEFAULT_LENGTH[split] if n is None else n, seed, **options)
-
-# %% ../../nbs/lib/data/datasets.ipynb #1df38855
-def token_means(
-    maps: np.ndarray,  # (n, h, w)
-    grid: int,  # tokens a side
-) -> np.ndarray:  # (n, grid * grid)
-    """Mean of a map over each token, tokens in row-major order."""
-    n, side = len(maps), maps.shape[1] // grid
-    return maps.reshape(n, grid, side, grid, side).mean((2, 4), dtype=np.float32).reshape(n, grid * grid)
-
-# %% ../../nbs/lib/data/datasets.ipynb #a35a7f72
-def mask_edges(
-    masks: np.ndarray,  # (n, h, w) of 0 and 1
-) -> np.ndarray:  # (n, h, w) of 0 and 1
-    """Pixels of the object that touch, by a side, a pixel beyond it."""
-    padded = np.pad(masks, ((0, 0), (1, 1), (1, 1)))
-    inner = padded[:, :-2, 1:-1] & padded[:, 2:, 1:-1] & padded[:, 1:-1, :-2] & padded[:, 1:-1, 2:]
-    return masks & ~inner & 1
-
-# %% ../../nbs/lib/data/datasets.ipynb #b8d30486
-def token_positions(
-    grid: int,  # tokens a side
-) -> np.ndarray:  # (grid * grid, 2), x then y in (0, 1)
-    """Centres of the tokens in widths of the image."""
-    y, x = (np.mgrid[:grid, :grid] + 0.5) / grid
-    return np.stack([x.ravel(), y.ravel()], -1).astype(np.float32)
-
-# %% ../../nbs/lib/data/datasets.ipynb #aa2e337a
-def position_code(
-    grid: int,  # tokens a side
-) -> np.ndarray:  # (grid * grid, 4)
-    """Sine of half a turn over the columns and over the rows, then the cosine of both."""
-    angle = np.pi * token_positions(grid)
-    return np.concatenate([np.sin(angle), np.cos(angle)], -1)
-
-# %% ../../nbs/lib/data/datasets.ipynb #58d59af5
-def check_oracle(
-    dataset: Dataset,
-    grid: int,  # tokens a side
-) -> None:
-    """Refuse a data set that the oracle knows nothing of, and a grid that does not fit."""
-    if dataset.masks is None:
-        raise ValueError(f"the oracle needs exact masks; dataset {dataset.name!r} has none. Valid: shapes")
-    side = dataset.masks.shape[1]
-    if grid < 1 or side % grid:
-        raise ValueError(f"grid={grid} does not divide the image's {side} pixels")
-
-# %% ../../nbs/lib/data/datasets.ipynb #561103b3
-def oracle_features(
-    dataset: Dataset,  # "shapes"
-    grid: int = 8,  # tokens a side
-    noise: float = 0.0,  # standard deviation of the Gaussian noise added
-    leak_position: float = 0.0,  # amplitude of the position code
-    seed: int = 0,  # of the noise
-) -> np.ndarray:  # (n, grid * grid, classes + 8) float32
-    """Per-token features that the generator knows to be true.
-
-    Columns: class x coverage; coverage; offset x, y to the object's centre in widths; edge; position code.
-    """
-    check_oracle(dataset, grid)
-    coverage = token_means(dataset.masks, grid)[..., None]
-    kind = np.eye(len(dataset.classes), dtype=np.float32)[dataset.labels][:, None]
-    centre = np.stack([dataset.attributes["x"], dataset.attributes["y"]], -1)[:, None]
-    code = np.broadcast_to(leak_position * position_code(grid), (len(dataset), grid * grid, 4))
-    edges = token_means(mask_edges(dataset.masks), grid)[..., None]
-    parts = [kind * coverage, coverage, centre - token_positions(grid), edges, code]
-    features = np.concatenate(parts, -1, dtype=np.float32)
-    if noise:
-        features += noise * rng(seed, 0, "oracle").standard_normal(features.shape, dtype=np.float32)
-    return features

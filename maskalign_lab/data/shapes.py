@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OUTLINES', 'CLASSES', 'BLOCK', 'PLACEMENTS', 'polygon_distance', 'in_star', 'in_heart', 'lots', 'draw_labels',
-           'placement_law', 'draw_pose', 'oklch_to_rgb', 'draw_colours', 'object_coverage', 'speck_coverage', 'blend',
-           'paint_ground', 'render_block', 'render']
+           'wraps', 'placement_law', 'draw_pose', 'oklch_to_rgb', 'draw_colours', 'object_coverage', 'speck_coverage',
+           'blend', 'paint_ground', 'render_block', 'render']
 
 # %% ../../nbs/lib/data/shapes.ipynb #94d61a8d
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ import numpy as np
 
 from ..base.errors import one_of
 from ..base.seeding import rng
-from .textures import TEXTURES, texture_field
+from .textures import TEXTURES, around, texture_field
 
 # %% ../../nbs/lib/data/shapes.ipynb #5891c578
 def polygon_distance(
@@ -95,7 +95,15 @@ PLACEMENTS = {
     "middle": {"x": (0.3, 0.7), "y": (0.3, 0.7)},
     "centre": {"x": (0.5, 0.5), "y": (0.5, 0.5)},
     "left": {"x": (0.0, 0.25), "y": (0.0, 1.0)},
+    "torus": {"x": (0.0, 1.0), "y": (0.0, 1.0)},  # of the whole image, since an object wraps around
 }
+
+
+def wraps(
+    placement: str | Mapping,  # as in `placement_law`
+) -> bool:
+    """Whether the images of a placement law have no border."""
+    return placement == "torus"
 
 # %% ../../nbs/lib/data/shapes.ipynb #497972bb
 def placement_law(
@@ -122,7 +130,7 @@ def draw_pose(
     pose = {"scale": 0.27 + 0.1 * lots(seed, split, block, "scale")}
     for axis, (low, high) in law.items():
         room = low + (high - low) * lots(seed, split, block, axis)
-        pose[axis] = pose["scale"] + (1 - 2 * pose["scale"]) * room
+        pose[axis] = room if wraps(placement) else pose["scale"] + (1 - 2 * pose["scale"]) * room
     pose["rotation"] = (lots(seed, split, block, "rotation") - 0.5) * np.pi / 6
     return pose
 
@@ -165,12 +173,14 @@ def object_coverage(
     label: int,  # class index
     pose: Mapping[str, np.ndarray],  # x, y, scale, rotation of the samples, each (b,)
     size: int,  # pixels a side
+    wrapped: bool = False,  # on a torus
     fine: int = 3,  # samples a side of a pixel
 ) -> np.ndarray:  # (b, size, size) in [0, 1]
     """Which part of each pixel the object covers."""
     points = (np.arange(size * fine) + 0.5) / (size * fine)
     x, y, scale, rotation = (pose[name][:, None, None] for name in ("x", "y", "scale", "rotation"))
-    right, up = (points[None, None, :] - x) / scale, (y - points[None, :, None]) / scale
+    offsets = points[None, None, :] - x, y - points[None, :, None]
+    right, up = ((around(offset) if wrapped else offset) / scale for offset in offsets)
     u = np.cos(rotation) * right + np.sin(rotation) * up
     v = np.cos(rotation) * up - np.sin(rotation) * right
     inside = OUTLINES[CLASSES[label]](u, v)
@@ -180,13 +190,15 @@ def object_coverage(
 def speck_coverage(
     lot: np.ndarray,  # (b, 5) in [0, 1): position, size, elongation, direction
     size: int,  # pixels a side
+    wrapped: bool = False,  # on a torus
 ) -> np.ndarray:  # (b, size, size) in [0, 1]
     """Opacity of one soft elongated speck."""
     y, x = (np.mgrid[:size, :size] + 0.5) / size
     cx, cy, radius, stretch, direction = (part[:, None, None] for part in lot.T)
+    dx, dy = (around(offset) if wrapped else offset for offset in (x - cx, y - cy))
     angle, radius = np.pi * direction, 0.035 + 0.02 * radius
-    along = (np.cos(angle) * (x - cx) + np.sin(angle) * (y - cy)) / (1.5 + stretch)
-    across = np.cos(angle) * (y - cy) - np.sin(angle) * (x - cx)
+    along = (np.cos(angle) * dx + np.sin(angle) * dy) / (1.5 + stretch)
+    across = np.cos(angle) * dy - np.sin(angle) * dx
     return np.clip(1.5 * (radius - np.hypot(along, across)) / 0.03, 0, 1)
 
 # %% ../../nbs/lib/data/shapes.ipynb #9b5afa99
@@ -202,18 +214,23 @@ def blend(
 def paint_ground(
     colours: Mapping[str, np.ndarray],  # what `draw_colours` gave
     size: int,  # pixels a side
+    wrapped: bool,  # on a torus
     *key: int | str,  # seed, split, block
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Texture and specks, (250, h, w, 3), and which texture and how many specks there are, (250,) each."""
     kinds = (lots(*key, "texture") * len(TEXTURES)).astype(np.int64)
     grids = {name: lots(*key, name, k + 3, k + 3) for name, k in (("cloud", 4), ("grain", 8))}
-    field = texture_field(kinds, lots(*key, "wave", 4), grids, size)
+    origin = lots(*key, "origin", 2) if wrapped else None
+    field = texture_field(kinds, lots(*key, "wave", 4), grids, size, origin)
     image = blend(np.broadcast_to(colours["low"][:, None, None], (*field.shape, 3)), colours["high"], field)
     count = (lots(*key, "specks") * 3).astype(np.int64)
     for k in (0, 1):
         gap, chroma, hue, *place = lots(*key, f"speck {k}", 8).T
         colour = oklch_to_rgb(colours["lightness"] + colours["contrast"] * (0.4 + 0.3 * gap), 0.04 + 0.08 * chroma, hue)
-        image = blend(image, colour, speck_coverage(np.stack(place, -1), size) * (count > k)[:, None, None])
+        place = np.stack(place, -1)
+        if wrapped:
+            place[:, :2] += origin
+        image = blend(image, colour, speck_coverage(place, size, wrapped) * (count > k)[:, None, None])
     return image, {"texture": kinds, "specks": count}
 
 # %% ../../nbs/lib/data/shapes.ipynb #bdc23648
@@ -224,11 +241,12 @@ def render_block(
 ) -> dict[str, np.ndarray]:
     """Pixels (250, h, w, 3), masks (250, h, w), labels and attributes (250,) of one block."""
     labels, pose, colours = draw_labels(*key), draw_pose(*key, placement), draw_colours(*key)
-    image, ground = paint_ground(colours, size, *key)
+    wrapped = wraps(placement)
+    image, ground = paint_ground(colours, size, wrapped, *key)
     coverage = np.empty(image.shape[:3])
     for label in range(len(CLASSES)):
         rows = labels == label
-        coverage[rows] = object_coverage(label, {name: value[rows] for name, value in pose.items()}, size)
+        coverage[rows] = object_coverage(label, {name: value[rows] for name, value in pose.items()}, size, wrapped)
     image = blend(image, colours["object"], coverage)
     pixels, masks = np.rint(255 * np.clip(image, 0, 1)).astype(np.uint8), (coverage >= 0.5).astype(np.uint8)
     known = {name: colours[name] for name in ("lightness", "contrast", "hue")}
@@ -240,7 +258,7 @@ def render(
     size: int = 32,  # pixels a side
     seed: int = 0,  # another seed, other images
     split: str = "train",  # "train" or "validation"
-    placement: str | Mapping = "uniform",  # "uniform", "centre", "left", or {"x": (low, high), "y": (low, high)}
+    placement: str | Mapping = "uniform",  # one of PLACEMENTS, or {"x": (low, high), "y": (low, high)}
 ) -> dict[str, np.ndarray]:
     """The first `n` samples of a stream: `pixels`, `masks`, `labels` and one array per attribute."""
     if n < 1 or size < 8:

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from ..base.statistics import linear_probe
-from ..data.datasets import Dataset, load_dataset, token_means
+from ..data.datasets import Dataset, load_dataset
+from ..data.oracle import token_means
 from ..diffusion.layers import patchify
 from .teachers import Features, Teacher, build_vit
 

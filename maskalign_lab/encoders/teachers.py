@@ -223,7 +223,7 @@ def create_vit(
     return vit
 
 # %% ../../nbs/lib/encoders/teachers.ipynb #099cee84
-TEACHERS = ("tiny", "tiny:PATH", "timm:MODEL", "timm:MODEL@PATH", "oracle")
+TEACHERS = ("tiny", "tiny:PATH", "timm:MODEL", "timm:MODEL@PATH", "oracle", "oracle:DIAL=NUMBER")
 
 
 def load_own(name: str, size: int, grid: int | None) -> Teacher:
@@ -261,9 +261,9 @@ def load_teacher(
     file. Raises `ValueError` for an unknown name and for a grid that the teacher does not have, `FileNotFoundError` for a folder
     without a teacher, `OSError` if published weights cannot be had.
     """
-    if name == "oracle":
-        raise ValueError("teacher 'oracle' is no network: its features come from the generator; use dataset_features")
     kind, _, _ = name.partition(":")
+    if kind == "oracle":
+        raise ValueError(f"teacher {name!r} is no network: its features come from the generator; use dataset_features")
     if kind not in LOADERS or name in ("tiny:", "timm:", "timm"):
         one_of(name, (*TEACHERS, *(f"{own}:" for own in LOADERS if own not in ("tiny", "timm"))), "teacher")
     teacher = LOADERS[kind](name, size, grid)

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..base.terminal import size_text
+from ..data.oracle import Oracle
 from ..encoders.teachers import Teacher
 from .expectations import Expected, Images, expect
 from .experiments import COUNTED, BlankStep, blank_step, step_flops
@@ -76,7 +77,8 @@ def count(*parts: nn.Module, learned: bool = False, matrices: bool = False) -> i
 
 def online_teacher(recipe: Recipe, expected: Expected) -> Teacher | None:
     """The teacher that looks at the images of every step, if the method needs one."""
-    return expected.teachers[0] if "attention" in Plan(recipe.method).needs else None
+    first = expected.teachers[0] if "attention" in Plan(recipe.method).needs else None
+    return None if isinstance(first, Oracle) else first
 
 
 def averages(recipe: Recipe) -> int:

@@ -16,10 +16,11 @@ from ..base.errors import one_of
 from ..base.paths import data, home_of
 from ..data import photos, shapes
 from ..data.datasets import DATASETS, DEFAULT_LENGTH, HELD_OUT_DIGITS, LISTINGS, STREAMS
+from ..data.oracle import Oracle, oracle_of
 from ..encoders.teachers import Teacher, build_vit, check_grid, create_vit, load_teacher, split_timm
 from .facts import Facts
 from .recipe import DataConfig, Recipe
-from .sources import images_of, options_of, oracle_dim, teacher_names
+from .sources import features_dim, images_of, options_of, teacher_names
 from ..training.methods import Plan
 
 # %% ../../nbs/lib/runs/expectations.ipynb #ceacc148
@@ -110,7 +111,7 @@ class Expected(NamedTuple):
     """What loading a recipe's sources would tell."""
 
     images: Images
-    teachers: tuple[Teacher | None, ...]  # without numbers; None is the oracle
+    teachers: tuple[Teacher | Oracle, ...]  # networks without numbers
     facts: Facts
 
 
@@ -120,6 +121,7 @@ def expect(recipe: Recipe) -> Expected:
     channels, factor = latent_shape(data.autoencoder)
     side = data.size // factor // recipe.network.patch_size
     names = teacher_names(data) if "features" in Plan(recipe.method).needs else []
-    teachers = tuple(None if name == "oracle" else expected_teacher(name, data.size, side) for name in names)
-    dims = tuple(each.dim if each else oracle_dim(images_of(data, "train", 1), side) for each in teachers)
+    teachers = tuple(oracle_of(name) or expected_teacher(name, data.size, side) for name in names)
+    one = images_of(data, "train", 1) if any(isinstance(each, Oracle) for each in teachers) else None
+    dims = tuple(features_dim(each, one, side) for each in teachers)
     return Expected(images, teachers, Facts(images.classes, dims, channels=channels, factor=factor))

@@ -40,7 +40,7 @@ class Arm:
     name: str
     method: str  # a registered method
     overrides: str = ""  # "network.mixer_depth=0 method.mask_ratio=0.5"
-    claim: int = 0  # what a paper says of its metric beside the baseline's: -1 lower, +1 higher, 0 nothing
+    claim: int = 0  # what a paper says of it beside the baseline: -1 better, a lower loss; +1 worse; 0 nothing
     relative: Callable[[Recipe], str] | None = None  # overrides that depend on the preset, from the recipe so far
 
     def recipe(

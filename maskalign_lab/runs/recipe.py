@@ -40,13 +40,13 @@ class DataConfig:
     """Which images, and which teacher looks at them."""
 
     name: str = "shapes"  # shapes | digits | photos | folder:PATH | hf:NAME
-    variant: str = ""  # shapes: a placement law; photos: "scrambled", the texture control; empty: as they are
+    variant: str = ""  # shapes: a placement law, e.g. torus; photos: "scrambled", textures only; empty: as they are
     size: int = 32  # pixels along a side
     detail: int | None = None  # pixels that the pictures are made with, each repeated to fill the size; None: size
     n: int | None = None  # training images; None takes all
     classes: tuple[str, ...] = ()  # of images in files, by name; empty: all
     crop: str = "fit"  # of images in files: fit | adm, see `image_files`
-    teacher: str = "tiny"  # tiny | tiny:PATH | oracle | timm:MODEL[@PATH]; used by methods that align
+    teacher: str = "tiny"  # tiny | tiny:PATH | oracle[:DIALS] | timm:MODEL[@PATH]; used by methods that align
     autoencoder: str = ""  # tiny | tiny:PATH | a diffusers folder or name, whose latents are learned; empty: pixels
     precision: str = "exact"  # of what is cached of the images: exact | half | int8, see `teacher_features`
 

@@ -27,6 +27,7 @@ from ..base.processes import is_first, process_count
 from ..base.seeding import key
 from ..base.terminal import say
 from ..data.datasets import STREAMS, Dataset
+from ..data.oracle import Oracle, oracle_of
 from ..diffusion.sampling import SamplerConfig
 from ..diffusion.sit import SiT
 from ..encoders.autoencoders import Autoencoder
@@ -138,11 +139,11 @@ class Run:
         return self.autoencoder.decode(x) if self.autoencoder else x
 
     @cached_property
-    def teacher(self) -> Teacher | None:
-        """The run's first teacher, the one that it was trained with; None is the oracle."""
+    def teacher(self) -> Teacher | Oracle:
+        """The run's first teacher, the one that it was trained with."""
         name = teacher_names(self.recipe.data)[0]
-        if name == "oracle":
-            return None
+        if oracle := oracle_of(name):
+            return oracle
         found = kept_teacher(name, self.recipe.data.size, self.device, self.net.side)
         before = self.facts.teacher_digest.split(",")[0]
         if before and found.digest != before:

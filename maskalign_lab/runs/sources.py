@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['kept_images', 'kept_teacher', 'kept_autoencoder', 'kept_levels', 'FEW', 'HELD_OUT', 'FITTED', 'options_of',
            'images_of', 'kept_features', 'mean_latents', 'teacher_names', 'Sources', 'load_sources', 'found_facts',
-           'oracle_dim', 'token_side', 'check_needs', 'levels_of', 'encodings_of', 'with_readable_front']
+           'features_dim', 'token_side', 'check_needs', 'levels_of', 'encodings_of', 'with_readable_front']
 
 # %% ../../nbs/lib/runs/sources.ipynb #f54564c1
+import re
 from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -20,11 +21,12 @@ from ..base.devices import resolve_device
 from ..base.errors import one_of
 from ..data.datasets import LISTINGS, STREAMS, Dataset, load_dataset
 from ..data.listing import note_unreadable
+from ..data.oracle import Oracle, oracle_of
 from ..encoders.autoencoder_latents import cached_latents, latent_encoding
 from ..encoders.autoencoder_levels import Levels, fit_levels, level_encoding
 from ..encoders.autoencoders import Autoencoder, check_side, latents_of, load_autoencoder
 from ..encoders.encoding import Encoding, refreshed
-from ..encoders.teacher_features import dataset_features, encode, feature_encoding
+from ..encoders.teacher_features import encode, feature_encoding, told_by
 from ..encoders.teachers import Features, Teacher, check_attention, load_teacher
 from .facts import Facts
 from .recipe import DataConfig, Recipe
@@ -56,10 +58,10 @@ kept_levels = lru_cache(maxsize=8)(fit_levels)
 
 # %% ../../nbs/lib/runs/sources.ipynb #d6c4df71
 @lru_cache(maxsize=4)
-def kept_features(teacher: Teacher | None, dataset: Dataset, grid: int) -> Features:
-    """What a teacher says about every image, float16 on the CPU; None is the oracle."""
-    if teacher is None:
-        return dataset_features("oracle", dataset, grid)
+def kept_features(teacher: Teacher | Oracle, dataset: Dataset, grid: int) -> Features:
+    """What a teacher says about every image, float16 on the CPU."""
+    if isinstance(teacher, Oracle):
+        return told_by(teacher, dataset, grid)
     rows = encode(teacher, dataset)
     return Features(rows[:, 1:], rows[:, 0])
 
@@ -82,19 +84,19 @@ def mean_latents(
 # %% ../../nbs/lib/runs/sources.ipynb #e61790bc
 def teacher_names(data: DataConfig) -> list[str]:
     """The teachers that a recipe names, separated by commas."""
-    return [name.strip() for name in data.teacher.split(",")]
+    return [name.strip() for name in re.split(r",(?!\s*\w+\s*=)", data.teacher)]
 
 # %% ../../nbs/lib/runs/sources.ipynb #5b2adb51
 class Sources(NamedTuple):
     """Images, teachers and autoencoder of a recipe, and what was found about them."""
 
     dataset: Dataset
-    teachers: tuple[Teacher | None, ...]  # None is the oracle; empty for methods that do not align with a teacher
+    teachers: tuple[Teacher | Oracle, ...]  # empty for methods that do not align with a teacher
     autoencoder: Autoencoder | None  # None for training on pixels
     facts: Facts
 
     @property
-    def teacher(self) -> Teacher | None:
+    def teacher(self) -> Teacher | Oracle | None:
         """The first one, whose class token and attention are used."""
         return self.teachers[0] if self.teachers else None
 
@@ -113,7 +115,7 @@ def load_sources(
     if autoencoder:
         check_side(autoencoder, data.size)
     names, side = teacher_names(data) if "features" in plan.needs else [], token_side(recipe, autoencoder)
-    teachers = tuple(None if name == "oracle" else load_teacher(name, data.size, place, side) for name in names)
+    teachers = tuple(oracle_of(name) or load_teacher(name, data.size, place, side) for name in names)
     dataset = kept_images(data, "train", data.n) if made else dataset
     sources = Sources(dataset, teachers, autoencoder, Facts(len(dataset.classes)))
     check_needs(recipe, plan, sources)
@@ -123,22 +125,22 @@ def load_sources(
 def found_facts(sources: Sources, side: int) -> Facts:
     """What `build` needs to know, and what identifies everything that was loaded."""
     dataset, teachers, autoencoder, facts = sources
-    digests = [teacher.digest if teacher else "oracle" for teacher in teachers]
-    facts = replace(facts, data_digest=dataset.digest, teacher_digest=",".join(digests))
+    digests = ",".join(teacher.digest for teacher in teachers)
+    dims = tuple(features_dim(teacher, dataset, side) for teacher in teachers)
+    facts = replace(facts, data_digest=dataset.digest, teacher_digest=digests, teacher_dims=dims)
     if dataset.stored:  # what lies in a folder may change
         facts = replace(facts, classes=dataset.classes)
-    facts = replace(
-        facts, teacher_dims=tuple(teacher.dim if teacher else oracle_dim(dataset, side) for teacher in teachers)
-    )
     if not autoencoder:
         return facts
     sizes = {"channels": autoencoder.channels, "factor": autoencoder.factor}
     return replace(facts, autoencoder_digest=autoencoder.digest, **sizes)
 
 
-def oracle_dim(dataset: Dataset, side: int) -> int:
-    """Channels of the oracle's features."""
-    return dataset_features("oracle", dataset.subset(np.arange(1)), side).tokens.shape[-1]
+def features_dim(teacher: Teacher | Oracle, dataset: Dataset, side: int) -> int:
+    """Channels of a teacher's features; those of the oracle depend on the images, of which one is enough."""
+    if isinstance(teacher, Oracle):
+        return told_by(teacher, dataset.subset(np.arange(1)), side).tokens.shape[-1]
+    return teacher.dim
 
 # %% ../../nbs/lib/runs/sources.ipynb #7e35dce5
 def token_side(recipe: Recipe, autoencoder: Autoencoder | None) -> int:
@@ -159,7 +161,7 @@ def check_needs(recipe: Recipe, plan: Plan, sources: Sources) -> None:
             "take one that has, such as tiny or timm:vit_base_patch14_dinov2, or method repa, which needs patches only"
         )
     if "attention" in needs:
-        if not teacher:
+        if not teacher or isinstance(teacher, Oracle):
             raise ValueError(
                 f"method {method!r} aligns attention, and teacher {data.teacher!r} has none; take a network, "
                 "such as tiny, or method repa, which needs features only"
@@ -190,7 +192,7 @@ def encodings_of(recipe: Recipe, sources: Sources) -> list[Encoding]:
     """The caches that a recipe's training opens: features of each network that teaches, then latents, then levels."""
     dataset, teachers, autoencoder, _ = sources
     precision, needs = recipe.data.precision, Plan(recipe.method).needs
-    found = [feature_encoding(teacher, dataset, precision) for teacher in teachers if teacher]
+    found = [feature_encoding(teacher, dataset, precision) for teacher in teachers if not isinstance(teacher, Oracle)]
     if autoencoder:
         found.append(latent_encoding(autoencoder, dataset, precision))
     if "levels" in needs:

@@ -16,7 +16,7 @@ from scipy.ndimage import binary_dilation
 from shared.clone import ROOT
 
 from maskalign_lab.data import shapes
-from maskalign_lab.data.datasets import load_dataset, oracle_features, token_means
+from maskalign_lab.data.datasets import load_dataset
 from maskalign_lab.data.image_files import read_image
 from maskalign_lab.data.image_folder import stratified_order, stratified_places
 
@@ -341,52 +341,6 @@ def test_an_empty_class_directory_is_named(folder):
     (folder / "green").mkdir()
     with pytest.warns(UserWarning, match="green"):
         assert load_dataset(f"folder:{folder}").classes == ("blue", "red")
-
-
-# the oracle
-
-
-@few
-@given(seeds, st.sampled_from([1, 2, 4, 8, 16]))
-def test_oracle_agrees_with_the_masks(seed, grid):
-    data = load_dataset("shapes", 32, n=12, seed=seed)
-    features = oracle_features(data, grid)
-    assert features.shape == (12, grid * grid, 18) and features.dtype == np.float32
-    kind, coverage, offset, edge, code = np.split(features, [10, 11, 13, 14], axis=-1)
-    assert np.allclose(coverage.mean((1, 2)), data.masks.mean((1, 2)), atol=1e-6)
-    assert np.array_equal(kind.max(1).argmax(-1), data.labels)
-    assert np.allclose(kind.sum(-1, keepdims=True), coverage)
-    assert (edge <= coverage + 1e-6).all() and not code.any()
-    step = offset.reshape(12, grid, grid, 2)
-    assert np.allclose(step[:, :, :-1, 0] - step[:, :, 1:, 0], 1 / grid, atol=1e-6)
-    assert np.allclose(step[:, :-1, :, 1] - step[:, 1:, :, 1], 1 / grid, atol=1e-6)
-
-
-def test_oracle_dials():
-    data = load_dataset("shapes", n=100)
-    clean, noisy = oracle_features(data), oracle_features(data, noise=0.5)
-    assert abs((noisy - clean).std() - 0.5) < 0.01
-    assert np.array_equal(noisy, oracle_features(data, noise=0.5))
-    assert not np.array_equal(noisy, oracle_features(data, noise=0.5, seed=1))
-    assert np.array_equal(noisy[:40], oracle_features(load_dataset("shapes", n=40), noise=0.5))
-    leaky = oracle_features(data, leak_position=2.0)
-    assert np.array_equal(leaky[..., :14], clean[..., :14])
-    code = leaky[0, :, 14:]
-    assert (leaky[..., 14:] == code).all() and len(np.unique(code.round(4), axis=0)) == 64
-    assert np.abs(code).max() <= 2
-
-
-def test_oracle_refusals():
-    with pytest.raises(ValueError, match="'digits' has none.*shapes"):
-        oracle_features(load_dataset("digits", n=10))
-    with pytest.raises(ValueError, match="grid=5 .* 32 pixels"):
-        oracle_features(load_dataset("shapes", n=1), grid=5)
-
-
-def test_token_means_are_row_major():
-    maps = np.zeros((1, 4, 6))[:, :, :4].copy()
-    maps[0, 0:2, 2:4] = 1
-    assert token_means(maps, 2).tolist() == [[0, 1, 0, 0]]
 
 
 # ---- folders as people bring them

@@ -9,7 +9,8 @@ from PIL import Image
 
 from maskalign_lab.base.seeding import generator
 from maskalign_lab.data import augmentation
-from maskalign_lab.data.datasets import load_dataset, oracle_features
+from maskalign_lab.data.datasets import load_dataset
+from maskalign_lab.data.oracle import oracle_features
 from maskalign_lab.encoders import teacher_probes, teacher_training
 from maskalign_lab.encoders.teacher_features import dataset_features
 from maskalign_lab.encoders.teachers import Features, load_teacher

@@ -110,13 +110,14 @@ def test_findings_are_ranges_over_the_ways_of_sampling():
     text = findings_text(findings({"label given": (-0.025, 0.11), "no label": (0.2, 0.16)}), 0.1, 0.43)
     assert "in 9 to 12 % of the final tokens (chance 10 %), in 43 % of real ones." in text
     assert "changes 17 to 19 % of the pixels" in text
-    assert "costs -0.03 +/- 0.11 (label given) and 0.20 +/- 0.16 (no label) more" in text
-    assert text.endswith("is seen for samples with no label.")
+    assert "costs -0.03 +/- 0.11 (label given, detectable 0.16) and 0.20 +/- 0.16 (no label) more" in text
+    assert "is seen for samples with no label." in text
+    assert text.endswith("\n\nOf 2 verdicts luck would decide about 0.1 if there were nothing to be seen.")
 
 
 def test_an_effect_within_its_interval_is_not_seen():
     text = findings_text(findings(dict.fromkeys(WAYS, (0.1, 0.16))), 0.1, 0.43)
-    assert text.endswith("That the token's class acts on the image's is not seen.")
+    assert "That the token's class acts on the image's is not seen." in text and text.count("detectable 0.23") == 2
 
 
 def test_what_was_not_measured_is_not_told():
