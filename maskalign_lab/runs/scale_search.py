@@ -19,7 +19,7 @@ from ..base.paths import data
 from ..measure.verdicts import beside, by_seed
 from ..measure.wording import interval
 from .evaluation import quality
-from .experiments import Arm, load_rows, run_arms
+from .experiments import Arm, run_arms
 from .recipe import Recipe
 from .run import Run
 

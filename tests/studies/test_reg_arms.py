@@ -31,8 +31,11 @@ def test_an_arm_differs_from_reg_in_what_it_names_alone(preset):
     recipes = {arm.name: recipe_of(arm, 3) for arm in ARMS}
     reg = recipes["REG"]
     wide, long = recipes["twice as wide"], recipes["twice the steps"]
+    narrow = recipes["half as wide"].network
     assert (wide.network.width, wide.network.heads) == (2 * reg.network.width, 2 * reg.network.heads)
+    assert (narrow.width, narrow.heads) == (reg.network.width // 2, reg.network.heads // 2)
     assert replace(wide, network=reg.network) == replace(long, training=reg.training) == reg
+    assert replace(recipes["half as wide"], network=reg.network) == reg
     assert long.training.steps == 2 * reg.training.steps
     for beta in (0.003, 0.3, 1):
         other = recipes[f"beta {beta}"]
@@ -250,7 +253,7 @@ def test_the_findings_say_what_their_rows_say():
         ("lost", ["REG"]),
         ("teacher", ["REG", "REG, oracle"]),
         ("weight", ["REG", "beta 0.003", "beta 0.3", "beta 1"]),
-        ("width", ["REG", "twice as wide", "x-prediction"]),
+        ("width", ["REG", "half as wide", "twice as wide", "x-prediction"]),
         ("steps", ["REG", "twice the steps"]),
         ("images", ["REG", "REPA"]),
         ("images_with_the_oracle", ["REG, oracle", "REPA, oracle"]),

@@ -103,9 +103,9 @@ def width(rows: Sequence[dict[str, Any]]) -> str:
     )
     return (
         f"**The width.** In directions where real tokens hardly differ, this much of the noise stays in a denoised one (t = 0.5): {told}. "
-        f"REG's width cannot do with less than {percent(least, digits=0)}, and under that much noise the reader finds {plain(under, 2)} "
-        f"in real tokens, which have {plain(real, 2)}. Carried, beside REG: "
-        f"{', '.join(beside_reg(rows, arm) for arm in CAUSES['width'])}."
+        f"REG's width cannot do with less than {percent(least, digits=0)}, and under that much noise the reader finds "
+        f"{plain(under, 2)} in real tokens, which have {plain(real, 2)}. Carried, beside "
+        f"REG: {', '.join(beside_reg(rows, arm) for arm in CAUSES['width'])}."
     )
 
 
