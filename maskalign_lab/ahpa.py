@@ -274,7 +274,7 @@ def gains(
     """How much each level's loss falls, per unit of a step that lowers the velocity loss of held-out images."""
     if not isinstance(model, nn.Module):
         raise ValueError(
-            "router=bilevel moves the network's weights, which mask-loss and mask-input hide; take another router"
+            "router=bilevel moves the network's weights, which the controls of MaskAlign hide; take another router"
         )
     first, second = shard(batch, 0, 2), shard(batch.held_out, 1, 2)
     mine, other = shard(draw, 0, 2), shard(draw, 1, 2)

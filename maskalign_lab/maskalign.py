@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['count_kept', 'draw_keep', 'MaskAlignConfig', 'MaskAlign', 'MaskLossConfig', 'MaskLoss', 'MaskInputConfig',
-           'MaskInput']
+           'MaskInput', 'kept_first', 'MaskAttentionConfig', 'MaskAttention']
 
 # %% ../nbs/05_maskalign.ipynb #66fc43e0
 from collections.abc import Callable
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .base.seeding import drawn_as
-from .diffusion.layers import patchify, take, with_class_token
+from .diffusion.layers import patchify, take, unpatchify, with_class_token
 from .diffusion.sit import Output
 from .reg import REGConfig
 from .training.methods import Batch, Draw, Losses, Method, MethodConfig, State, method_class
@@ -128,3 +128,43 @@ class MaskInput(MaskAlign, name="mask-input"):
             return state.model(x, t, y, cls=cls, keep=draw.keep, fill=self.mask_token, collect=collect)
 
         return self.inner.loss(replace(state, model=filled), batch, replace(draw, keep=None), phase)
+
+# %% ../nbs/05_maskalign.ipynb #a8685401
+def kept_first(
+    keep: Tensor,  # (b, k)
+    tokens: int,  # of an image
+) -> Tensor:  # (b, tokens)
+    """All indices of an image's tokens: those kept, then the others, either ascending."""
+    dropped = torch.ones(len(keep), tokens, device=keep.device).scatter(1, keep, 0.0)
+    return dropped.argsort(dim=1, stable=True)
+
+# %% ../nbs/05_maskalign.ipynb #43b66f17
+@dataclass(frozen=True)
+class MaskAttentionConfig(MaskAlignConfig):
+    """The settings of `MaskAttention`."""
+
+    name: str = "mask-attention"
+
+
+class MaskAttention(MaskAlign, name="mask-attention"):
+    """Control: behind the mixer kept and dropped tokens do not attend to each other; the losses are over all tokens."""
+
+    Config = MaskAttentionConfig
+
+    def loss(self, state: State, batch: Batch, draw: Draw, phase: str = "main") -> Losses:
+        if draw.keep is None:
+            return super().loss(state, batch, draw, phase)
+
+        def apart(x: Tensor, t: Tensor, y: Tensor, cls: Tensor | None, keep: None, collect: tuple) -> Output:
+            net = state.model
+            tokens, c = net.embed(x, t, y, cls)
+            mixed, order = net.mix(tokens, c), kept_first(draw.keep, self.tokens)
+            parts = (net.select(mixed, part) for part in order.tensor_split((self.kept,), 1))
+            kept, dropped = (net.predict(part, c, collect) for part in parts)
+            place = order.argsort(1)  # of each patch among those kept, then dropped
+            patches = take(torch.cat([kept.prediction, dropped.prediction], 1), place)
+            rows, first = (place, 0) if cls is None else (with_class_token(place), 1)
+            hidden = {d: take(torch.cat([kept.hidden[d], dropped.hidden[d][:, first:]], 1), rows) for d in collect}
+            return Output(unpatchify(patches, self.patch_size), kept.class_prediction, hidden)
+
+        return self.inner.loss(replace(state, model=apart), batch, replace(draw, keep=None), phase)

@@ -20,7 +20,7 @@ class Prepare:
 
     method: Positional[str]  # sit, repa, reg, maskalign, haste, irepa, sra2, ahpa or jit: what will be trained
     overrides: Positional[tuple[str, ...]] = ()  # section.field=value, as many as you like
-    preset: str = "laptop"  # smoke, laptop, gpu or paper
+    preset: str = "laptop"  # smoke, laptop, study, gpu or paper
     dataset: str = "shapes"  # shapes, digits, photos, folder:PATH or hf:NAME
     device: str = "auto"  # auto, cpu, cuda, mps
     processes: int = 1  # that share the work on this machine, each on a device of its own
@@ -53,7 +53,7 @@ class Train:
 
     method: Positional[str]  # sit, repa, reg, maskalign, haste, irepa, sra2, ahpa or jit: what is trained
     overrides: Positional[tuple[str, ...]] = ()  # section.field=value, as many as you like; network=SiT-B/2 for a size
-    preset: str = "laptop"  # smoke, laptop, gpu or paper
+    preset: str = "laptop"  # smoke, laptop, study, gpu or paper
     dataset: str = "shapes"  # shapes, digits, photos, folder:PATH or hf:NAME
     seed: int = 0  # of initialisation, data order and noise
     device: str = "auto"  # auto, cpu, cuda, mps

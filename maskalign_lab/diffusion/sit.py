@@ -126,7 +126,19 @@ class SiT(nn.Module):
     ) -> Output:
         check_depths(collect + collect_qkv, self.depth)
         tokens, c = self.embed(x, t, y, cls)
-        tokens = self.select(self.mix(tokens, c), keep, fill)
+        out = self.predict(self.select(self.mix(tokens, c), keep, fill), c, collect, collect_qkv)
+        if keep is None or fill is not None:
+            return out._replace(prediction=unpatchify(out.prediction, self.patch_size))  # (b, c, h, w)
+        return out
+
+    def predict(
+        self,
+        tokens: Tensor,  # (b, [1 +] k, d) that go on behind the mixer
+        c: Tensor,  # (b, d) conditioning
+        collect: tuple[int, ...] = (),  # as in `forward`
+        collect_qkv: tuple[int, ...] = (),
+    ) -> Output:  # of tokens
+        """What the blocks and the final layer make of the tokens."""
         hidden, qkv = {}, {}
         for depth, block in enumerate(self.blocks, start=1):
             seen = [] if depth in collect_qkv else None
@@ -138,8 +150,6 @@ class SiT(nn.Module):
         patches, class_prediction = self.final_layer(tokens, c)
         sign = -1 if self.data_at_one else 1
         prediction = patches.unflatten(2, (-1, self.out_channels))[..., : self.in_channels].flatten(2)  # (b, k, p*p*c)
-        if keep is None or fill is not None:
-            prediction = unpatchify(prediction, self.patch_size)  # (b, c, h, w)
         return Output(sign * prediction, None if class_prediction is None else sign * class_prediction, hidden, qkv)
 
     def hidden(

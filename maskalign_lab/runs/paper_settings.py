@@ -137,7 +137,9 @@ SETTINGS["irepa"] = {
     "method.weight": Setting("1.0", "iREPA ldm/configs/irepa.yaml: proj_coeff"),
     "method.kernel": Setting("3", "iREPA README; the parser's own default is 1"),
     "method.gamma": Setting(
-        "0.6", "iREPA ldm: alpha, which one reading of its code has at 1.0; RARE has 0.6", SECOND_HAND
+        "0.6",
+        "iREPA ldm/train.py: --zscore-alpha, where no file says otherwise, and RARE; a reading of its code noted 1.0",
+        SECOND_HAND,
     ),
     "training.steps": Setting("400000", "as REPA; iREPA's tables of encoders are at 100,000", OURS),
 }

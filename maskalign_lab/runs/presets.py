@@ -19,6 +19,8 @@ PRESETS = {
     "smoke": "network.width=32 network.depth=4 network.heads=2 data.n=512 "
     "training.steps=20 training.batch_size=32 training.warmup=5",
     "laptop": "training.steps=200 training.warmup=50 training.cooldown=0.3",
+    "study": "data.autoencoder=tiny data.size=32 data.n=6000 network.patch_size=2 network.width=192 network.depth=6 network.heads=6 "
+    "training.steps=1000 training.lr=2e-3 training.warmup=50",
     "gpu": "network.width=384 network.heads=6 "
     "training.steps=20000 training.batch_size=256 training.lr=5e-4 training.ema=0.9995",
     "paper": "",  # a table for each name: `paper_settings`
@@ -28,6 +30,14 @@ PRESETS = {
 ALIGNED: dict[str, dict[str, str]] = {
     "smoke": {"depth": "2", "projector_width": "64", "student_blocks": "(1,2)", "stop": "10"},
     "laptop": {"depth": "4", "projector_width": "256", "stop": "100"},
+    "study": {
+        "depth": "2",
+        "projector_width": "256",
+        "weight": "2",
+        "attention_weight": "2",
+        "student_blocks": "(2,3)",
+        "stop": "500",
+    },
     "gpu": {"depth": "4", "projector_width": "1024", "stop": "5000"},
     "paper": {},
 }
@@ -38,8 +48,12 @@ LATENTS = {  # what is learned are the latents of an autoencoder: 8 x 8 tokens, 
     "paper": " ".join(f"{field}={IMAGES[field].value}" for field in ("data.autoencoder", "data.size")),
 }
 NAMED: dict[str, dict[str, str]] = {  # what else a name stands for, by preset; "" holds for all
-    "sra2": {"": "method.depth=2"},
-    "ahpa": {"": f"{LATENTS['']} method.depth=3 method.revision={REVISION}"},
+    "irepa": {"study": "method.weight=4"},
+    "sra2": {"": "method.depth=2", "study": "method.weight=4"},
+    "ahpa": {
+        "": f"{LATENTS['']} method.depth=3 method.revision={REVISION}",
+        "study": f"{PRESETS['study']} method.depth=2",
+    },
     "jit": {
         "": "network.name=jit objective.prediction=x objective.clamp=0.05 objective.time_law=logit-normal "
         "objective.time_mean=0.8 objective.time_std=0.8 training.betas=(0.9,0.95)",
@@ -58,7 +72,7 @@ DERIVED = {"jit": jit_noise}  # what a name derives from all other settings, unl
 # %% ../../nbs/lib/runs/presets.ipynb #dec3f7cb
 def make_recipe(
     method: str = "repa",  # a registered method, or a name in NAMED
-    preset: str = "laptop",  # smoke | laptop | gpu | paper
+    preset: str = "laptop",  # smoke | laptop | study | gpu | paper
     dataset: str = "shapes",  # what to train on
     seed: int = 0,  # of initialisation, data order and noise
     overrides: str = "",  # "training.steps=2000 method.weight=0.25", "network=SiT-B/2"

@@ -46,6 +46,7 @@ class TrainingConfig:
     seed: int = 0
     precision: str = "auto"  # auto | float32 | bfloat16
     save_every: int = 1000  # steps between checkpoints
+    save_at: tuple[int, ...] = ()  # further steps whose checkpoints stay
     log_every: int = 50  # steps between lines of log.jsonl
 
     def __post_init__(self):
@@ -53,6 +54,13 @@ class TrainingConfig:
         for name, (expected, fits) in RANGES.items():
             if not fits(value := getattr(self, name)):
                 raise ValueError(f"{name}={value} must be {expected}")
+        if min(self.save_at, default=1) < 1:
+            raise ValueError(f"save_at={self.save_at} must be steps of at least 1")
+
+    @property
+    def kept(self) -> frozenset[int]:
+        """The steps whose checkpoints stay."""
+        return frozenset((*range(self.save_every, self.steps, self.save_every), *self.save_at, self.steps))
 
 # %% ../../nbs/lib/training/config.ipynb #64de465c
 def learning_rate(config: TrainingConfig, step: int) -> float:

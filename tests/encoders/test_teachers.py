@@ -139,6 +139,10 @@ def test_published_teachers_are_known_by_their_weights(monkeypatch):
 
 def test_oracle(dataset):
     assert dataset_features("oracle", dataset, 8).tokens.shape == (20, 64, 18)
+    token = dataset_features("oracle", dataset, 8).cls.float()
+    assert (token[:, :10].argmax(1).numpy() == dataset.labels).all()  # it knows the class
+    torch.testing.assert_close(token.mean(1), torch.zeros(20), rtol=0, atol=2e-3)
+    torch.testing.assert_close(token.var(1, correction=0), torch.ones(20), rtol=5e-3, atol=0)
     with pytest.raises(ValueError, match="exact masks.*digits"):
         dataset_features("oracle", load_dataset("digits", n=20), 8)
     with pytest.raises(ValueError, match="no network"):

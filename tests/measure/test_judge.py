@@ -278,12 +278,19 @@ def test_a_short_measurement_draws_the_first_samples_of_a_long_one(run):
     assert not torch.equal(long[1], short[:10])  # another batch, another noise
 
 
+def test_who_asks_for_the_ends_of_samples_gets_those_that_were_judged(run):
+    ends, config = [], SamplerConfig("euler", 1, precision="float32")
+    assert evaluation.judge_samples(run, 20, config, ends) == evaluation.judge_samples(run, 20, config)
+    (images,) = evaluation.sample_batches(run, metrics.balanced_labels(20, 10), config)
+    assert torch.equal(evaluation.final_images(run, ends[0]), images) and len(ends) == 1
+
+
 def test_a_measurement_is_in_float32_or_tells_what_it_is_in(run, monkeypatch):
     """Whatever the machine is best at: rows of a table are compared across machines."""
     monkeypatch.setattr(devices, "native_bfloat16", lambda device: True)
     monkeypatch.setattr(evaluation, "loss_of", lambda *given: {"per bin of t": []})
-    used, draw = [], evaluation.last_sample
-    monkeypatch.setattr(evaluation, "last_sample", lambda *given: used.append(given[3].precision) or draw(*given))
+    used, draw = [], evaluation.sample
+    monkeypatch.setattr(evaluation, "sample", lambda *given: used.append(given[3].precision) or draw(*given))
     evaluation.judge_samples(run, 20)
     sheet(run, 2)
     found = evaluation.measure(run, 20, print_every=0)

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.collections import PolyCollection
 
-from maskalign_lab.measure.verdicts import against, arms_figure, comparison, paired
+from maskalign_lab.measure.verdicts import against, arms_figure, beside_all, comparison, over_metrics, paired
 
 
 @settings(max_examples=50, deadline=None)
@@ -27,6 +28,23 @@ def test_one_seed_decides_nothing():
         paired([1.0, 2.0], [1.0])
 
 
+@pytest.mark.parametrize("seeds", [2, 3, 5, 8])
+def test_the_detectable_effect_is_decided_four_times_in_five(seeds):
+    """Against a simulation: what is detectable with the true spread is added to draws with that spread."""
+    level = np.concatenate([[-1, 1], np.zeros(seeds - 2)]) * ((seeds - 1) / 2) ** 0.5  # a spread of exactly 1
+    effect = paired(level, np.zeros(seeds)).detectable
+    draws = np.random.default_rng(seeds).normal(effect, 1, (4000, seeds))
+    decided = np.mean([paired(row, np.zeros(seeds)).verdict(+1) == "reproduced" for row in draws])
+    assert decided == pytest.approx(0.8, abs=0.025)
+
+
+def test_the_detectable_effect_belongs_to_the_spread_and_not_to_the_mean():
+    near, far = paired([1, 2, 3], [1, 1, 1]), paired([11, 12, 13], [1, 1, 1])
+    assert near.detectable == pytest.approx(far.detectable) and near.detectable > near.half
+    assert paired([10, 20, 30], [0, 0, 0]).detectable == pytest.approx(10 * near.detectable)
+    assert paired([1.0], [0.0]).detectable == np.inf
+
+
 def test_the_table_pairs_by_seed_and_budget():
     values = {
         ("base", 0): 1.0,
@@ -46,6 +64,7 @@ def test_the_table_pairs_by_seed_and_budget():
         assert table.loc["better", "difference"] == pytest.approx(-0.9967, abs=1e-4)
         assert table.loc["better", "verdict"] == "reproduced" and table.loc["base", "seeds"] == 3
     assert comparison(rows, "loss", "base", {"better": +1}).set_index("arm").loc["better", "verdict"] == "contradicted"
+    assert table.loc["better", "detectable"] > table.loc["better", "+/-"] and np.isnan(table.loc["base", "detectable"])
     with pytest.raises(ValueError, match="budget"):
         comparison(rows, "loss", "base", {}, "time")
 
@@ -63,10 +82,36 @@ def test_two_arms_are_compared_over_the_seeds_that_both_have():
     found = against(rows, "loss", "better", "base")
     assert found["seeds"] == 2 and found["difference"] == pytest.approx(-0.49)
     some = [row | {"gap": 1.0} if row["arm"] == "base" else row for row in ROWS]
-    assert against(some, "gap", "better", "base")["verdict"] == "not trained"
+    assert against(some, "gap", "better", "base")["verdict"] == "not measured"
     assert against(rows, "loss", "better", "none") == {
         "arm": "better", "beside": "none", "seeds": 0, "verdict": "not trained"
     }  # fmt: skip
+
+
+def test_a_claim_is_turned_where_more_is_better():
+    """An arm that is better has the lower loss and the higher accuracy; both say the same of the paper."""
+    rows = [row | {"velocity": row["loss"], "accuracy": 1 - row["loss"], "frechet": row["loss"]} for row in ROWS]
+    for claim, word in ((-1, "reproduced"), (+1, "contradicted"), (0, None)):
+        table = over_metrics(rows, beside_all({"base": 0, "better": claim}, "base")).set_index("metric")
+        assert list(table.index) == ["velocity", "frechet", "accuracy"]
+        expected = [word] * 3 if word else ["lower", "lower", "higher"]
+        assert table["verdict"].tolist() == expected
+        assert comparison(rows, "accuracy", "base", {"better": claim})["verdict"].tolist()[1] == expected[2]
+    assert (table["detectable"] > 0).all()
+
+
+def test_a_metric_that_no_row_holds_is_left_out_and_an_arm_that_lacks_it_is_named():
+    rows = [row | {"frechet": row["loss"]} if row["arm"] != "same" else row for row in ROWS]
+    table = over_metrics(rows, [("better", "base", -1), ("same", "base", -1), ("gone", "base", -1)])
+    assert table["metric"].tolist() == ["frechet"] * 3
+    assert table["verdict"].tolist() == ["reproduced", "not measured", "not trained"]
+
+
+def test_a_band_shows_what_was_detectable_where_an_arm_is_undecided():
+    axis = arms_figure(ROWS, "loss", "base", {"better": -1}, "loss").axes[0]
+    (band,) = [drawn for drawn in axis.collections if isinstance(drawn, PolyCollection)]
+    left, right = band.get_paths()[0].get_extents().intervalx
+    assert right == pytest.approx(against(ROWS, "loss", "same", "base")["detectable"]) and left == pytest.approx(-right)
 
 
 def test_the_picture_shows_every_arm_but_the_baseline_at_both_budgets():

@@ -1,6 +1,7 @@
 """How findings are worded: numbers, intervals, verdicts, and what is left out."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,7 +9,9 @@ from hypothesis import strategies as st
 from maskalign_lab.measure.verdicts import paired
 from maskalign_lab.measure.wording import (
     NotTrained,
+    by_luck,
     compared,
+    count_verdicts,
     difference,
     findings,
     interval,
@@ -60,7 +63,7 @@ ROWS = rows_of({"base": [0.5, 0.6, 0.7], "better": [0.4, 0.5, 0.61], "same": [0.
         ("better", -1, "-.0967 +/- .0143 (*reproduced*)"),
         ("better", +1, "-.0967 +/- .0143 (*contradicted*)"),
         ("better", 0, "-.0967 +/- .0143 (*lower*)"),
-        ("same", -1, "-.0033 +/- .0379 (*undecided*)"),
+        ("same", -1, "-.0033 +/- .0379 (*undecided*, detectable .0499)"),
     ],
 )
 def test_a_difference_says_value_interval_and_verdict(arm, claim, expected):
@@ -96,3 +99,29 @@ def test_rounding_keeps_a_verdict_apart_from_its_number():
     """A difference that rounds to nothing still has its sign and its verdict."""
     tiny = rows_of({"base": list(np.arange(3.0)), "less": list(np.arange(3.0) - 1e-7)})
     assert compared(tiny, "less", "base", -1) == "-.0000 +/- .0000 (*reproduced*)"
+
+
+def test_the_same_claim_is_about_a_rise_of_what_is_better_when_it_rises():
+    rows = [row | {"accuracy": -row["velocity"]} for row in ROWS]
+    assert compared(rows, "better", "base", -1, "accuracy") == "+.0967 +/- .0143 (*reproduced*)"
+    assert compared(rows, "better", "base", +1, "accuracy") == "+.0967 +/- .0143 (*contradicted*)"
+
+
+def test_one_seed_detects_nothing_and_is_no_verdict_that_luck_decides():
+    one = [row for row in ROWS if row["seed"] == 0]
+    assert compared(one, "better", "base", -1) == "-.1000 (1 seed) (*undecided*, nothing detectable)"
+    both = findings([lambda rows=rows: compared(rows, "better", "base", -1) for rows in (one, ROWS)])
+    assert "Of 1 verdict luck would decide about 0.05" in both
+    assert findings([lambda: compared(one, "better", "base", -1)]).endswith("has paired seeds that could decide it.")
+
+
+def test_verdicts_of_a_table_are_counted_in_all_its_columns():
+    words = ["reproduced", "undecided (5 seeds)", "undecided (1 seed)", "not trained", np.nan, "lower"]
+    assert count_verdicts(pd.DataFrame({"arm": words, "verdict": words})) == 3
+    wide = pd.DataFrame({("loss", "verdict"): words, ("judge", "verdict"): words, ("judge", "mean"): words})
+    assert count_verdicts(wide) == 6
+    assert count_verdicts(pd.DataFrame({"loss: verdict": words, "verdict of": words})) == 3
+    assert (
+        count_verdicts(pd.DataFrame({"verdict": ["bends, minimum near t = .65", "met (5 seeds)", "not measured"]})) == 2
+    )
+    assert by_luck(40).startswith("Of 40 verdicts luck would decide about 2 if")

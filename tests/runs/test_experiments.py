@@ -42,11 +42,23 @@ def test_flops_of_a_linear_network_by_hand():
     assert step_flops(more) - step_flops(recipe) == linear + products
 
 
-@pytest.mark.parametrize("method", ["repa", "reg", "maskalign", "mask-loss", "mask-input", "haste", "irepa"])
+@pytest.mark.parametrize(
+    "method", ["repa", "reg", "maskalign", "mask-loss", "mask-input", "mask-attention", "haste", "irepa"]
+)
 def test_every_method_can_be_counted(method):
     """Alignment costs something, and the projector sees the kept tokens only."""
     plain, other = step_flops(make_recipe("sit", "smoke")), step_flops(make_recipe(method, "smoke"))
     assert other > plain if method != "maskalign" else other < step_flops(make_recipe("mask-loss", "smoke"))
+
+
+def test_attention_that_is_cut_costs_less_than_all_and_more_than_dropping():
+    """Of n tokens two parts of k and n - k attend to k^2 + (n - k)^2 pairs; the mixer is counted once."""
+    dropped, cut, whole = (
+        step_flops(make_recipe(name, "smoke")) for name in ("maskalign", "mask-attention", "mask-loss")
+    )
+    deeper = step_flops(make_recipe("mask-attention", "smoke", overrides="network.mixer_depth=3"))
+    assert dropped < cut < whole
+    assert deeper - cut == step_flops(make_recipe("mask-loss", "smoke", overrides="network.mixer_depth=3")) - whole
 
 
 def test_a_method_that_stops_costs_what_its_two_phases_cost():

@@ -38,7 +38,7 @@ def test_names_keep_their_identities(preset):
     assert found == {name: FROZEN[name] for name in found}
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", targets.SCALES)
 def test_arms_keep_their_identities(preset):
     """Arms of studies 03, 05 and 06, the oracle's among them."""
     of = targets.SCALES[preset].recipe_of(preset, "shapes")

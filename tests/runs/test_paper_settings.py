@@ -42,7 +42,7 @@ def tokens(recipe: Recipe) -> int:
 
 
 def test_every_name_that_a_paper_has_is_here():
-    variants = {"mask-loss", "mask-input"}  # controls of study 05
+    variants = {"mask-loss", "mask-input", "mask-attention"}  # controls of study 05
     ours = {name for name, method in INSTALLED.items() if method.__module__.startswith("maskalign_lab.")}
     assert set(NAMES) == {*ours, *NAMED} - variants == set(SETTINGS) - {""}
 
@@ -94,7 +94,7 @@ def test_repas_family_trains_alike(name):
 
 def test_controls_train_as_the_method_that_they_control():
     masked = make_recipe("maskalign", "paper")
-    for name in ("mask-loss", "mask-input"):
+    for name in ("mask-loss", "mask-input", "mask-attention"):
         control = make_recipe(name, "paper")
         assert (control.data, control.network, control.training) == (masked.data, masked.network, masked.training)
         assert control.method.inner == masked.method.inner and control.method.mask_ratio == masked.method.mask_ratio

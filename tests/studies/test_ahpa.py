@@ -284,7 +284,7 @@ def test_the_network_never_sees_what_the_router_is_asked_on(vae):
 def test_a_control_that_hides_the_network_is_refused():
     net, method, batch, draw = fixture({"router": "bilevel"})
     hidden = lambda *args, **kwargs: net(*args, **kwargs)  # noqa: E731
-    with pytest.raises(ValueError, match="mask-loss and mask-input hide; take another router"):
+    with pytest.raises(ValueError, match="which the controls of MaskAlign hide; take another router"):
         method.loss(State(hidden, net, 0), batch, draw)
 
 

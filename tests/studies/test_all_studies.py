@@ -113,10 +113,13 @@ STUDIES = [
         tuple(
             "class_over_t attention exchange_grid exchange_class exchange_pixels likeness directions following".split()
         )
-        + ("description_over_t", "transfer", "filmstrip"),
+        + ("description_over_t", "transfer", "filmstrip", "arms"),
         ("0.50", "0.75"),
         other_classes,
-        ((smoke(run="sit-shapes"), "no class token; take a run of method reg"),),
+        (
+            (smoke(run="sit-shapes"), "no class token; take a run of method reg"),
+            (smoke(overrides="data.teacher=oracle"), "looks at sampled images through the teacher"),
+        ),
         preset="smoke",  # with laptop it takes a minute and a half
     ),
     Study(
@@ -126,7 +129,7 @@ STUDIES = [
         other_tokens,
         (
             (smoke(overrides="method.mask_ratio=0.5"), "Did you mean"),
-            (smoke(overrides="data.teacher=oracle"), "class token"),
+            (smoke(overrides="data.teacher=timm:vit_wee_patch16_reg1_gap_256?random"), "class token"),
             (smoke(arms="headlin"), "Did you mean 'headline'"),
             ({"run": "maskaling-shapes"}, "Did you mean 'maskalign-shapes'"),
         ),

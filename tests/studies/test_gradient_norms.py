@@ -123,7 +123,8 @@ def test_the_verdict_says_what_the_rows_say():
         and "1.0 to 2.9 times" in text
         and "is 1 to 3 (by chance 1.3)" in text
     )
-    assert "above chance in 1 of 2 networks" in text and "undecided" in text
+    assert "above chance in 1 of 2 networks" in text and "*undecided*, nothing detectable." in text
+    assert text.endswith("Of 2 verdicts luck would decide about 0.1 if there were nothing to be seen.")
     assert "less than half" not in verdict(SHARES + 0.3, POSITIONS)
 
 

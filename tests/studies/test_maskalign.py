@@ -13,7 +13,16 @@ from maskalign_lab.diffusion.interpolants import interpolate
 from maskalign_lab.diffusion.layers import patchify
 from maskalign_lab.diffusion.objectives import Objective
 from maskalign_lab.diffusion.sit import SiT
-from maskalign_lab.maskalign import MaskAlign, MaskAlignConfig, MaskInput, MaskLoss, count_kept, draw_keep
+from maskalign_lab.maskalign import (
+    MaskAlign,
+    MaskAlignConfig,
+    MaskAttention,
+    MaskInput,
+    MaskLoss,
+    count_kept,
+    draw_keep,
+    kept_first,
+)
 from maskalign_lab.reg import REG, REGConfig
 from maskalign_lab.runs.facts import Facts
 from maskalign_lab.runs.presets import make_recipe
@@ -199,6 +208,82 @@ def test_mask_the_input_hides_the_dropped_and_counts_all():
     assert felt[gone].eq(0).all() and felt[~gone].gt(0).all()
 
 
+def shown(control: MaskAlign, net: SiT, draw, noise: torch.Tensor | None = None, collect: tuple = (2,)):
+    """What the method inside is shown of the network."""
+    b, seen = batch(), []
+    x_t = interpolate(b.x, draw.noise if noise is None else noise, draw.t)
+    has = net.class_dim is not None
+    cls_t = interpolate(b.class_token, draw.class_noise.double(), draw.t) if has else None
+
+    def look(state, batch, draw, phase):
+        seen.append(state.model(x_t, draw.t, draw.y, cls=cls_t, keep=draw.keep, collect=collect))
+
+    control.inner.loss = look
+    control.loss(State(net, net, 0), b, draw)
+    return seen[0], partial(net, x_t, draw.t, draw.y, cls=cls_t, collect=collect)
+
+
+def rest_of(keep: torch.Tensor, tokens: int = 16) -> torch.Tensor:
+    return kept_first(keep, tokens)[:, keep.shape[1] :]
+
+
+@pytest.mark.parametrize("mixer_depth", [0, 2])
+@pytest.mark.parametrize("inside", [REG_INSIDE, REPA_INSIDE], ids=["reg", "repa"])
+def test_mask_the_attention_shows_the_kept_what_maskalign_shows_them(inside, mixer_depth):
+    """To the last bit, tokens of the aligned depth and class token included; and the dropped ones likewise."""
+    first = int(inside is REG_INSIDE)
+    net = network(mixer_depth, 12 if first else None)
+    control = make(net, 0.25, inside, MaskAttention)
+    draw = drawn(control)
+    out, forward = shown(control, net, draw)
+    assert torch.equal(draw.keep, drawn(make(net, 0.25, inside)).keep) and out.prediction.shape == (5, 3, 16, 16)
+    for keep in (draw.keep, rest_of(draw.keep)):
+        theirs, rows = forward(keep=keep), keep.unsqueeze(2)
+        assert torch.equal(patchify(out.prediction, 4).take_along_dim(rows, 1), theirs.prediction)
+        patches = out.hidden[2][:, first:].take_along_dim(rows, 1)
+        assert torch.equal(patches, theirs.hidden[2][:, first:]) and out.hidden[2].shape == (5, first + 16, 32)
+        if first and keep is draw.keep:
+            assert torch.equal(out.class_prediction, theirs.class_prediction)
+            assert torch.equal(out.hidden[2][:, 0], theirs.hidden[2][:, 0])
+
+
+@pytest.mark.parametrize("mixer_depth", [0, 2])
+def test_mask_the_attention_parts_meet_in_the_mixer_alone(mixer_depth):
+    net = network(mixer_depth)
+    control = make(net, 0.25, kind=MaskAttention)
+    draw = drawn(control)
+    noise = draw.noise.clone().requires_grad_()
+    out, _ = shown(control, net, draw, noise)
+    kept = torch.zeros(5, 16, dtype=torch.bool).scatter(1, draw.keep, True)
+    for part in (kept, ~kept):
+        loss = patchify(out.prediction, 4).square().sum(2)[part].sum()
+        felt = patchify(torch.autograd.grad(loss, noise, retain_graph=True)[0], 4).abs().amax(2)
+        assert felt[part].gt(0).all() and (felt[~part].gt(0).all() if mixer_depth else felt[~part].eq(0).all())
+
+
+def test_mask_the_attention_counts_all_tokens():
+    """The mean over all is that of MaskAlign's losses of both parts, by their sizes."""
+    net = network(2, None)
+    control, masked = (make(net, 0.25, REPA_INSIDE, kind) for kind in (MaskAttention, MaskAlign))
+    draw = drawn(control)
+    found = control.loss(State(net, net, 0), batch(), draw).parts
+    parts = [
+        masked.loss(State(net, net, 0), batch(), replace(draw, keep=keep)).parts
+        for keep in (draw.keep, rest_of(draw.keep))
+    ]
+    for name in ("denoising", "alignment"):
+        torch.testing.assert_close(found[name], 0.75 * parts[0][name] + 0.25 * parts[1][name], rtol=0, atol=1e-12)
+
+
+@given(st.integers(1, 30), st.floats(0, 0.99), st.integers(0, 99))
+def test_kept_first_is_a_permutation_that_begins_with_the_kept(tokens, ratio, seed):
+    kept = max(1, int(tokens * (1 - ratio)))
+    keep = draw_keep(3, tokens, kept, torch.Generator().manual_seed(seed))
+    order = kept_first(keep, tokens)
+    assert torch.equal(order[:, :kept], keep) and torch.equal(order.sort(1).values, torch.arange(tokens).expand(3, -1))
+    assert (order[:, kept:].diff() > 0).all()
+
+
 def test_a_recipe_holds_a_method_in_a_method():
     recipe = make_recipe("maskalign", "smoke", overrides="method.inner.name=repa method.mask_ratio=0.5")
     assert isinstance(recipe.method.inner, REPAConfig) and recipe.method.inner.depth == 2
@@ -217,9 +302,9 @@ def test_mistakes_are_told_before_any_work():
         build(make_recipe("maskalign", "smoke", overrides="method.mask_ratio=0.99"), Facts(10, (16,)))
     with pytest.raises(ValueError, match="cannot drop tokens from 'irepa': its projector is a convolution"):
         build(make_recipe("maskalign", "smoke", overrides="method.inner.name=irepa"), Facts(10, (16,)))
-    for teacher in ("oracle", "timm:vit_wee_patch16_reg1_gap_256?random"):
-        with pytest.raises(ValueError, match="denoises the teacher's class token.*repa"):
-            load_sources(make_recipe("maskalign", "smoke", overrides=f"data.teacher={teacher} data.n=4"))
+    teacher = "timm:vit_wee_patch16_reg1_gap_256?random"
+    with pytest.raises(ValueError, match="denoises the teacher's class token.*repa"):
+        load_sources(make_recipe("maskalign", "smoke", overrides=f"data.teacher={teacher} data.n=4"))
     with pytest.raises(ValueError, match="class token of 12 channels, and cls is missing"):
         network()(torch.zeros(1, 3, 16, 16).double(), torch.zeros(1).double(), torch.zeros(1, dtype=torch.long))
     with pytest.raises(ValueError, match="no class token, and cls is given"):

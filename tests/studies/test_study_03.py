@@ -118,7 +118,7 @@ def test_the_committed_copy_displays_what_the_rows_say():
 
 
 def test_numbers_that_were_measured_stand_in_no_prose():
-    """Factors, shares and distances are in displayed text alone, which is made from the rows."""
+    """Factors, shares and distances are in displayed text alone, which is made from the rows; the first screen's are compared with them."""
     text = study_text()
     for number in ("3.9", "6.6", "8.8", "279", "0.93", "22.2", "0.69", "1,009", "11.0 +/-", "1.24", "0.43"):
         assert not re.search(rf"(?<![\d.,]){re.escape(number)}(?![\d])", text), number

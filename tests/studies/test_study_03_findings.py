@@ -7,9 +7,11 @@ from functools import cache
 import nbformat
 import numpy as np
 import pytest
+from shared.displayed import section_prose
 
 from maskalign_lab.base import paths
 from maskalign_lab.data.datasets import load_dataset
+from maskalign_lab.measure.findings import check_words, findings_table, headline
 from maskalign_lab.measure.verdicts import Paired
 from maskalign_lab.measure.wording import NotTrained
 from maskalign_lab.prediction_targets import KINDS
@@ -21,10 +23,11 @@ from maskalign_lab.studies.prediction_targets import (
     findings,
     jit_parts,
     manifold_findings,
+    summary,
 )
 from maskalign_lab.studies.prediction_targets.arms import BY_SIZE, JIT_ARMS, SCALES, target_arm
 from maskalign_lab.studies.prediction_targets.findings import in_words
-from maskalign_lab.studies.prediction_targets.measures import by_width
+from maskalign_lab.studies.prediction_targets.measures import by_width, judge_verdicts
 
 MODULES = (findings, error_findings, manifold_findings, conclusions, jit_parts, costs)
 QUIET = "nothing is said here"
@@ -59,9 +62,9 @@ CASES = [  # finding, its tables, its other arguments, and all numbers in its te
     (manifold_findings.controls_text, ["manifold"], [], "0.67 0.61 0.35 0.22 0.32 0.33"),
     (findings.across_text, ["rows"], [], "32 64 128 0.52 0.85 0.93 64 0.75 0.94 0.98 0.60 0.92 0.98"),
     (of_widths, ["rows"], [], "0.09 0.12"),
-    (findings.judge_text, ["rows"], [], "32 16 22.2 21.8 11"),
+    (findings.judge_text, ["rows"], [], "32 16 22.2 21.8 1.1 11"),
     (findings.longer_text, ["longer"], [], "16 8.9 11.1"),
-    (findings.space_text, ["rows"], [], "1.3 0.8 11.0 3.1 11.2 6.3 16 5.2 1.4 64 128"),
+    (findings.space_text, ["rows"], [], "1.3 0.8 11.0 3.1 11.2 6.3 16 5.2 1.4 64 128 14.3 9.0"),
     (findings.weighting_text, ["rows"], [], "64 128 0.7 0.16 0.17 0.14 1.7 1.5 16 16"),
     (error_findings.near_data_text, ["rows"], ["shapes"],
      "128 0.05 0.011 0.003 0.0030 1 0.0028 0.00255 0.00275 2 76 128 12"),
@@ -77,14 +80,11 @@ CASES = [  # finding, its tables, its other arguments, and all numbers in its te
      "0.50 0.40 0.33 1.9 2.1 1.9"),
     (conclusions.detail_conclusion, ["rows"], [96],
      "4.2 7.9 11.5 2.6 4.6 5.0 0.069 0.072 0.074 16 0.067 13 1.5 0.3 11 66 279"),
-    (conclusions.weighting_conclusion, ["rows"], [], "64 128 0.69 0.67 0.71 0.70 0.69 0.70 16"),
-    (conclusions.judge_conclusion, ["rows"], [],
-     "32 -1.3 0.8 -11.0 3.1 -11.2 6.3 16 -5.2 1.4 64 128 8.62 10.14 96.5 107.6"),
-    (conclusions.toy_conclusion, ["manifold"], [], "512 1.24 1.70 1.98 1.23 3.17 1.18 0.41 3.37"),
+    (conclusions.toy_conclusion, ["manifold"], [], "512 1.24 1.70 1.98 1.23 3.17 1.18 0.41 3.37 1.9 4.0 2"),
     (conclusions.photographs_conclusion, ["photos", "cifar"], [],
-     "1.03 3.7 5.6 6.1 16 128 0.82 1.6 1.5 1.03 1.01 3.9 6.2 7.2 4.6 8.0 11.4 3.0 5.3 6.2 1.04 16 3.0 5.5 7.9 "
+     "1.03 1.04 3.7 5.6 6.1 16 128 0.82 1.6 1.5 1.03 1.05 1.01 3.9 6.2 7.2 4.6 8.0 11.4 3.0 5.3 6.2 1.04 16 3.0 5.5 7.9 "
      "0.94 1.7 2.9 3.1"),
-    (of_jit, ["jit"], [], "400 64 0.71 0.06 -0.16 0.11 +6.6 11.4 82 0.05 +0.0005 0.0002 200"),
+    (of_jit, ["jit"], [], "400 64 0.71 0.06 -0.16 0.11 +6.6 11.4 15.0 82 0.05 +0.0005 0.0002 200"),
 ]  # fmt: skip
 IDS = [case[0].__name__ for case in CASES]
 
@@ -123,7 +123,7 @@ def swapped(first: str, second: str):
     return change
 
 
-SYMMETRIC = ("weighting_text", "weighting_conclusion")  # shares of x and v do not know which is which
+SYMMETRIC = ("weighting_text",)  # shares of x and v do not know which is which
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_the_judge_is_as_many_times_the_floor_as_the_best_network():
     rows = [{**row, "frechet floor": 2.5, "accuracy": 0.1} for row in near + far]
     table = findings.judge_table(rows)
     assert table.loc["16 px", "x"] == pytest.approx(20.2) and (table["floor"] == 2.5).all()
-    assert "(20.2 and 20.1)" in (text := findings.judge_text(rows)) and "at least 8 times the floor" in text
+    assert "(20.2 and 20.1; detectable " in (text := findings.judge_text(rows)) and "at least 8 times the floor" in text
     rows[-1] = {**rows[-1], "accuracy": 0.5}
     assert QUIET in in_words(findings.judge_text, rows).data
 
@@ -247,11 +247,56 @@ def test_widths_are_told_beside_their_bounds():
     assert by_width([]).empty and QUIET in in_words(findings.channels_text, by_width([])).data
 
 
-def test_shares_over_seeds_are_those_of_single_seeds():
-    rows = tables()["rows"]
-    first = findings.target_shares([row for row in rows if row["seed"] == 0])
-    text = conclusions.weighting_conclusion([row for row in rows if row["seed"] == 0])
-    assert f"{first[0]:.2f} ({first[0]:.2f} over seeds)" in text
+def summed_up(**changed):
+    """The makers of the findings table of the rows that ship, some of them changed."""
+    given = {name: tables()[name] for name in ("rows", "manifold", "photos", "jit")} | changed
+    return summary.all_findings(
+        given["rows"], 96, given["manifold"], given["photos"], jit_parts.in_readers_words(given["jit"])
+    )
+
+
+def test_the_findings_are_a_table_of_ten_rows_and_250_words():
+    shown = findings_table(summed_up()).data
+    prose = section_prose(paths.notebooks() / "03_prediction_targets.ipynb", "Findings")
+    assert check_words(f"{prose} {shown}") > 200
+    assert shown.count("\n|") == 11 and "no rows here" not in shown
+    for row in (
+        "| 6.64 times (6.54 to 6.75) | 1.02 times | reproduced (3 seeds) | 03_by_size |",
+        "| 18 of 18 comparisons | – | reproduced | 03_by_size |",
+        "| 1.03 times (0.99 to 1.06) | 1.05 times | undecided (3 seeds) | – |",
+        "| +.19 +/- .05 | .07 | higher (3 seeds) | 03_nine |",
+        "| -11.0 +/- 3.1 | 4.1 | contradicted (3 seeds) | 03_nine_judge |",
+        "| 1.24 times (0.90 to 1.70) | 1.53 times | met (5 seeds) | 03_toy |",
+        "| 1 of 24 comparisons | – | 2 contradicted | 03_jit_parts |",
+    ):
+        assert row in shown, shown
+    assert "Of 49 verdicts luck would decide about 2.5" in shown
+
+
+def test_a_question_without_rows_is_counted_and_the_others_stay():
+    small = [row for row in tables()["rows"] if "16 px" in row["arm"]]
+    shown = findings_table(summed_up(rows=small, jit=[])).data
+    assert shown.count("\n|") == 4 and shown.endswith("Findings about arms that have no rows here: 7.")
+    one = [row for row in tables()["rows"] if row["seed"] == 0]
+    assert "| nothing | undecided (1 seed) | 03_by_size |" in findings_table(summed_up(rows=one)).data
+
+
+def test_the_first_screen_says_its_verdict_in_one_line_as_the_rows_do():
+    assert f"**Verdict.** {headline(summary.larger_error(tables()['rows'], 96))} So it goes" in notebook_prose()
+
+
+def notebook_prose() -> str:
+    book = nbformat.read(paths.notebooks() / "03_prediction_targets.ipynb", as_version=4)
+    return "\n".join(cell.source for cell in book.cells if cell.cell_type == "markdown")
+
+
+def test_the_judges_verdicts_are_about_x_on_both_of_its_metrics():
+    table = judge_verdicts(tables()["rows"]).set_index(["metric", "arm", "beside"])
+    assert set(table.index.get_level_values(0)) == {"frechet", "accuracy"}
+    assert table.loc[("frechet", "x, v-loss, 64 px", "v, v-loss, 64 px"), "verdict"] == "reproduced"
+    small = table.xs("x, v-loss, 16 px", level="arm")
+    assert not small["verdict"].isin(("reproduced", "contradicted")).any()  # nothing is claimed where noise fits
+    assert judge_verdicts([row for row in tables()["rows"] if row["arm"].startswith("x")]).empty
 
 
 def test_the_criterion_says_which_half_is_met():

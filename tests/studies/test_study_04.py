@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shared.displayed import displayed_markdown
 from shared.studies import check_figure, smoke_fixture
 from torch import nn
 
@@ -16,7 +17,9 @@ from maskalign_lab.diffusion.guidance import Field, pack
 from maskalign_lab.diffusion.objectives import Objective
 from maskalign_lab.diffusion.sampling import SamplerConfig, sample
 from maskalign_lab.diffusion.sit import Output, SiT
+from maskalign_lab.runs.experiments import load_rows
 from maskalign_lab.runs.run import load_run
+from maskalign_lab.studies.reg.arm_findings import arm_findings
 from maskalign_lab.studies.reg.exchange import changed_share, exchange_all, partners, slope
 from maskalign_lab.studies.reg.findings import at, class_effect, findings_text, measured, read_off
 from maskalign_lab.studies.reg.opening import open_study
@@ -34,6 +37,7 @@ FIGURES = (
     "description_over_t",
     "transfer",
     "filmstrip",
+    "arms",
 )
 
 
@@ -53,6 +57,15 @@ def test_findings_of_a_figure_are_one_a_measure_and_way(smoke, name):
     )
 
 
+def test_the_table_of_the_job_is_paired_kept_and_told(smoke):
+    rows = load_rows(smoke.path(".html").parent / "04_rows.json")
+    assert {(row["arm"], row["seed"], row["budget"]) for row in rows} == {
+        (arm, seed, budget) for arm in ("REPA", "REG") for seed in (0, 1) for budget in ("early", "steps", "flops")
+    }
+    assert all(("carried" in row) is (row["arm"] == "REG") for row in rows)
+    assert arm_findings(rows) in displayed_markdown(smoke.path(".ipynb"))
+
+
 def test_a_run_without_a_class_token_is_refused():
     with pytest.raises(ValueError, match="no class token; take a run of method reg"):
         make_reader(load_run("sit-shapes"))
@@ -66,9 +79,10 @@ def test_an_unknown_preset_is_refused_before_anything_is_loaded():
 def test_the_findings_are_told_below_their_table(smoke):
     book = nbformat.read(smoke.path(".ipynb"), as_version=4)
     outputs = [output for cell in book.cells for output in cell.get("outputs", [])]
-    (text,) = (output.data["text/markdown"] for output in outputs if "text/markdown" in output.get("data", {}))
+    texts = [output.data["text/markdown"] for output in outputs if "text/markdown" in output.get("data", {})]
+    (text,) = (text for text in texts if text.startswith("* **Class.**"))
     rows = pd.DataFrame(json.loads((smoke.path(".html").parent / "04_filmstrip.json").read_text())["findings"])
-    assert text.startswith("* **Class.**") and "(not measured)" not in text
+    assert "(not measured)" not in text
     (likeness,) = (line for line in text.splitlines() if "**Token after an exchange.**" in line)
     found = rows.loc[rows["measure"] == "likeness of the final token to the donor's token, t = 0.6", "value"]
     assert f"{found.min():.2f}" in likeness and f"{found.max():.2f}" in likeness
@@ -96,13 +110,14 @@ def test_findings_are_ranges_over_the_ways_of_sampling():
     text = findings_text(findings({"label given": (-0.025, 0.11), "no label": (0.2, 0.16)}), 0.1, 0.43)
     assert "in 9 to 12 % of the final tokens (chance 10 %), in 43 % of real ones." in text
     assert "changes 17 to 19 % of the pixels" in text
-    assert "costs -0.03 +/- 0.11 (label given) and 0.20 +/- 0.16 (no label) more" in text
-    assert text.endswith("is seen for samples with no label.")
+    assert "costs -0.03 +/- 0.11 (label given, detectable 0.16) and 0.20 +/- 0.16 (no label) more" in text
+    assert "is seen for samples with no label." in text
+    assert text.endswith("\n\nOf 2 verdicts luck would decide about 0.1 if there were nothing to be seen.")
 
 
 def test_an_effect_within_its_interval_is_not_seen():
     text = findings_text(findings(dict.fromkeys(WAYS, (0.1, 0.16))), 0.1, 0.43)
-    assert text.endswith("That the token's class acts on the image's is not seen.")
+    assert "That the token's class acts on the image's is not seen." in text and text.count("detectable 0.23") == 2
 
 
 def test_what_was_not_measured_is_not_told():

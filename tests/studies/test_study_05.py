@@ -1,5 +1,7 @@
 """Study 05: what its smoke run leaves, the table that ships, its findings, and runs of other kinds."""
 
+import json
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -8,13 +10,12 @@ from shared.displayed import displayed_markdown
 from shared.studies import check_figure, run_job, smoke_fixture
 
 from maskalign_lab.base import paths
-from maskalign_lab.measure.verdicts import against
-from maskalign_lab.measure.wording import NotTrained
+from maskalign_lab.measure.wording import NotTrained, difference, interval, verdict
 from maskalign_lab.runs import studied_runs
 from maskalign_lab.runs.experiments import lengths, load_rows, results_file, run_arms, run_identity
-from maskalign_lab.runs.presets import PRESETS, make_recipe
+from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.run import train
-from maskalign_lab.studies.maskalign import findings, opening
+from maskalign_lab.studies.maskalign import findings, opening, tables
 from maskalign_lab.studies.maskalign.arms import (
     ABLATIONS,
     ARMS,
@@ -34,27 +35,34 @@ SAID = {  # by finding: what it says of the rows that ship
         "mixer alone by -.0007 +/- .0005 (*lower*)",
     ],
     "stability_on_repa": [".0026 without MaskAlign and .0005 with it: -.0022 +/- .0004 (*reproduced*)"],
-    "carried": ["one block restores .26", "one of two .42", "one of three .43", "`) .24."],
-    "preference": ["-.04 +/- .12 (*undecided*) when all", "-.09 +/- .17 (*undecided*) under a mask"],
+    "carried": [
+        "two blocks restores .42. Beside it one block is at -.16 +/- .16 (*lower*)",
+        "three are at +.01 +/- .19 (*undecided*, detectable .25)",
+        "(`mask the loss`) is at -.18 +/- .07 (*lower*)",
+    ],
+    "preference": [
+        "-.04 +/- .12 (*undecided*, detectable .16) when all",
+        "-.09 +/- .17 (*undecided*, detectable .23) under a mask",
+    ],
     "dropping": ["+.0027 +/- .0011 (*reproduced*)"],
     "dropping_more": [
         "+.0073 +/- .0048 (*contradicted*) for a half",
         "+.0217 +/- .0089 (*reproduced*) for three quarters",
     ],
     "repair": [
-        "+.0028 +/- .0031 (*undecided*) beside REG",
-        "+.0001 +/- .0041 (*undecided*) beside the mask alone",
+        "+.0028 +/- .0031 (*undecided*, detectable .0042) beside REG",
+        "+.0001 +/- .0041 (*undecided*, detectable .0055) beside the mask alone",
         "+.0022 +/- .0021 (*contradicted*) beside the mixer alone",
-        "interaction is -.0005 +/- .0028 (*undecided*)",
+        "interaction is -.0005 +/- .0028 (*undecided*, detectable .0038)",
     ],
     "depth_of_the_mixer": [
-        "one block is at -.0013 +/- .0063 (*undecided*)",
-        "three are at -.0011 +/- .0031 (*undecided*)",
+        "one block is at -.0013 +/- .0063 (*undecided*, detectable .0083)",
+        "three are at -.0011 +/- .0031 (*undecided*, detectable .0040)",
     ],
     "on_repa": [
         "MaskAlign on REPA is at +.0027 +/- .0022 (*contradicted*)",
-        "HASTE at +.0001 +/- .0046 (*undecided*)",
-        "iREPA at +.0011 +/- .0020 (*undecided*)",
+        "HASTE at +.0001 +/- .0046 (*undecided*, detectable .0061)",
+        "iREPA at +.0011 +/- .0020 (*undecided*, detectable .0026)",
     ],
     "controls": [
         "aligned layer are at -.0017 +/- .0012 (*lower*)",
@@ -66,7 +74,7 @@ SAID = {  # by finding: what it says of the rows that ship
         "without a mixer is at -.0098 +/- .0014 (*lower*)",
         "a half at -.0122 +/- .0033 (*lower*)",
         "three quarters at -.0181 +/- .0075 (*lower*)",
-        "MaskAlign itself at -.0025 +/- .0031 (*undecided*)",
+        "MaskAlign itself at -.0025 +/- .0031 (*undecided*, detectable .0043)",
     ],
     "equal_operations_on_repa": ["MaskAlign is at -.0030 +/- .0010 (*lower*)"],
 }
@@ -84,6 +92,11 @@ ASKED = {  # by finding: arm, other, claim, metric and budget of the differences
         ("two blocks behind", "mixer, no mask", 0, "velocity", "steps"),
         ("mask the loss", "MaskAlign", 0, "velocity", "steps"),
         ("mask the input", "REG", 0, "velocity", "steps"),
+    ],
+    "augmentation": [
+        ("mask the attention", "REG", 0, "velocity", "steps"),
+        ("MaskAlign", "mask the attention", 0, "velocity", "steps"),
+        ("mask, no mixer", "attention, no mixer", 0, "velocity", "steps"),
     ],
     "equal_operations": [
         (arm, "REG", 0, "velocity", "flops") for arm in ("mask, no mixer", "ratio 0.5", "ratio 0.75", "MaskAlign")
@@ -151,14 +164,45 @@ def test_every_arm_trains_and_is_measured(own_folders):
         assert all(("gap" in row) is (row["arm"] != "iREPA") for row in rows)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", SCALES)
 def test_arms_differ_by_the_same_at_every_preset(preset):
     recipes = {arm.name: arm.recipe(preset, overrides=SCALES[preset].overrides) for arm in ARMS}
-    base, haste = recipes["REG"], recipes["HASTE"]
+    base = recipes["REG"]
     assert recipes["two blocks behind"].network.depth == base.network.depth + 2
     assert recipes["aligned two deeper"].method.depth == base.method.depth + 2 <= base.network.depth
-    assert haste.method.stop == haste.training.steps // 2
     assert len({recipe.training for recipe in recipes.values()}) == 1
+
+
+TEACHER_BLOCKS = {"timm:vit_base_patch14_dinov2": 12}
+
+
+@pytest.mark.parametrize("preset", SCALES)
+def test_haste_and_irepa_are_their_authors_relative_to_size(preset):
+    """A share of the steps, a share of the teacher's blocks, student blocks that end at the aligned depth; the rest as it is."""
+    haste, irepa = (arm.recipe(preset, overrides=SCALES[preset].overrides) for arm in ON_REPA[2:])
+    theirs, blocks = make_recipe("haste", "paper"), TEACHER_BLOCKS | {"tiny": tiny_blocks()}
+    assert haste.method.stop * theirs.training.steps == theirs.method.stop * haste.training.steps
+    teacher, student = haste.method.teacher_blocks, haste.method.student_blocks
+    last, pairs = blocks[haste.data.teacher], round(blocks[haste.data.teacher] * 4 / 12)
+    assert teacher == tuple(range(last - pairs + 1, last + 1))
+    assert student == tuple(range(haste.method.depth - pairs + 1, haste.method.depth + 1))
+    assert (haste.method.weight, haste.method.attention_weight) == (
+        theirs.method.weight,
+        theirs.method.attention_weight,
+    )
+    assert replace(irepa.method, depth=8) == make_recipe("irepa", "paper").method
+    assert irepa.method.depth == haste.method.depth
+
+
+@pytest.mark.parametrize(("depth", "student", "teacher"), [(1, (1,), (5,)), (2, (1, 2), (4, 5)), (6, (5, 6), (4, 5))])
+def test_hastes_blocks_follow_the_aligned_depth(depth, student, teacher):
+    told = ON_REPA[2].recipe("laptop", overrides=f"network.depth=6 method.depth={depth}").method
+    assert (told.student_blocks, told.teacher_blocks) == (student, teacher)
+
+
+def tiny_blocks() -> int:
+    """How many blocks the teacher that ships has."""
+    return json.loads((paths.data() / "teacher" / "shapes" / "card.json").read_text())["network"]["depth"]
 
 
 @pytest.mark.parametrize("name", SAID)
@@ -184,10 +228,8 @@ def made():
 def test_a_finding_states_value_interval_and_verdict_of_its_arms(name, made):
     text, place = getattr(findings, name)(made), 0
     for arm, other, claim, metric, budget in ASKED[name]:
-        found = against(made, metric, arm, other, claim, budget)
-        expected = f"{found['difference']:+.4f} +/- {found['+/-']:.4f} (*{found['verdict'].split()[0]}*)".replace(
-            "0.", "."
-        )
+        found = difference(made, arm, other, metric, budget)
+        expected = f"{interval(found)} ({verdict(found, claim)})"
         assert expected in text[place:], (text, expected)
         place = text.index(expected, place) + 1
 
@@ -202,11 +244,26 @@ def test_a_finding_is_left_out_if_an_arm_is_missing(name, made):
 def test_all_findings_of_the_rows_that_ship(shipped):
     """Each of them once, with runs' records and photographs."""
     text = shipped_findings(shipped)
-    assert text.count("\n* ") + 1 == len(findings.ON_ROWS) + 2 and "no rows here" not in text
+    there = {row["arm"] for row in shipped}
+    missing = [name for name, asked in ASKED.items() if not {arm for each in asked for arm in each[:2]} <= there]
+    assert text.count("\n* ") + 1 == len(findings.ON_ROWS) + 2 - len(missing) + bool(missing)
+    assert (f"no rows here: {len(missing)}." in text) == bool(missing)
     assert "At step 7,000, of one seed, MaskAlign's gap is 14 % of REG's" in text
     assert "(CIFAR-10) the gap is 21 % of REG's, a difference of -.0007 +/- .0002 (*reproduced*)" in text
-    assert "at +.0032 +/- .0010 (*higher*) after equal steps, at -.0007 +/- .0012 (*undecided*)" in text
-    assert "Of 30 verdicts luck would decide about 1.5" in text
+    assert "at +.0032 +/- .0010 (*contradicted*) after equal steps, at -.0007 +/- .0012 (*undecided*, " in text
+    assert "Of 33 verdicts luck would decide about 1.7" in text
+    assert text.count("undecided") == text.count("undecided*, detectable ")
+
+
+def test_every_metric_of_the_two_networks_has_a_verdict_with_what_was_detectable(shipped):
+    """Gap and preference by the paper's claim, the alignment loss without one, and the interaction among the pairs."""
+    with_token, _ = tables.by_class_token(shipped)
+    claims = {"alignment": {}, "gap": tables.STEADIER, "peak full": tables.STEADIER}
+    table = tables.verdict_table(with_token, claims, ["MaskAlign"])
+    assert table["verdict"].tolist() == ["undecided (5 seeds)", "reproduced", "undecided (5 seeds)"]
+    repair = tables.repair_table(with_token)
+    assert repair["arm"].tolist()[-1] == "interaction" and (repair["detectable"] > repair["+/-"]).all()
+    assert repair["difference"].tolist()[-1] == tables.interaction(with_token).mean
 
 
 def shipped_findings(rows):
@@ -274,4 +331,4 @@ def test_a_run_without_class_token_or_mixer_is_studied(tmp_path, after_smoke):
 
 
 def test_methods_of_the_study_are_installed():
-    assert {"maskalign", "mask-loss", "mask-input"} <= METHODS.keys() and "same-mask" not in METHODS
+    assert {"maskalign", "mask-loss", "mask-input", "mask-attention"} <= METHODS.keys() and "same-mask" not in METHODS

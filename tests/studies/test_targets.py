@@ -71,7 +71,7 @@ def runs(tmp_path_factory):
 
 
 NAMES = {  # every method and network -> what it needs to be small
-    "sit": "", "repa": "", "reg": "", "maskalign": "", "mask-loss": "", "mask-input": "", "irepa": "", "sra2": "",
+    "sit": "", "repa": "", "reg": "", "maskalign": "", "mask-loss": "", "mask-input": "", "mask-attention": "", "irepa": "", "sra2": "",
     "haste": "method.student_blocks=(1,2)", "ahpa": "data.autoencoder= data.size=32 network.patch_size=4",
     "jit": "network.context_start=1",
 }  # fmt: skip

@@ -88,11 +88,15 @@ class Routing:
         """Total variation between the weights, averaged over time, and equal ones."""
         return float(0.5 * np.abs(self.weights.mean(0) - 1 / len(self.levels)).sum())
 
-    def coarseness(self, without: Sequence[str] = ()) -> float:  # levels that are left out
-        """Slope of the mean place of the weights (0 first level, 1 last) over t: positive if noise asks for coarse levels."""
+    def place(self, without: Sequence[str] = ()) -> np.ndarray:  # levels that are left out -> (T,)
+        """The mean place of the weights over t, 0 for the first level and 1 for the last."""
         kept = [k for k, name in enumerate(self.levels) if name not in without]
         shares = self.weights[:, kept] / self.weights[:, kept].sum(1, keepdims=True)
-        return float(np.polyfit(self.times, shares @ np.linspace(0, 1, len(kept)), 1)[0])
+        return shares @ np.linspace(0, 1, len(kept))
+
+    def coarseness(self, without: Sequence[str] = ()) -> float:  # levels that are left out
+        """Slope of the mean place over t: positive if noise asks for coarse levels, as far as a line says it, see `curves`."""
+        return float(np.polyfit(self.times, self.place(without), 1)[0])
 
 # %% ../../../nbs/lib/studies/ahpa/routing.ipynb #921c7abf
 TIMES = tuple(round(0.05 + 0.1 * k, 2) for k in range(10))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...gradient_norms import concentration, null_concentration, top_share
-from ...measure.wording import between, number
+from ...measure.wording import NOTHING, between, by_luck, number
 from .film import Film
 
 # %% ../../../nbs/lib/studies/gradient_norms/findings.ipynb #e4fb1a1c
@@ -40,7 +40,7 @@ def finding(
         "ratio": ratio,
         "chance": null.mean().item(),
         "above chance": "yes" if above else "no",
-        "method": "undecided (1 seed)",
+        "method": f"undecided (1 seed), {NOTHING}",
     }
 
 # %% ../../../nbs/lib/studies/gradient_norms/findings.ipynb #358d10d5
@@ -84,8 +84,8 @@ def verdict(
 ) -> str:
     """The verdict of study 01 with its numbers, as Markdown."""
     return (
-        f"**Measured.** Within an image, {shares_in_words(shares)}. Over images, {positions_in_words(positions)}. One seed "
-        "of each says nothing about methods, so there the verdict stays *undecided*."
+        f"**Measured.** Within an image, {shares_in_words(shares)}. Over images, {positions_in_words(positions)}. One seed of each says "
+        f"nothing about methods, so there the verdict stays *undecided*, {NOTHING}. {by_luck(len(positions))}"
     )
 
 # %% ../../../nbs/lib/studies/gradient_norms/findings.ipynb #5ae11a8c
@@ -106,10 +106,11 @@ def objects_in_words(
 
 # %% ../../../nbs/lib/studies/gradient_norms/findings.ipynb #64442524
 def findings_text(shares: pd.DataFrame, positions: pd.DataFrame, on_object: pd.DataFrame, places: pd.DataFrame) -> str:
-    """All findings of study 01 as a list in Markdown."""
+    """All findings of study 01 as a list in Markdown, and below it what luck decides."""
     told = {
         "Within an image": shares_in_words(shares),
         "Over images": positions_in_words(positions),
         "On objects": objects_in_words(on_object, places),
     }
-    return "\n".join(f"* **{what}:** {words}." for what, words in told.items())
+    lines = [f"* **{what}:** {words}." for what, words in told.items()]
+    return "\n".join([*lines, "", by_luck(len(positions))])

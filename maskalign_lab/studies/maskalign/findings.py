@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ON_ROWS', 'stability', 'parts_alone', 'stability_on_repa', 'stability_in_the_end', 'carried', 'preference_note',
            'preference', 'dropping', 'dropping_more', 'repair', 'depth_of_the_mixer', 'on_repa', 'controls',
-           'equal_operations', 'equal_operations_on_repa', 'photographs', 'all_findings', 'cost']
+           'augmentation', 'equal_operations', 'equal_operations_on_repa', 'photographs', 'all_findings', 'cost']
 
 # %% ../../../nbs/lib/studies/maskalign/findings.ipynb #ef95c6e1
 from collections.abc import Mapping, Sequence
@@ -60,11 +60,12 @@ def stability_in_the_end(
 # %% ../../../nbs/lib/studies/maskalign/findings.ipynb #b6256bf3
 def carried(rows: Sequence[dict[str, Any]]) -> str:
     """How much of the dropped patches' influence mixers restore."""
-    arms = ("mixer of 1", "MaskAlign", "mixer of 3", "mask the loss")
-    one, two, three, sighted = (plain(mean_of(rows, arm, "restored"), 2) for arm in arms)
+    two = plain(mean_of(rows, "MaskAlign", "restored"), 2)
+    arms = ("mixer of 1", "mixer of 3", "mask the loss")
+    one, three, sighted = (compared(rows, arm, "MaskAlign", 0, "restored", digits=2) for arm in arms)
     return (
-        f"**What a mixer carries.** Of the influence that dropped patches would have, a mixer of one block restores {one}, one of two "
-        f"{two}, one of three {three}; one that was trained with everything in sight (`mask the loss`) {sighted}."
+        f"**What a mixer carries.** Of the influence that dropped patches would have, a mixer of two blocks restores {two}. Beside it one "
+        f"block is at {one}, three are at {three}, and one that was trained with everything in sight (`mask the loss`) is at {sighted}."
     )
 
 # %% ../../../nbs/lib/studies/maskalign/findings.ipynb #a6dc0f0b
@@ -137,6 +138,22 @@ def controls(rows: Sequence[dict[str, Any]]) -> str:
         f"{hidden} beside REG."
     )
 
+# %% ../../../nbs/lib/studies/maskalign/findings.ipynb #0968c032
+def augmentation(rows: Sequence[dict[str, Any]]) -> str:
+    """The masked arms beside the same masks with nothing dropped."""
+    views, masked, unmixed = (
+        compared(rows, *pair)
+        for pair in (
+            ("mask the attention", "REG"),
+            ("MaskAlign", "mask the attention"),
+            ("mask, no mixer", "attention, no mixer"),
+        )
+    )
+    return (
+        f"**Is it an augmentation?** The same masks, with nothing dropped and attention between the parts cut, are at {views} beside REG. "
+        f"MaskAlign is at {masked} beside them, and the mask alone at {unmixed} beside its own."
+    )
+
 # %% ../../../nbs/lib/studies/maskalign/findings.ipynb #05a41f06
 def equal_operations(rows: Sequence[dict[str, Any]]) -> str:
     """Cheap steps against dear ones; the paper says nothing of equal operations."""
@@ -158,7 +175,10 @@ def photographs(rows: Sequence[dict[str, Any]]) -> str:
     """The pair on another data set."""
     share = percent(mean_of(rows, "MaskAlign", "gap") / mean_of(rows, "REG", "gap"), digits=0)
     gap = compared(rows, "MaskAlign", "REG", STEADIER["MaskAlign"], "gap")
-    steps, flops = (compared(rows, "MaskAlign", "REG", budget=budget) for budget in ("steps", "flops"))
+    steps, flops = (
+        compared(rows, "MaskAlign", "REG", claim, budget=budget)
+        for budget, claim in (("steps", CLAIMS["MaskAlign"]), ("flops", 0))
+    )
     return (
         f"**On real photographs** (CIFAR-10) the gap is {share} of REG's, a difference of {gap}; the loss is at {steps} after equal steps, "
         f"at {flops} after equal operations."
@@ -167,7 +187,7 @@ def photographs(rows: Sequence[dict[str, Any]]) -> str:
 # %% ../../../nbs/lib/studies/maskalign/findings.ipynb #ef79c98c
 ON_ROWS = (
     *(stability, parts_alone, stability_on_repa, carried, preference),
-    *(dropping, dropping_more, repair, depth_of_the_mixer, on_repa, controls),
+    *(dropping, dropping_more, repair, depth_of_the_mixer, on_repa, controls, augmentation),
     *(equal_operations, equal_operations_on_repa),
 )
 

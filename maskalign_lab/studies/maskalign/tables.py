@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STEADIER', 'PAIRS', 'gap_table', 'ratio_of_gaps', 'gap_ratios', 'preference_table', 'reach_row',
-           'reach_over_training', 'by_class_token', 'arms_table', 'repair_table', 'interaction', 'alignment_table',
+           'reach_over_training', 'by_class_token', 'arms_table', 'interaction', 'repair_table', 'alignment_table',
            'verdict_table']
 
 # %% ../../../nbs/lib/studies/maskalign/tables.ipynb #f4e1af88
@@ -17,7 +17,7 @@ import pandas as pd
 from ...base.seeding import rng
 from ...data.datasets import Dataset
 from ...gradient_norms import Observed
-from ...measure.verdicts import Paired, against, by_seed, comparison, paired
+from ...measure.verdicts import Paired, against, by_seed, comparison, paired, told
 from .arms import CLAIMS, HEADLINE, ON_REPA
 from .measures import Preference, dropped_share, null_preference, restored_share
 
@@ -119,17 +119,6 @@ PAIRS = (
     ("two blocks behind", "mixer, no mask", 0),
 )
 
-
-def repair_table(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """The pairs that ask what each part adds to the other."""
-    claimed = {"steps": 1, "flops": 0}
-    table = [
-        {"budget": budget} | against(rows, "velocity", arm, other, claim * counts, budget)
-        for budget, counts in claimed.items()
-        for arm, other, claim in PAIRS
-    ]
-    return pd.DataFrame(table)
-
 # %% ../../../nbs/lib/studies/maskalign/tables.ipynb #d18f4d9e
 def interaction(rows: Sequence[dict[str, Any]]) -> Paired | None:  # None: one of the four arms has no rows
     """The mixer's effect on the velocity loss under a mask, less its effect without one."""
@@ -139,6 +128,19 @@ def interaction(rows: Sequence[dict[str, Any]]) -> Paired | None:  # None: one o
     seeds = sorted(set.intersection(*(set(of[arm.name]) for arm in HEADLINE)))
     pairs = (("MaskAlign", "mask, no mixer"), ("mixer, no mask", "REG"))
     return paired(*([of[one][s] - of[other][s] for s in seeds] for one, other in pairs))
+
+# %% ../../../nbs/lib/studies/maskalign/tables.ipynb #f77f5aa2
+def repair_table(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """The pairs that ask what each part adds to the other, and the interaction."""
+    claimed = {"steps": 1, "flops": 0}
+    table = [
+        {"budget": budget} | against(rows, "velocity", arm, other, claim * counts, budget)
+        for budget, counts in claimed.items()
+        for arm, other, claim in PAIRS
+    ]
+    if found := interaction(rows):
+        table.append({"budget": "steps", "arm": "interaction", "seeds": found.seeds} | told(found, -1))
+    return pd.DataFrame(table)
 
 # %% ../../../nbs/lib/studies/maskalign/tables.ipynb #ed9eb20e
 def alignment_table(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
@@ -154,7 +156,7 @@ def verdict_table(
     arms: Sequence[str],  # that are shown
 ) -> pd.DataFrame:
     """Paired differences of several metrics, after equal steps."""
-    shown = ["arm", "seeds", "difference", "+/-", "verdict"]
+    shown = ["arm", "seeds", "difference", "+/-", "detectable", "verdict"]
     each = [
         arms_table(rows, metric, claims=claims).reindex(columns=shown).assign(of=metric)
         for metric, claims in metrics.items()

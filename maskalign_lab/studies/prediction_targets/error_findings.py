@@ -9,6 +9,7 @@ __all__ = ['untrained_errors', 'clean_end_share', 'near_data_text', 'rank_text',
 import numpy as np
 
 from ...data.datasets import load_dataset
+from ...measure.curves import curve
 from ...measure.wording import between, percent
 from ...prediction_targets import KINDS
 from ...runs.experiments import Arm
@@ -59,7 +60,10 @@ def rank_text(
         {size: target_mean(rows, "rank per t", kind, "v", size) for size in SIZES} for kind in ("x", "v", "eps")
     )
     noise, few = np.concatenate([eps[64], eps[128]]), np.concatenate([x[size] for size in LARGER])
-    borne_out(noise.min() > 0.9 * width, few.max() < 0.3 * width, all(x[k][-1] > x[k][0] for k in (64, 128)))
+    rising = curve(TIMES, values_of(rows, "rank per t", target_arm("x", "v", 128)))
+    borne_out(
+        not rising.turns, noise.min() > 0.9 * width, few.max() < 0.3 * width, all(x[k][-1] > x[k][0] for k in (64, 128))
+    )
     borne_out(all(v[k][0] == v[k].min() < noise.min() and v[k][-1] == v[k].max() for k in (64, 128)))
     ends = {size: f"from {x[size].max():.0f} to {x[size][-1]:.0f}" for size in (16, 32)}
     return (

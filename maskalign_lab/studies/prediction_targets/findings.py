@@ -17,7 +17,7 @@ import pandas as pd
 from IPython.display import Markdown
 
 from ...measure.verdicts import Paired
-from ...measure.wording import NotTrained, at_most, between, difference
+from ...measure.wording import NotTrained, at_most, between, detectable, difference
 from ...prediction_targets import KINDS, main_effects
 from ...runs.experiments import Arm
 from .arms import SIZES, target_arm
@@ -139,16 +139,19 @@ def judge_agrees(
 def judge_text(rows: Rows) -> str:
     """Whom the judge prefers, and how much its distances mean."""
     x, v = target_arm("x"), target_arm("v")
-    level = difference(rows, x.name, v.name, "frechet").verdict(0).startswith("undecided")
+    small = difference(rows, x.name, v.name, "frechet")
     table, seen = judge_table(rows), class_seen(rows)
     times = (table[list(KINDS)].min(axis=1) / table["floor"]).min()
-    borne_out(level, judge_agrees(table), times > 5, 0.05 < min(seen), max(seen) < 0.15)
+    borne_out(
+        small.verdict(0).startswith("undecided"), judge_agrees(table), times > 5, 0.05 < min(seen), max(seen) < 0.15
+    )
     both = series([values_of(rows, "frechet", arm).mean() for arm in (x, v)])
     return (
         "From 32 pixels on the judge agrees with the axes above: x, then v, then $\\varepsilon$. At 16 it cannot tell "
-        f"x from v ({both}). None of the networks in this table makes good images: distances are at least {int(times)} "
-        "times the floor, and the wanted class is seen about as often as by chance, one time in ten. So the judge "
-        "ranks failures here, and its distances say how wrong samples look and not how well a class was learned."
+        f"x from v ({both}; {detectable(small, 1)}). None of the networks in this table makes good images: distances "
+        f"are at least {int(times)} times the floor, and the wanted class is seen about as often as by chance, one "
+        "time in ten. So the judge ranks failures here, and its distances say how wrong samples look and not how well "
+        "a class was learned."
     )
 
 # %% ../../../nbs/lib/studies/prediction_targets/findings.ipynb #55364dd0
@@ -181,7 +184,8 @@ def space_text(rows: Rows) -> str:
     return (
         "**The loss space, by the judge.** Here the judge goes against JiT. It prefers the x-loss to the v-loss: for "
         f"v at all three sizes (by {', '.join(first)} and {last}), for x at 16 pixels ({-x[0].mean:.1f} +/- "
-        f"{x[0].half:.1f}; undecided at 64 and 128, with the same sign). JiT's FID prefers the v-loss for both."
+        f"{x[0].half:.1f}; undecided at 64 and 128, with the same sign, {detectable(x[1], 1)} and {x[2].detectable:.1f}). "
+        "JiT's FID prefers the v-loss for both."
     )
 
 # %% ../../../nbs/lib/studies/prediction_targets/findings.ipynb #7f2c9b34

@@ -32,7 +32,7 @@ def part_table(
 ) -> pd.DataFrame:  # by arm
     """JiT and JiT without a part: mean and deviation over seeds, paired difference, verdict."""
     table = comparison(rows, metric, "JiT", CLAIMS).rename(columns={metric: "mean", "spread": "deviation"})
-    return table.set_index("arm").reindex(columns=["mean", "deviation", "difference", "+/-", "verdict"])
+    return table.set_index("arm").reindex(columns=["mean", "deviation", "difference", "+/-", "detectable", "verdict"])
 
 # %% ../../../nbs/lib/studies/prediction_targets/jit_parts.ipynb #1b9fb3e6
 def little_is_decided(loss: pd.DataFrame, over_times: pd.DataFrame, judge: pd.DataFrame) -> bool:
@@ -60,8 +60,9 @@ def jit_conclusion(
         f"**JiT's parts.** After {rows[0]['step']} steps at 64 pixels three seeds decide little: JiT's own v-loss is "
         f"{jit['mean']:.2f}, with a deviation of {jit['deviation']:.2f} over seeds. Without the bottleneck the v-loss "
         f"is lower ({bare['difference']:.2f} +/- {bare['+/-']:.2f}), also over JiT's own times, but the judge finds "
-        f"the samples worse in all three seeds ({seen['difference']:+.1f} +/- {seen['+/-']:.1f}, undecided). The "
-        f"v-loss over uniform times owes {share} to t = 0.05, which JiT's law hardly draws; over JiT's times leaving "
-        f"out the rotary positions is worse ({rope['difference']:+.4f} +/- {rope['+/-']:.4f}). The paper's claim is "
-        "about FID after 200 epochs, so none of this contradicts it, whatever word the rule has for a row."
+        f"the samples worse in all three seeds ({seen['difference']:+.1f} +/- {seen['+/-']:.1f}, undecided, detectable "
+        f"{seen['detectable']:.1f}). The v-loss over uniform times owes {share} to t = 0.05, which JiT's law hardly "
+        "draws; over JiT's times leaving out the rotary positions is worse "
+        f"({rope['difference']:+.4f} +/- {rope['+/-']:.4f}). The paper's claim is about FID after 200 epochs, so none "
+        "of this contradicts it, whatever word the rule has for a row."
     )

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PREDICTIONS', 'DIMS', 'SEEDS', 'DIAGRAM_DIMS', 'WIDTHS', 'SHOWN', 'sample_cases', 'diagram_cases', 'control_cases',
            'survey_cases', 'toy_identity', 'rounded', 'case_row', 'flow_name', 'load_flows', 'keep_flow', 'survey_toy',
-           'pick', 'paired_ratio', 'energies']
+           'pick', 'paired_logs', 'as_ratio', 'paired_ratio', 'energies']
 
 # %% ../../../nbs/lib/studies/prediction_targets/manifold_survey.ipynb #81feaae4
 import hashlib
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ...measure.verdicts import paired
+from ...measure.verdicts import Paired, paired
 from ...runs.experiments import load_rows, save_rows
 from .manifold import DATA, ToyConfig, trained_toy
 from .manifold_measures import Flow, least_energy, measure_toy
@@ -153,17 +153,28 @@ def pick(
     return sorted((row for row in rows if wanted.items() <= row.items()), key=lambda row: row["seed"])
 
 # %% ../../../nbs/lib/studies/prediction_targets/manifold_survey.ipynb #deb124a9
-def paired_ratio(
+def paired_logs(
     over: Sequence[dict[str, Any]],  # rows of a case
     under: Sequence[dict[str, Any]],  # rows of another
     metric: str,  # a positive number of each row
-) -> tuple[float, float, float]:  # ratio, and its 95 % interval, NaN for one seed
-    """Geometric mean over common seeds of one case's metric divided by the other's."""
+) -> Paired:
+    """The logarithm of one case's metric over the other's, paired over common seeds."""
     first, second = ({row["seed"]: row[metric] for row in rows} for rows in (over, under))
     seeds = sorted(first.keys() & second.keys())
-    logs = paired([np.log(first[seed]) for seed in seeds], [np.log(second[seed]) for seed in seeds])
+    return paired([np.log(first[seed]) for seed in seeds], [np.log(second[seed]) for seed in seeds])
+
+
+def as_ratio(logs: Paired) -> tuple[float, float, float]:  # ratio, and its 95 % interval, NaN for one seed
+    """The geometric mean that a paired logarithm tells."""
     half = logs.half if logs.seeds > 1 else float("nan")
     return tuple(float(np.exp(log)) for log in (logs.mean, logs.mean - half, logs.mean + half))
+
+
+def paired_ratio(
+    over: Sequence[dict[str, Any]], under: Sequence[dict[str, Any]], metric: str
+) -> tuple[float, float, float]:  # see `as_ratio`
+    """Geometric mean over common seeds of one case's metric divided by the other's."""
+    return as_ratio(paired_logs(over, under, metric))
 
 # %% ../../../nbs/lib/studies/prediction_targets/manifold_survey.ipynb #02a547cb
 def energies(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TIMES', 'SPECTRUM_TIME', 'RANKED', 'JITS_TIMES', 'AXES', 'implied', 'split_error', 'output_rank', 'width_bound',
            'measure_target', 'law_weights', 'with_jits_times', 'claimed', 'versus_x', 'factor_columns', 'log_ratio',
-           'by_width']
+           'judge_verdicts', 'by_width']
 
 # %% ../../../nbs/lib/studies/prediction_targets/measures.ipynb #e4135d3a
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ from ...base.statistics import effective_rank, four_digits, radial_spectrum
 from ...diffusion.interpolants import convert, interpolate
 from ...diffusion.layers import patchify
 from ...diffusion.objectives import Objective
-from ...measure.verdicts import Paired, beside
+from ...measure.verdicts import Paired, beside, over_metrics
 from ...prediction_targets import KINDS, SIDE, space_weight
 from ...runs.evaluation import judge_samples
 from ...runs.presets import make_recipe
@@ -161,12 +161,12 @@ def versus_x(
 
 # %% ../../../nbs/lib/studies/prediction_targets/measures.ipynb #a0420078
 def factor_columns(found: Mapping[str, Paired], claim: int) -> dict[str, Any]:
-    """Factors, intervals and verdicts of one line, from differences of logarithms."""
+    """Factors, intervals, the smallest factor that would have been seen, and verdicts, from differences of logarithms."""
     entry = {}
     for name, each in found.items():
         entry |= {"seeds": each.seeds, f"{name} / x's": np.exp(each.mean)}
         entry |= {f"{name}, low": np.exp(each.mean - each.half), f"{name}, high": np.exp(each.mean + each.half)}
-        entry[f"{name}: verdict"] = each.verdict(claim)
+        entry |= {f"{name}, detectable": np.exp(each.detectable), f"{name}: verdict": each.verdict(claim)}
     return entry
 
 # %% ../../../nbs/lib/studies/prediction_targets/measures.ipynb #772a7d95
@@ -177,6 +177,19 @@ def log_ratio(rows: Sequence[Mapping[str, Any]], metric: str, over: str, under: 
         if row["arm"] in values:
             values[row["arm"]][row["seed"]] = float(np.log(row[metric]))
     return beside(values[over], values[under])
+
+# %% ../../../nbs/lib/studies/prediction_targets/measures.ipynb #d1dccb0c
+def judge_verdicts(
+    rows: Sequence[Mapping[str, Any]],
+    width: int = 96,  # channels of the networks whose arms tell none
+) -> "pd.DataFrame":  # noqa: F821
+    """x beside the other predictions by the judge, at every size, detail and width that was trained."""
+    trained, pairs = {row["arm"] for row in rows}, []
+    for arm in (*BY_SIZE, *MATCHED, *WIDER):
+        x = ", ".join(["x", *arm.name.split(", ")[1:]])
+        if arm.name != x and {arm.name, x} <= trained:
+            pairs.append((x, arm.name, -claimed(arm.name, width)))
+    return over_metrics(rows, pairs, ("frechet", "accuracy"))
 
 # %% ../../../nbs/lib/studies/prediction_targets/measures.ipynb #4421a097
 def by_width(

@@ -1,0 +1,307 @@
+"""The table of arms of study 04: what is trained, what is read from a class token, and what is said of the rows."""
+
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import cohen_kappa_score
+from torch import nn
+
+from maskalign_lab.base.seeding import generator
+from maskalign_lab.diffusion.objectives import Objective
+from maskalign_lab.diffusion.sampling import SamplerConfig, SampleStep
+from maskalign_lab.diffusion.sit import Output
+from maskalign_lab.measure.wording import NotTrained
+from maskalign_lab.runs.experiments import run_arms
+from maskalign_lab.runs.presets import PRESETS
+from maskalign_lab.runs.run import load_run
+from maskalign_lab.studies.reg import arm_findings, arm_tables, arms, opening, token_measures
+from maskalign_lab.studies.reg.arms import ARMS, CAUSES, EXPECTED, ORACLE, PAIR, SCALES, VARIED, measure_reg
+from maskalign_lab.studies.reg.token_measures import beyond_chance, class_share, denoised_tokens, noise_left
+
+# ---- arms
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_an_arm_differs_from_reg_in_what_it_names_alone(preset):
+    recipe_of = SCALES[preset].recipe_of(preset, "shapes")
+    recipes = {arm.name: recipe_of(arm, 3) for arm in ARMS}
+    reg = recipes["REG"]
+    wide, long = recipes["twice as wide"], recipes["twice the steps"]
+    assert (wide.network.width, wide.network.heads) == (2 * reg.network.width, 2 * reg.network.heads)
+    assert replace(wide, network=reg.network) == replace(long, training=reg.training) == reg
+    assert long.training.steps == 2 * reg.training.steps
+    for beta in (0.003, 0.3, 1):
+        other = recipes[f"beta {beta}"]
+        assert other.method.class_weight == beta and replace(other, method=reg.method) == reg
+    assert replace(recipes["x-prediction"], objective=reg.objective) == reg
+    assert recipes["REG, oracle"] == replace(reg, data=replace(reg.data, teacher="oracle"))
+    assert all(each.training.cooldown == 0 for each in recipes.values())  # or looks on the way would mean nothing
+
+
+def test_overrides_of_the_method_are_for_reg_alone_and_yield_to_the_arms():
+    recipe_of = SCALES["smoke"].recipe_of("smoke", "shapes", "method.class_weight=0.5 training.lr=1e-4")
+    recipes = {arm.name: recipe_of(arm, 0) for arm in ARMS}
+    assert recipes["REG"].method.class_weight == 0.5 and recipes["beta 1"].method.class_weight == 1
+    assert {each.training.lr for each in recipes.values()} == {1e-4}
+
+
+def test_the_oracle_is_asked_about_shapes_alone_and_every_suspect_has_an_arm():
+    names = {base: [arm.name for arm in group] for base, group in SCALES["laptop"].tables("shapes").items()}
+    assert names["REPA, oracle"] == [arm.name for arm in ORACLE]
+    assert sorted(sum(names.values(), [])) == sorted(arm.name for arm in ARMS)
+    assert list(SCALES["laptop"].tables("digits")) == ["REPA"] == list(SCALES["smoke"].tables("shapes"))
+    assert EXPECTED.keys() == {arm.name for arm in (*VARIED, ORACLE[1])} and set(EXPECTED.values()) == {-1, 1}
+
+
+def test_every_arm_trains_and_is_measured(own_folders, monkeypatch):
+    """At the smallest size, on the way and at both budgets; only arms with a class token are read."""
+    monkeypatch.setattr(arms, "SAMPLER", SamplerConfig("euler", 1, precision="float32"))
+
+    def recipe_of(arm, seed):
+        few = "data.n=32 network.depth=2 training.batch_size=8 training.warmup=1 training.cooldown=0 training.steps=2"
+        return arm.recipe("smoke", "shapes", seed, few)
+
+    measure = partial(measure_reg, images=8, samples=4, known=32)
+    for base, group in SCALES["laptop"].tables("shapes").items():
+        rows = run_arms(group, (0,), recipe_of, base, measure, device="cpu", early=(0.5,))
+        assert {row["arm"] for row in rows} == {arm.name for arm in group}
+        assert {row["budget"] for row in rows} == {"early", "steps", "flops"}
+        assert all(np.isfinite([row["velocity"], row["frechet"], row["accuracy"]]).all() for row in rows)
+        with_token = {row["arm"] for row in rows if "carried" in row}
+        assert with_token == {arm.name for arm in group if arm.method == "reg"}
+        assert {row["arm"] for row in rows if "sampled token error" in row} == with_token - {"REG, oracle"}
+
+
+def test_what_a_study_was_asked_for_reaches_its_table(monkeypatch, tmp_path, capsys):
+    for name in ("studied_runs", "make_reader", "watch_both", "make_film"):
+        monkeypatch.setattr(opening, name, lambda *given, **named: [SimpleNamespace(**SEEN)])
+    monkeypatch.setattr(opening, "check_teacher", lambda recipe: None)
+    monkeypatch.setattr(opening, "make_reader", lambda *given: SimpleNamespace(classes=()))
+    trained = []
+    monkeypatch.setattr(opening, "run_arms", lambda *given: trained.append(given) or [len(trained)])
+    study = opening.open_study(
+        "laptop", seeds=3, overrides="training.steps=9", out_dir=str(tmp_path), device="cpu", dataset="shapes"
+    )
+    assert opening.table_rows(study) == [1, 2]
+    (group, seeds, recipe_of, base, measure, _, keep, device, early), told = trained
+    assert (list(seeds), base, keep, device) == ([0, 1, 2], "REPA", tmp_path / "04_rows.json", "cpu")
+    assert recipe_of(group[0], 5).training.steps == 9 and len(early) == 2 and told[3] == "REPA, oracle"
+    assert measure.keywords == {"images": 256, "samples": 256, "known": 2000}
+    assert opening.table_rows(opening.open_study(dataset="digits")) == []
+    assert "No rows of 04_reg ship for preset 'laptop', dataset 'digits'" in capsys.readouterr().out
+    assert opening.open_study("gpu").count == SCALES["gpu"].seeds and opening.open_study("gpu", seeds=1).count == 1
+
+
+SEEN = {"recipe": SimpleNamespace(data=SimpleNamespace(name="shapes")), "name": "a run", "step": 1}
+
+
+# ---- what is read
+
+
+def test_kappa_is_cohens():
+    draw = torch.Generator().manual_seed(0)
+    for classes in (2, 5):
+        guess, truth = torch.randint(classes, (2, 60), generator=draw)
+        expected = cohen_kappa_score(guess.numpy(), truth.numpy())
+        assert beyond_chance(guess, truth, classes) == pytest.approx(expected, abs=1e-6)
+    assert beyond_chance(torch.ones(4, dtype=torch.long), torch.ones(4, dtype=torch.long), 3) == 0
+
+
+def test_the_share_of_the_classes_is_unbiased():
+    """Nothing to be found is nothing on average, in samples where the plain share is a third."""
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.arange(30) % 10
+    found = [class_share(torch.randn(30, 3, generator=draw), labels) for _ in range(400)]
+    assert abs(np.mean(found)) < 0.02
+    assert class_share(torch.eye(10)[labels], labels) == pytest.approx(1)
+
+
+class Knowing(nn.Module):
+    """Says the class token that it holds, in the objective's way; channels beyond its width it cannot say."""
+
+    num_classes, class_dim = 3, 8
+
+    def __init__(self, objective: Objective, tokens: torch.Tensor, width: int = 8):
+        super().__init__()
+        self.objective, self.tokens, self.width, self.asked = objective, tokens, width, []
+
+    def forward(self, x, t, y, cls):
+        self.asked.append(y)
+        x_hat = torch.cat([self.tokens[:, : self.width], cls[:, self.width :]], 1)  # what it cannot say stays
+        said = x_hat if self.objective.prediction == "x" else (cls - x_hat) / t[:, None]
+        return Output(torch.zeros_like(x), said, {})
+
+
+def run_of(net: nn.Module, tokens: torch.Tensor) -> SimpleNamespace:
+    """What is asked of a run, on the linear path."""
+    return SimpleNamespace(
+        net=net, device="cpu", recipe=SimpleNamespace(objective=net.objective),
+        inputs=lambda dataset: torch.zeros(len(tokens), 1, 2, 2), class_tokens=lambda dataset: tokens,
+    )  # fmt: skip
+
+
+class Held(SimpleNamespace):
+    """A data set of which the labels are asked."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@pytest.mark.parametrize("prediction", ["v", "x"])
+@pytest.mark.parametrize("told", [True, False])
+def test_a_network_that_knows_the_token_gives_it_back(prediction, told):
+    tokens, labels = torch.randn(40, 8, generator=generator(0, 0, "tokens")), torch.arange(40) % 3
+    net = Knowing(Objective(prediction=prediction, clamp=0.05), tokens)
+    noised, denoised = denoised_tokens(run_of(net, tokens), Held(labels=labels.numpy()), 0.5, told)
+    torch.testing.assert_close(denoised, tokens, rtol=1e-5, atol=1e-5)
+    assert abs((noised - 0.5 * tokens).std() - 0.5) < 0.05
+    assert torch.equal(net.asked[0], labels if told else torch.full((40,), 3))
+
+
+def test_the_noise_that_a_width_cannot_hold_stays():
+    """Six of eight channels are faint; of these a width of four holds two, so that two thirds of the noise stay."""
+    spread = torch.tensor([1.0, 1, 0.01, 0.01, 0.01, 0.01, 0.01, 0.01])
+    tokens = spread * torch.randn(240, 8, generator=generator(0, 0, "tokens"))
+    run, held = run_of(Knowing(Objective(), tokens, width=4), tokens), Held(labels=np.zeros(240, int))
+    for t in (0.25, 0.75):
+        _, denoised = denoised_tokens(run, held, t, told=True)
+        assert noise_left(denoised, tokens, tokens, t) == pytest.approx(4 / 6, abs=0.08)
+    assert noise_left(tokens, tokens, tokens, 0.5) == 0
+
+
+def test_samples_that_are_real_carry_what_real_tokens_carry(monkeypatch):
+    """Real pairs in the place of samples: the reader finds as much, and their tokens are the teacher's."""
+    run = load_run("reg-shapes")
+    held = run.images("validation", 120)
+    asked, tokens = torch.as_tensor(held.labels), run.teacher_view(held).cls
+    ends = [SampleStep(0.0, held.images().double(), tokens.double())]
+    monkeypatch.setattr(token_measures, "final_steps", lambda run, labels, sampler: iter(ends))
+    found = token_measures.measure_sampled(run, asked, ends, SamplerConfig(), 300)
+    reader = token_measures.reader_of(run, 300)
+    real = beyond_chance(reader.tokens(tokens.float()).argmax(-1), asked, 10)
+    assert found["class in sampled tokens"] == pytest.approx(real) and real > 0.1
+    assert found["class in free tokens"] == pytest.approx(real, abs=0.03)  # the judge sees what they show
+    assert found["sampled token error"] < 0.01
+
+
+# ---- what is said
+
+
+def made(values: dict[str, float], seeds: int = 4) -> list[dict]:
+    """Rows of arms by what their sampled tokens carry; a little noise of its own for each seed."""
+    draw, rows = np.random.default_rng(0), []
+    for arm, carried in values.items():
+        for seed in range(seeds):
+            row = {
+                "arm": arm,
+                "seed": seed,
+                "budget": "steps",
+                "step": 800,
+                "relative_flops": 1.0,
+                "identity": f"{arm}{seed}",
+            }
+            row |= {"seconds": 1800, "velocity": 0.1, "frechet": 9 - carried, "accuracy": 0.2 + carried / 2}
+            if not arm.startswith(("REPA", "SiT")):
+                carried = values[arm] + 0.01 * draw.standard_normal()
+                row |= {
+                    "carried": carried,
+                    "class share": 0.02,
+                    "noise left": 0.3,
+                    "least noise left": 0.25,
+                    "class under least noise": 0.06,
+                }
+                row |= {
+                    "class in real tokens": 0.4,
+                    "class in sampled tokens": 0.4 * carried,
+                    "class in free tokens": 0.1,
+                }
+                row |= {f"class in {kind} tokens": [0.2, 0.1, 0.0] for kind in ("noised", "denoised", "told")}
+            rows.append(row)
+    early = [row | {"budget": "early", "step": 200, "carried": row["carried"] / 2} for row in rows if "carried" in row]
+    return rows + early
+
+
+FLAT = {arm.name: 0.1 for arm in ARMS}
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+def test_the_answer_names_the_suspect_whose_arm_differs_as_expected(cause):
+    arm, sign = next(iter(CAUSES[cause].items()))
+    text = arm_findings.answer(made(FLAT | {arm: 0.1 + 0.3 * sign}))
+    others = [name for name in CAUSES if name != cause]
+    assert f"suspects: {cause} seen; {', '.join(others)} not seen." in text
+    assert (f"carried by *{arm}*, {'40' if sign > 0 else ''}" in text) is (sign > 0)
+    against = arm_findings.answer(made(FLAT | {arm: 0.1 - 0.3 * sign}))
+    assert f"suspects: {', '.join(CAUSES)} not seen." in against  # a difference the other way is no cause
+
+
+def test_one_seed_sees_nothing():
+    text = arm_findings.answer(made(FLAT | {"twice as wide": 0.9}, seeds=1))
+    assert f"suspects: {', '.join(CAUSES)} not seen." in text and "*twice as wide*, 9" in text
+
+
+def test_the_findings_say_what_their_rows_say():
+    rows = made(FLAT | {"REG, oracle": 0.8})
+    text = arm_findings.arm_findings(rows)
+    assert text.count("\n* ") + 1 == len(arm_findings.PARTS) and "no rows here" not in text
+    assert "Of the variance of its tokens 2.0 % lies between the classes, of the oracle's 2.0 %." in text
+    assert "*REG, oracle* +.7" in text and "(*reproduced*)" in text
+    assert "30 % with *REG*" in text and "cannot do with less than 25 %" in text
+    assert "the reader finds .06 in real tokens, which have .40" in text
+    assert "after 200, 10 % after 800 steps" in text
+    assert "told the class does not write it down" in text
+    assert arm_findings.cost(rows) == f"{4 * len(ARMS)} trainings of up to 800 steps, {2 * len(ARMS)}.0 h in all"
+
+
+@pytest.mark.parametrize(
+    ("name", "needs"),
+    [
+        ("lost", ["REG"]),
+        ("teacher", ["REG", "REG, oracle"]),
+        ("weight", ["REG", "beta 0.003", "beta 0.3", "beta 1"]),
+        ("width", ["REG", "twice as wide", "x-prediction"]),
+        ("steps", ["REG", "twice the steps"]),
+        ("images", ["REG", "REPA"]),
+        ("images_with_the_oracle", ["REG, oracle", "REPA, oracle"]),
+    ],
+)
+def test_a_finding_is_left_out_if_an_arm_is_missing(name, needs):
+    rows = made(FLAT)
+    assert getattr(arm_findings, name)([row for row in rows if row["arm"] in needs])
+    for arm in needs:
+        with pytest.raises(NotTrained):
+            getattr(arm_findings, name)([row for row in rows if row["arm"] != arm])
+    with pytest.raises(NotTrained):
+        arm_findings.answer(made({"REG": 0.1, "REPA": 0.1}))
+
+
+def test_only_networks_that_are_shown_the_same_are_compared_by_their_loss():
+    """The judge compares REG with REPA; no table sets their velocity losses beside each other, nor those of two teachers' tokens."""
+    rows = made(FLAT)
+    losses = arm_tables.velocity_table(rows)
+    for shown in losses.index.levels[0]:
+        methods = {next(each.method for each in ARMS if each.name == arm) for arm in losses.loc[shown, "arm"]}
+        assert methods <= {"reg"} if shown == "image and token" else "reg" not in methods
+    assert "REG, oracle" not in set(losses["arm"])
+    judged = arm_tables.judge_table(rows)
+    assert set(judged.loc[("distance", "REPA, oracle"), "arm"]) == {arm.name for arm in ORACLE}
+    assert {"REG", "REPA", "SiT"} <= set(judged.loc[("distance", "REPA"), "arm"])
+
+
+def test_tables_of_a_part_of_the_arms_are_a_part_of_the_tables():
+    """The pair alone, one method alone, nothing at all."""
+    pair = made({arm.name: 0.1 for arm in PAIR})
+    assert list(arm_tables.stage_table(pair).index) == ["REG"] and len(arm_tables.carried_table(pair)) == 1
+    alone = [row for row in pair if row["arm"] == "REPA"]
+    for rows in (alone, []):
+        assert arm_tables.stage_table(rows).empty and arm_tables.carried_table(rows).empty
+        assert arm_tables.lost_figure(rows) is None
+    assert arm_tables.judge_table([]).empty and arm_tables.velocity_table([]).empty
+    never = [
+        {k: v for k, v in row.items() if k not in ("carried", "class in sampled tokens", "frechet")} for row in pair
+    ]
+    assert len(arm_tables.lost_figure(never).axes) == 2 and arm_tables.judge_table(never).empty  # the map and its bar
