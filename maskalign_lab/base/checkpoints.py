@@ -10,6 +10,7 @@ __all__ = ['HEAVY', 'save_step', 'steps_of', 'step_folder', 'load_tensors', 'swe
 import json
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 import psutil
@@ -195,14 +196,14 @@ def discard(
 def prune(
     run: Path,
     keep: int,  # last steps that stay whole
-    every: int,  # of older steps, those at multiples of this many keep their averages
-    complete: bool = False,  # whether the training is over: then steps that are no multiples go, except for the last
+    kept: Collection[int],  # older steps that keep their averages
+    complete: bool = False,  # whether the training is over: then all others go, except for the last
 ) -> None:
     """Remove what is not kept of a run's checkpoints."""
     steps = steps_of(run)
     for step in steps[:-1]:
         folder, recent = step_folder(run, step), step in steps[-keep:]
-        if step % every and (complete or not recent):
+        if step not in kept and (complete or not recent):
             discard(folder)
         elif not recent:
             for name in HEAVY:

@@ -127,14 +127,25 @@ class Length:
     steps: int  # as many steps as every arm
     flops: int | None = None  # as many steps as cost what the baseline's cost; None: steps alone count
     relative: float | None = None  # operations of a step, over the baseline's
+    early: tuple[int, ...] = ()  # steps on the way
+
+    @property
+    def looks(self) -> list[tuple[str, int]]:
+        """Every budget with its step, a step on the way being one that is spent early."""
+        ends = [("steps", self.steps), ("flops", self.flops)]
+        return [*(("early", step) for step in self.early), *((name, step) for name, step in ends if step is not None)]
 
 
 def lengths(
     recipes: dict[str, Recipe],  # by arm; one seed stands for all
-    baseline: str,  # the arm whose cost is the measure
+    baseline: str | None,  # the arm whose cost is the measure; None: steps alone count
     facts: Facts = COMMON,  # of the arms' common data
+    early: Sequence[float] = (),  # looks on the way, as shares of the steps
 ) -> dict[str, Length]:
     """Equal steps and equal operations, for every arm."""
+    on_the_way = {name: tuple(round(share * each.training.steps) for share in early) for name, each in recipes.items()}
+    if baseline is None:
+        return {name: Length(each.training.steps, early=on_the_way[name]) for name, each in recipes.items()}
     one_of(baseline, recipes, "baseline")
     for name, recipe in recipes.items():
         if recipe.training.cooldown:
@@ -143,7 +154,7 @@ def lengths(
     plan = {}
     for name, recipe in recipes.items():
         relative, steps = flops[name] / flops[baseline], recipe.training.steps
-        plan[name] = Length(steps, max(1, round(steps / relative)), round(relative, 4))
+        plan[name] = Length(steps, max(1, round(steps / relative)), round(relative, 4), on_the_way[name])
     return plan
 
 # %% ../../nbs/lib/runs/experiments.ipynb #8eb45f03
@@ -154,19 +165,20 @@ def arm_rows(
     measure: Callable[[Run], dict[str, Any]],  # a run at one step -> plain values
     device: str = "auto",
 ) -> list[dict[str, Any]]:
-    """Train one arm with one seed as far as the longer budget asks, and measure it at both."""
+    """Train one arm with one seed as far as the longer budget asks, and measure it at every look."""
     began, run = time.perf_counter(), ensure_run(extended(recipe, length), device, every_save=True)
     row = {"arm": arm.name, "seed": recipe.training.seed, "identity": run_identity(recipe, length)}
     row |= {"relative_flops": length.relative, "seconds": round(time.perf_counter() - began, 1)}
-    found = {step: measure(load_run(run.path, step, device)) for step in {length.steps, length.flops} - {None}}
-    budgets = {"steps": length.steps, "flops": length.flops}
-    return [row | {"budget": name, "step": at, **found[at]} for name, at in budgets.items() if at is not None]
+    found = {step: measure(load_run(run.path, step, device)) for step in {step for _, step in length.looks}}
+    return [row | {"budget": name, "step": at, **found[at]} for name, at in length.looks]
 
 
 def extended(recipe: Recipe, length: Length) -> Recipe:
-    """The recipe, trained to the later of the two steps and saved at the earlier."""
-    first, last = sorted((length.steps, length.flops or length.steps))
-    return replace(recipe, training=replace(recipe.training, steps=last, save_every=first))
+    """The recipe, trained to the last look and saved at each."""
+    steps = sorted({step for _, step in length.looks})
+    return replace(
+        recipe, training=replace(recipe.training, steps=steps[-1], save_every=steps[-1], save_at=tuple(steps))
+    )
 
 
 def run_identity(recipe: Recipe, length: Length) -> str:
@@ -183,14 +195,12 @@ def run_arms(
     known: Sequence[dict[str, Any]] = (),  # rows that need not be trained again
     keep: Path | None = None,  # a JSON file that every new row is added to
     device: str = "auto",
+    early: Sequence[float] = (),  # looks on the way, as shares of the steps
 ) -> list[dict[str, Any]]:  # rows of exactly these arms and seeds, in their order
     """Train and measure what is not known yet, seed by seed."""
     seeds = list(seeds)
     recipes = {arm.name: recipe_of(arm, seeds[0]) for arm in arms}
-    if baseline is None:
-        plan = {name: Length(recipe.training.steps) for name, recipe in recipes.items()}
-    else:
-        plan = lengths(recipes, baseline, common_facts(recipes.values()))
+    plan = lengths(recipes, baseline, common_facts(recipes.values()) if baseline else COMMON, early)
     mine = load_rows(keep) if keep else []
     have = {(row["identity"], row["arm"]) for row in (*known, *mine)}
     wanted = [(arm, seed, recipe_of(arm, seed)) for seed in seeds for arm in arms]

@@ -239,7 +239,7 @@ def rooted(recipe: Recipe) -> Recipe:
 # %% ../../nbs/lib/runs/recipe.ipynb #9b46c7f7
 def identity(recipe: Recipe) -> str:
     """A short digest of all that shapes a run's result; how it is executed does not."""
-    neutral = replace(recipe, training=replace(recipe.training, save_every=1, log_every=1))
+    neutral = replace(recipe, training=replace(recipe.training, save_every=1, save_at=(), log_every=1))
     tree = told(neutral)
     del tree["execution"]
     text = json.dumps(tree, sort_keys=True) + edit_digest(recipe.method)

@@ -285,14 +285,14 @@ def identity_of(
 def ensure_run(
     recipe: Recipe,
     device: str = "auto",
-    every_save: bool = False,  # whether earlier checkpoints, by the recipe's `save_every`, have to be there too
+    every_save: bool = False,  # whether the earlier checkpoints that the recipe keeps have to be there too
 ) -> Run:
     """The run of a recipe: a shipped or cached one if it exists, else trained now into the cache."""
     wanted, training = identity(recipe), recipe.training
-    steps = {training.steps, *(range(training.save_every, training.steps, training.save_every) if every_save else ())}
+    steps = training.kept if every_save else {training.steps}
     for path in run_folders().values():
         if identity_of(path) == wanted and steps <= set(steps_of(path)):
             return load_run(path, training.steps, device)
     name = f"{recipe.method.name}-{Path(recipe.data.name).name.replace(':', '-')}-{wanted}"
-    name += f"-every-{training.save_every}" if every_save else ""
+    name += f"-with-{key(0, 0, repr(sorted(steps))) % 16**6:06x}" if every_save else ""
     return load_run(train(recipe, paths.cache() / "runs" / name, device, wait=True), device=device)

@@ -23,6 +23,7 @@ RANGES = {  # field -> what is expected, the test
     "second_ema": ("in [0, 1), or None", lambda v: v is None or 0 <= v < 1),
     "label_dropout": ("in [0, 1]", lambda v: 0 <= v <= 1),
     "save_every": ("at least 1", lambda v: v >= 1),
+    "save_at": ("steps of at least 1", lambda v: all(step >= 1 for step in v)),
     "log_every": ("at least 1", lambda v: v >= 1),
 }
 
@@ -46,6 +47,7 @@ class TrainingConfig:
     seed: int = 0
     precision: str = "auto"  # auto | float32 | bfloat16
     save_every: int = 1000  # steps between checkpoints
+    save_at: tuple[int, ...] = ()  # further steps whose checkpoints stay
     log_every: int = 50  # steps between lines of log.jsonl
 
     def __post_init__(self):
@@ -53,6 +55,11 @@ class TrainingConfig:
         for name, (expected, fits) in RANGES.items():
             if not fits(value := getattr(self, name)):
                 raise ValueError(f"{name}={value} must be {expected}")
+
+    @property
+    def kept(self) -> frozenset[int]:
+        """The steps whose checkpoints stay."""
+        return frozenset((*range(self.save_every, self.steps, self.save_every), *self.save_at, self.steps))
 
 # %% ../../nbs/lib/training/config.ipynb #64de465c
 def learning_rate(config: TrainingConfig, step: int) -> float:

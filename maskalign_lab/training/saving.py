@@ -31,14 +31,15 @@ class Saver:
         execution: ExecutionConfig,
         ahead: bool,  # whether the training goes on while a checkpoint is written
     ):
-        self.run, self.training, self.execution, self.ahead = run, training, execution, ahead
+        self.run, self.kept, self.last_step, self.ahead = run, training.kept, training.steps, ahead
+        self.execution = execution
         self.last, self.copy = time.monotonic(), {}  # when a checkpoint was taken last; memory on the host
         self.writer = ThreadPoolExecutor(1, "checkpoint")  # Python waits for its end, so nothing is lost
         self.writing: Future | None = None
 
     def due(self, done: int) -> bool:
         """Whether a checkpoint is due after so many steps; all processes find the same."""
-        return done % self.training.save_every == 0 or done == self.training.steps
+        return done in self.kept
 
     def late(self) -> bool:
         """Whether the last checkpoint is too long ago, by the clock of the process that writes."""
@@ -61,8 +62,7 @@ class Saver:
         if arrived is not None:
             arrived.synchronize()
         save_step(self.run, done, tensors, {})
-        complete = done == self.training.steps
-        prune(self.run, self.execution.keep, self.training.save_every, complete)
+        prune(self.run, self.execution.keep, self.kept, complete=done == self.last_step)
 
     def check(self) -> None:
         """Raise what the thread met, if it is done."""

@@ -16,15 +16,6 @@ from itertools import tee
 from pathlib import Path
 
 import torch
-from maskalign_lab.training.stacking import (
-    batches_of_all,
-    joined,
-    of_seed,
-    part_of,
-    stacked,
-    stacked_modules,
-    tensors_of,
-)
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
@@ -39,6 +30,15 @@ from .loop import Step, Trainer, go_on, make_trainer, objects_of, work
 from .methods import Batch, Draw, Losses, Method, trait
 from .prefetch import RowBatches
 from .saving import Saver, Tensors
+from maskalign_lab.training.stacking import (
+    batches_of_all,
+    joined,
+    of_seed,
+    part_of,
+    stacked,
+    stacked_modules,
+    tensors_of,
+)
 from .stopping import NonFinite, notice
 from .trainee import Trainee
 

@@ -200,7 +200,9 @@ def test_a_gradient_is_clipped_by_its_own_norm():
         return replace(batch, x=batch.x * (30 if seed == 1 else 1))
 
     told = configs(clip=2.0, steps=2)
-    steps = list(fit_side_by_side([pair_of(s) for s in SEEDS], [partial(loud, seed=s) for s in SEEDS], told, None, "cpu"))
+    steps = list(
+        fit_side_by_side([pair_of(s) for s in SEEDS], [partial(loud, seed=s) for s in SEEDS], told, None, "cpu")
+    )
     norms = steps[0].norms["gradient"]
     assert norms[1] > 2 * told[0].clip and norms[0] < told[0].clip and norms[2] < told[0].clip
     for seed in SEEDS:
