@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from .building import build
-from .side_by_side import train_side_by_side
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -28,10 +26,12 @@ from ..base.errors import one_of
 from ..base.files import write_atomic
 from ..base.paths import data
 from ..base.seeding import generator
+from .building import build
 from .facts import Facts
 from .presets import make_recipe
 from .recipe import Recipe, identity
 from .run import Run, ensure_run, load_run
+from .side_by_side import train_side_by_side
 from .sources import load_sources
 from ..training.methods import Batch, Draw, Losses, Method, Plan, State, layers_of
 from ..training.prefetch import to_device

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from .building import build
 from torch import Tensor, nn
 
 from ..base import paths
@@ -31,6 +30,7 @@ from ..diffusion.sampling import SamplerConfig
 from ..encoders.autoencoders import Autoencoder
 from ..encoders.teachers import Features, Teacher
 from .batches import make_batches
+from .building import build
 from .facts import Facts, check_facts, read_facts, write_facts
 from .recipe import Recipe, from_json, identity, to_json
 from maskalign_lab.runs.sources import (

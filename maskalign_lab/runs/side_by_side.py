@@ -13,12 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from .building import build
 
 from ..base.checkpoints import rewind
 from ..base.locks import sole_writer
+from ..base.processes import process_count
 from ..base.terminal import say
 from .batches import make_batches
+from .building import build
 from .facts import check_facts
 from .recipe import Recipe, told
 from .run import begin, cached_place, check_recipe, kept_run
@@ -42,6 +43,8 @@ def train_side_by_side(
 ) -> None:
     """Train what is not there yet, all seeds at once, for `ensure_run` to find. Goes on where it was stopped."""
     check_alike(recipes)
+    if process_count() > 1:  # they share each batch, and would wait for each other's locks
+        return
     todo = missing({cached_place(recipe, every_save): recipe for recipe in recipes}, every_save)
     with contextlib.ExitStack() as locks:
         for path in sorted(todo):  # in one order, so that no two processes wait for each other
