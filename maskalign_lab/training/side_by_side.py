@@ -180,9 +180,9 @@ def check_stackable(
     execution: ExecutionConfig,
 ) -> None:
     """Raise `OnlyAlone` for what is known to have no batched form, or to gain nothing."""
-    size, why = sum(parameter.numel() for parameter in model.parameters()), trait(method, "uncompilable")
+    size, own = sum(parameter.numel() for parameter in model.parameters()), trait(method, "uncompilable")
     whys = [
-        (bool(why), why),
+        (bool(own), own),
         (getattr(model, "dropout", 0) > 0, "dropout draws from one generator for all seeds"),
         (execution.compile == "blocks", "execution.compile=blocks compiles the blocks of one network"),
         (execution.accumulate > 1, f"execution.accumulate={execution.accumulate} cuts batches to save memory"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from shared import survive
 from shared.given import CASES, given, in_single, small
+from shared.waits import Waits
 
 from maskalign_lab.base.checkpoints import load_tensors, step_folder, steps_of
 from maskalign_lab.base.seeding import generator
@@ -26,6 +27,7 @@ from maskalign_lab.training.side_by_side import (
     in_step,
     with_logs,
 )
+from maskalign_lab.training.stopping import Guard
 
 SEEDS = (0, 1, 2)
 STACKED = [case for case in CASES if case != ("ahpa", "method.router=bilevel")]
@@ -78,6 +80,24 @@ def test_precisions_agree_to_their_own_rounding(precision):
         for key, value in last.losses.items():
             bound = 1e-5 if precision == "float32" else 2e-2
             torch.testing.assert_close(steps[-1].losses[key][k], value, rtol=bound, atol=bound)
+
+
+@pytest.mark.parametrize("name", ["repa", "maskalign", "haste"])
+def test_no_step_waits_for_the_device(monkeypatch, name):
+    """The guard looks twice, at the first and at the last step."""
+    watch = Guard.watch
+
+    def seldom(self, norm, step):
+        self.every = 100
+        watch(self, norm, step)
+
+    monkeypatch.setattr(Guard, "watch", seldom)
+    recipes = [small(name, f"training.seed={seed} training.save_every=100") for seed in SEEDS]
+    found = [given(recipe) for recipe in recipes]
+    batches = [partial(noise, found[0][2], seed) for seed in SEEDS]
+    with Waits() as waits:
+        list(fit_side_by_side([pair[:2] for pair in found], batches, [r.training for r in recipes], device="cpu"))
+    assert waits.count == 2
 
 
 # ---- runs
