@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'Oracle', 'oracle_of', 'number_of', 'token_means', 'mask_edges', 'token_positions', 'position_code',
-           'part_means', 'image_noise', 'check_oracle', 'oracle_features']
+           'part_means', 'image_noise', 'check_oracle', 'oracle_features', 'oracle_class_tokens']
 
 # %% ../../nbs/lib/data/oracle.ipynb #b4f4447c
 import hashlib
@@ -30,7 +30,7 @@ class Oracle:
     position: float = 0.0  # amplitude of the position code
     detail: int = 0  # a token's coverage is told for so many parts a side too; 0: for the whole only
 
-    has_class_token = False  # to denoise; where one is only looked at, the mean token stands in
+    has_class_token = True  # of a kind, see `oracle_class_tokens`
 
     def __post_init__(self):
         for dial in fields(self):
@@ -177,3 +177,14 @@ def oracle_features(
     if oracle.noise:
         features += oracle.noise * image_noise(dataset.pixels, *features.shape[1:])
     return features
+
+# %% ../../nbs/lib/data/oracle.ipynb #f7e3c93a
+def oracle_class_tokens(
+    features: np.ndarray,  # (n, grid * grid, d) of `oracle_features`
+    dataset: Dataset,
+    grid: int = 8,  # tokens a side
+) -> np.ndarray:  # (n, d) float32
+    """What the oracle says of each object, with mean 0 and variance 1 over the channels."""
+    seen = token_means(dataset.masks, grid)
+    said = np.einsum("nt,ntd->nd", seen, features) / seen.sum(1, keepdims=True)
+    return (said - said.mean(1, keepdims=True)) / said.std(1, keepdims=True)

@@ -155,7 +155,7 @@ def check_needs(recipe: Recipe, plan: Plan, sources: Sources) -> None:
     """Refuse images, teachers or a training on pixels that cannot give what the method asks for."""
     data, method, needs, teacher = recipe.data, recipe.method.name, plan.needs, sources.teacher
     dataset, autoencoder = sources.dataset, sources.autoencoder
-    if "class_token" in needs and not (teacher.has_class_token if teacher else sources.teachers):  # the oracle has one
+    if "class_token" in needs and not (teacher and teacher.has_class_token):
         raise ValueError(
             f"method {method!r} denoises the teacher's class token, and teacher {data.teacher!r} has none; "
             "take one that has, such as tiny or timm:vit_base_patch14_dinov2, or method repa, which needs patches only"

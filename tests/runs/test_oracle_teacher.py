@@ -125,9 +125,16 @@ def test_a_dial_is_refused_before_images_are_made(monkeypatch):
         sources.load_sources(recipe("oracle:nois=0.5"))
 
 
-@pytest.mark.parametrize("method", ["reg", "haste"])
-def test_an_oracle_has_neither_class_token_nor_attention(method):
-    asked = make_recipe(method, "smoke", overrides="data.n=16 data.teacher=oracle:noise=0.5")
+def test_an_oracle_has_a_class_token_and_no_attention():
+    """The token knows the class, whatever the dials, and stands as high as a transformer's."""
+    asked = make_recipe("reg", "smoke", overrides="data.n=16 data.teacher=oracle:noise=0.1,detail=2")
+    images = load_dataset("shapes", n=16)
+    token = make_batches(asked)(0).class_token
+    assert sources.load_sources(asked).facts.teacher_dims == (22,) == token.shape[1:]
+    kept = sources.kept_features(Oracle(0.1, detail=2), images, 8).cls.float()
+    assert (kept[:, :10].argmax(1).numpy() == images.labels).all()
+    torch.testing.assert_close(kept.var(1, correction=0), torch.ones(16), rtol=1e-2, atol=0)
+    asked = make_recipe("haste", "smoke", overrides="data.n=16 data.teacher=oracle:noise=0.5")
     with pytest.raises(ValueError, match="teacher 'oracle:noise=0.5' has none"):
         sources.load_sources(asked)
     assert online_teacher(asked, expect(asked)) is None

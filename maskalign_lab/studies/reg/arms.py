@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BASELINES', 'VARIED', 'ORACLE', 'ARMS', 'PAIR', 'CLAIMS', 'CAUSES', 'EXPECTED', 'RUNG', 'SMOKE', 'LARGER', 'SCALES',
-           'EARLY', 'SAMPLER', 'twice_as_wide', 'with_teacher', 'Scale', 'measure_reg']
+           'EARLY', 'SAMPLER', 'of_width', 'with_teacher', 'Scale', 'measure_reg']
 
 # %% ../../../nbs/lib/studies/reg/arms.ipynb #ce3a83cf
 from collections.abc import Callable
@@ -30,16 +30,22 @@ BASELINES = (
 )
 
 # %% ../../../nbs/lib/studies/reg/arms.ipynb #8e57ffd2
-def twice_as_wide(recipe: Recipe) -> str:
-    """Twice the width, in heads of the same size."""
-    return f"network.width={2 * recipe.network.width} network.heads={2 * recipe.network.heads}"
+def of_width(factor: float) -> Callable[[Recipe], str]:
+    """The width times a factor, in heads of the same size."""
+
+    def overrides(recipe: Recipe) -> str:
+        width, heads = recipe.network.width, recipe.network.heads
+        return f"network.width={int(factor * width)} network.heads={max(1, int(factor * heads))}"
+
+    return overrides
 
 
 VARIED = (
     Arm("beta 0.003", "reg", "method.class_weight=0.003"),
     Arm("beta 0.3", "reg", "method.class_weight=0.3"),
     Arm("beta 1", "reg", "method.class_weight=1"),
-    Arm("twice as wide", "reg", relative=twice_as_wide),
+    Arm("half as wide", "reg", relative=of_width(0.5)),
+    Arm("twice as wide", "reg", relative=of_width(2)),
     Arm("x-prediction", "reg", "objective.prediction=x objective.clamp=0.05"),
     Arm("twice the steps", "reg", relative=lambda recipe: f"training.steps={2 * recipe.training.steps}"),
 )
@@ -59,7 +65,7 @@ CLAIMS = {arm.name: arm.claim for arm in ARMS}
 CAUSES = {
     "teacher": {"REG, oracle": +1},
     "weight": {"beta 0.003": -1, "beta 0.3": +1, "beta 1": +1},
-    "width": {"twice as wide": +1, "x-prediction": +1},
+    "width": {"half as wide": -1, "twice as wide": +1, "x-prediction": +1},
     "steps": {"twice the steps": +1},
 }
 EXPECTED = {arm: sign for arms in CAUSES.values() for arm, sign in arms.items()}

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 
 from ...base.errors import one_of
+from ...data.oracle import oracle_of
 from ...diffusion.sampling import SamplerConfig
 from ...runs.experiments import Arm, load_rows, results_file, run_arms, shipped_rows
 from ...runs.presets import make_recipe
 from ...runs.recipe import Recipe
 from ...runs.run import Run
+from ...runs.sources import teacher_names
 from ...runs.studied_runs import studied_runs
 from .arms import EARLY, SCALES, Scale, measure_reg
 from .film import Film, make_film
@@ -61,9 +63,10 @@ class Study:
 # %% ../../../nbs/lib/studies/reg/opening.ipynb #1e45d0a5
 def check_teacher(recipe: Recipe) -> None:
     """Refuse a teacher that cannot look at images which a network has made."""
-    if recipe.data.teacher == "oracle":
+    name = teacher_names(recipe.data)[0]
+    if oracle_of(name):
         raise ValueError(
-            "data.teacher=oracle: study 04 looks at sampled images through the teacher, and the oracle knows those of the generator "
+            f"data.teacher={name}: study 04 looks at sampled images through the teacher, and the oracle knows those of the generator "
             "alone; take a network, such as tiny. The table of arms has the oracle among its teachers"
         )
 

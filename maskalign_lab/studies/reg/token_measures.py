@@ -18,6 +18,7 @@ from torch import Tensor
 from ...base.seeding import generator
 from ...base.statistics import four_digits
 from ...data.datasets import Dataset
+from ...data.oracle import Oracle
 from ...diffusion.interpolants import convert, interpolate
 from ...diffusion.objectives import draw_noise
 from ...diffusion.sampling import SamplerConfig, SampleStep
@@ -97,7 +98,7 @@ def least_noise_left(run: Run) -> float:
 # %% ../../../nbs/lib/studies/reg/token_measures.ipynb #3a5dacb3
 @lru_cache(maxsize=4)
 def kept_reader(
-    teacher: Teacher | None,  # None is the oracle
+    teacher: Teacher | Oracle,
     known: Dataset,
     side: int,  # tokens along a side
 ) -> TokenReader:
@@ -170,7 +171,7 @@ def measure_sampled(
     shown = in_parts(lambda part: judge(part).logits, at_side(made, 32)).argmax(-1)
     found = {"class in sampled tokens": read_class(reader, tokens, asked)}
     found["class in free tokens"] = read_class(reader, alone, shown)
-    if run.teacher:
+    if not isinstance(run.teacher, Oracle):
         seen = in_parts(lambda part: run.teacher(part).cls, images)
         found["sampled token error"] = relative_error(tokens, seen, reader.mean)
     return found
