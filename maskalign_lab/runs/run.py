@@ -35,6 +35,7 @@ from .batches import make_batches
 from .facts import Facts, check_facts, read_facts, write_facts
 from .recipe import NETWORKS, Recipe, from_json, identity, to_json
 from maskalign_lab.runs.sources import (
+    as_trained,
     kept_autoencoder,
     kept_features,
     kept_images,
@@ -230,8 +231,8 @@ def load_run(
     """Load a run's averaged network and its method."""
     place, path = resolve_device(device), find_run(str(name))
     folder = step_folder(path, step)
-    recipe = from_json((path / "recipe.json").read_text())
     facts = read_facts(path)
+    recipe = as_trained(from_json((path / "recipe.json").read_text()), facts)
     net, method = build(recipe, facts)
     kept = [name for name in AVERAGES if (folder / f"{name}.safetensors").exists()]
     net.load_state_dict(load_tensors(folder, one_of(average, kept, f"average of {path.name}")))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['kept_images', 'kept_teacher', 'kept_autoencoder', 'kept_levels', 'FEW', 'HELD_OUT', 'FITTED', 'options_of',
-           'images_of', 'kept_features', 'mean_latents', 'teacher_names', 'Sources', 'load_sources', 'found_facts',
-           'oracle_dim', 'token_side', 'check_needs', 'levels_of', 'encodings_of', 'with_readable_front']
+           'images_of', 'kept_features', 'mean_latents', 'teacher_names', 'as_trained', 'Sources', 'load_sources',
+           'found_facts', 'oracle_dim', 'token_side', 'check_needs', 'levels_of', 'encodings_of', 'with_readable_front']
 
 # %% ../../nbs/lib/runs/sources.ipynb #f54564c1
 from dataclasses import replace
@@ -25,7 +25,7 @@ from ..encoders.autoencoder_levels import Levels, fit_levels, level_encoding
 from ..encoders.autoencoders import Autoencoder, check_side, latents_of, load_autoencoder
 from ..encoders.encoding import Encoding, refreshed
 from ..encoders.teacher_features import dataset_features, encode, feature_encoding
-from ..encoders.teachers import Features, Teacher, check_attention, load_teacher
+from ..encoders.teachers import Features, Teacher, check_attention, load_teacher, named_today
 from .facts import Facts
 from .recipe import DataConfig, Recipe
 from ..training.methods import Plan
@@ -83,6 +83,16 @@ def mean_latents(
 def teacher_names(data: DataConfig) -> list[str]:
     """The teachers that a recipe names, separated by commas."""
     return [name.strip() for name in data.teacher.split(",")]
+
+# %% ../../nbs/lib/runs/sources.ipynb #0eb6f1a2
+def as_trained(
+    recipe: Recipe,  # as it was stored
+    facts: Facts,  # that were stored with it
+) -> Recipe:
+    """The recipe of a run, in which its teachers go by the names that they have today."""
+    names, digests = teacher_names(recipe.data), facts.teacher_digest.split(",")
+    today = [named_today(*pair) for pair in zip(names, digests)] if facts.teacher_digest else names
+    return recipe if today == names else replace(recipe, data=replace(recipe.data, teacher=",".join(today)))
 
 # %% ../../nbs/lib/runs/sources.ipynb #5b2adb51
 class Sources(NamedTuple):

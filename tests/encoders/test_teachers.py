@@ -172,6 +172,21 @@ def test_the_shipped_teacher(dataset):
     assert teacher(dataset.images()).tokens.shape == (20, 64, teacher.dim)
 
 
+def test_numbered_teachers_stay_what_they_were():
+    """The runs that ship were aligned with these weights."""
+    assert teachers.load_teacher("tiny-1").digest == "e03f534752e40345"
+    assert teachers.load_teacher("tiny").digest in {teachers.load_teacher(name).digest for name in teachers.TINY if name != "tiny"}
+
+
+def test_a_digest_finds_the_teacher_that_was_called_tiny(monkeypatch, tiny):
+    first = teachers.load_teacher("tiny-1").digest
+    monkeypatch.setitem(teachers.TINY, "tiny", tiny[0])  # an absolute path
+    assert teachers.load_teacher("tiny").digest != first
+    assert teachers.named_today("tiny", first) == "tiny-1"
+    assert teachers.named_today("tiny", "0" * 16) == "tiny"
+    assert teachers.named_today("oracle", first) == "oracle"
+
+
 def test_missing_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match="maskalign-lab teach"):
         teachers.load_teacher(f"tiny:{tmp_path / 'none'}")
