@@ -201,8 +201,8 @@ def load_run(
     """Load a run's averaged network and its method."""
     place, path = resolve_device(device), find_run(str(name))
     folder = step_folder(path, step)
-    recipe = from_json((path / "recipe.json").read_text())
     facts = read_facts(path)
+    recipe = from_json((path / "recipe.json").read_text())
     net, method = build(recipe, facts)
     kept = [name for name in AVERAGES if (folder / f"{name}.safetensors").exists()]
     net.load_state_dict(load_tensors(folder, one_of(average, kept, f"average of {path.name}")))
