@@ -27,6 +27,8 @@ class Teach:
     out: str = ""  # the teacher's folder; default: under runs/teachers, named after the dataset
     steps: int = 1000  # of training
     seed: int = 0  # of initialisation, data order and views
+    patch_size: int = 4  # pixels along the side of a token, of 32; 8 for the networks of preset study
+    beside: tuple[str, ...] = ()  # other teachers on its card, such as tiny; they are only measured
     device: str = "auto"  # auto, cpu, cuda, mps
 
 # %% ../nbs/lib/network_commands.ipynb #00d1dcb5
@@ -36,7 +38,8 @@ def run_teach(options: Teach) -> int:
     from maskalign_lab.encoders.teacher_training import TeachConfig, teach
 
     folder = folder_for(options.out, "teachers", options.dataset)
-    teach(options.dataset, folder, TeachConfig(steps=options.steps, seed=options.seed), options.device)
+    config = TeachConfig(steps=options.steps, seed=options.seed, patch_size=options.patch_size)
+    teach(options.dataset, folder, config, options.device, beside=options.beside)
     words = ["maskalign-lab", "train", "repa", "--dataset", options.dataset, f"data.teacher=tiny:{folder.absolute()}"]
     print(f"done: {folder / 'card.md'}\nNext: {shlex.join(words)}")
     return 0

@@ -22,6 +22,7 @@ from maskalign_lab.measure.metrics import validation_loss
 from maskalign_lab.runs.batches import make_batches
 from maskalign_lab.runs.facts import Facts
 from maskalign_lab.runs.run import build, ensure_run, load_run, train
+from maskalign_lab.runs.side_by_side import train_side_by_side
 from maskalign_lab.runs.sources import kept_autoencoder
 from maskalign_lab.studies.shipped_runs import pack, write_card
 from maskalign_lab.training.execution import ExecutionConfig
@@ -51,6 +52,18 @@ def test_losses_and_gradients_are_those_of_the_cpu(name, more):
     assert slopes.keys() == others.keys()
     whole, other = (torch.cat([each[key].flatten() for key in slopes]) for each in (slopes, others))
     assert (whole - other).norm() < 1e-4 * whole.norm()
+
+
+@pytest.mark.parametrize("compiled", ["off", "whole"])
+@pytest.mark.parametrize("name", ["sit", "repa", "reg", "maskalign"])
+def test_seeds_side_by_side_are_those_of_single_trainings(own_folders, tmp_path, name, compiled):
+    """Also as one CUDA graph. The losses of the last step, since an optimiser makes much of the rounding of small gradients."""
+    recipes = [small(name, f"training.seed={k} training.log_every=1 execution.compile={compiled}") for k in range(3)]
+    train_side_by_side(recipes, "cuda")
+    for k, recipe in enumerate(recipes):
+        alone, together = train(recipe, tmp_path / str(k), "cuda", 0), ensure_run(recipe, "cuda").path
+        one, other = (json.loads((run / "log.jsonl").read_text().splitlines()[-1]) for run in (alone, together))
+        assert other["denoising"] == pytest.approx(one["denoising"], rel=1e-4)
 
 
 @pytest.mark.parametrize(

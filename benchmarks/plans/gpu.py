@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from _published import batch_for, facts_of, recipe_for
 from masked_step import whole_step
+from side_by_side import compiled
 from training_step import fit_step, plain_step
 
 from maskalign_lab.base import paths
@@ -238,6 +239,8 @@ def parts(short: bool, device: torch.device) -> list[Part]:
         Part("interrupted", 40, partial(interrupted, short, device)),
         *(Part(name, seconds, partial(measure_of(name), short, device)) for name, seconds in scripts.items()),
         *(Part(f"masked {s}", 2 * SECONDS[s], partial(masked, s, short, device)) for s in sizes),
+        Part("side by side", 12, partial(measure_of("side_by_side"), short, device)),
+        Part("side by side, compiled", 22, partial(compiled, short, device)),
         Part("jit", 18, partial(jit, short, device)),
         *(part for method in METHODS[3:] for part in of(method)),
     ]

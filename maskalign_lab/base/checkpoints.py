@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HEAVY', 'save_step', 'steps_of', 'step_folder', 'load_tensors', 'sweep', 'optimizer_tensors', 'load_optimizer',
-           'contents', 'store', 'whole_steps', 'resume', 'prune']
+           'contents', 'store', 'whole_steps', 'fill', 'resume', 'discard', 'prune', 'rewind']
 
 # %% ../../nbs/lib/base/checkpoints.ipynb #343441a7
 import json
@@ -145,6 +145,21 @@ def whole_steps(run: Path) -> list[int]:
     return [step for step in steps_of(run) if (step_folder(run, step) / "optimizer.safetensors").exists()]
 
 
+def fill(
+    tensors: dict[str, dict[str, Tensor]],  # of a full checkpoint, as `contents` names them
+    model: nn.Module,
+    averages: dict[str, nn.Module],  # by name
+    method: nn.Module | None,  # what a method trains beside the network
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Put a full checkpoint back into the objects that it is of."""
+    for name, each in {"model": model, **averages}.items():
+        each.load_state_dict(tensors[name])
+    if "method" in tensors:
+        method.load_state_dict(tensors["method"])
+    load_optimizer(optimizer, tensors["optimizer"])
+
+
 def resume(
     run: Path,
     model: nn.Module,
@@ -161,15 +176,21 @@ def resume(
             f"{run} has weights of steps {steps_of(run)} and no optimizer.safetensors: no training can go on"
         )
     folder = step_folder(run, whole[-1])
-    for name, each in {"model": model, **averages}.items():
-        each.load_state_dict(load_tensors(folder, name))
-    if method is not None and method.state_dict():
-        method.load_state_dict(load_tensors(folder, "method"))
-    load_optimizer(optimizer, load_tensors(folder, "optimizer"))
+    objects = model, averages, method, optimizer
+    fill({name: load_tensors(folder, name) for name in contents(*objects)}, *objects)
     return int(folder.name)
 
 # %% ../../nbs/lib/base/checkpoints.ipynb #4c39d67b
 HEAVY = ("optimizer", "model")  # what only a training that goes on needs, in the order in which it is removed
+
+
+def discard(
+    folder: Path,  # of a step
+) -> None:
+    """Remove a step at once: what is left of it, should this process be killed, is taken for no step."""
+    hidden = folder.with_name(f".{folder.name}.{os.getpid()}")
+    os.replace(folder, hidden)
+    shutil.rmtree(hidden)
 
 
 def prune(
@@ -183,9 +204,19 @@ def prune(
     for step in steps[:-1]:
         folder, recent = step_folder(run, step), step in steps[-keep:]
         if step not in kept and (complete or not recent):
-            hidden = folder.with_name(f".{folder.name}.{os.getpid()}")
-            os.replace(folder, hidden)
-            shutil.rmtree(hidden)
+            discard(folder)
         elif not recent:
             for name in HEAVY:
                 (folder / f"{name}.safetensors").unlink(missing_ok=True)
+
+# %% ../../nbs/lib/base/checkpoints.ipynb #72f01f9a
+def rewind(
+    run: Path,
+    step: int,  # a complete one of the run
+) -> None:
+    """Forget the checkpoints of a run after a step."""
+    later = [other for other in steps_of(run) if other > step]
+    if later:
+        write_atomic(Path(run) / "latest", step_folder(run, step).name)
+    for other in reversed(later):
+        discard(step_folder(run, other))

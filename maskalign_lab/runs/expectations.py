@@ -17,7 +17,16 @@ from ..base.paths import data, home_of
 from ..data import photos, shapes
 from ..data.datasets import DATASETS, DEFAULT_LENGTH, HELD_OUT_DIGITS, LISTINGS, STREAMS
 from ..data.oracle import Oracle, oracle_of
-from ..encoders.teachers import Teacher, build_vit, check_grid, create_vit, load_teacher, split_timm
+from maskalign_lab.encoders.teachers import (
+    TINY,
+    Teacher,
+    build_vit,
+    check_grid,
+    create_vit,
+    load_teacher,
+    split_timm,
+    tiny_folder,
+)
 from .facts import Facts
 from .recipe import DataConfig, Recipe
 from .sources import features_dim, images_of, options_of, teacher_names
@@ -63,14 +72,13 @@ def expected_teacher(
     side: int,  # tokens a side of the network
 ) -> Teacher:
     """A teacher without numbers."""
-    kind, _, path = name.partition(":")
+    kind = "tiny" if name in TINY else name.partition(":")[0]
     with torch.device("meta"):
         if kind == "timm":
             model, _, _ = split_timm(name)
             teacher = Teacher(create_vit(model, pretrained=False), name, side, "")
         elif kind == "tiny":
-            folder = home_of(path) if path else data() / "teacher" / "shapes"
-            network = json.loads((folder / "card.json").read_text())["network"]
+            network = json.loads((tiny_folder(name) / "card.json").read_text())["network"]
             teacher = Teacher(build_vit(**network), name, network["size"] // network["patch_size"], "")
         else:
             teacher = load_teacher(name, size, grid=side)

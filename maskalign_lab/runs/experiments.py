@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['COUNTED', 'COMMON', 'Arm', 'blank_batch', 'BlankStep', 'blank_step', 'step_flops', 'Length', 'lengths', 'arm_rows',
-           'extended', 'run_identity', 'run_arms', 'common_facts', 'load_rows', 'save_rows', 'results_file',
-           'shipped_rows']
+           'extended', 'run_identity', 'run_arms', 'trained_together', 'common_facts', 'load_rows', 'save_rows',
+           'results_file', 'shipped_rows']
 
 # %% ../../nbs/lib/runs/experiments.ipynb #c319753d
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,14 +21,17 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..base.devices import resolve_device
 from ..base.errors import one_of
 from ..base.files import write_atomic
 from ..base.paths import data
 from ..base.seeding import generator
+from .building import build
 from .facts import Facts
 from .presets import make_recipe
 from .recipe import Recipe, identity
-from .run import Run, build, ensure_run, load_run
+from .run import Run, ensure_run, load_run
+from .side_by_side import train_side_by_side
 from .sources import load_sources
 from ..training.methods import Batch, Draw, Losses, Method, Plan, State, layers_of
 from ..training.prefetch import to_device
@@ -164,11 +168,12 @@ def arm_rows(
     length: Length,
     measure: Callable[[Run], dict[str, Any]],  # a run at one step -> plain values
     device: str = "auto",
+    spent: float = 0.0,  # seconds of a training beforehand
 ) -> list[dict[str, Any]]:
     """Train one arm with one seed as far as the longer budget asks, and measure it at every look."""
     began, run = time.perf_counter(), ensure_run(extended(recipe, length), device, every_save=True)
     row = {"arm": arm.name, "seed": recipe.training.seed, "identity": run_identity(recipe, length)}
-    row |= {"relative_flops": length.relative, "seconds": round(time.perf_counter() - began, 1)}
+    row |= {"relative_flops": length.relative, "seconds": round(spent + time.perf_counter() - began, 1)}
     found = {step: measure(load_run(run.path, step, device)) for step in {step for _, step in length.looks}}
     return [row | {"budget": name, "step": at, **found[at]} for name, at in length.looks]
 
@@ -196,8 +201,9 @@ def run_arms(
     keep: Path | None = None,  # a JSON file that every new row is added to
     device: str = "auto",
     early: Sequence[float] = (),  # looks on the way, as shares of the steps
+    side_by_side: bool | None = None,  # whether all seeds of an arm are trained at once; None: on a GPU
 ) -> list[dict[str, Any]]:  # rows of exactly these arms and seeds, in their order
-    """Train and measure what is not known yet, seed by seed."""
+    """Train and measure what is not known yet, seed by seed, or arm by arm with all seeds of an arm at once."""
     seeds = list(seeds)
     recipes = {arm.name: recipe_of(arm, seeds[0]) for arm in arms}
     plan = lengths(recipes, baseline, common_facts(recipes.values()) if baseline else COMMON, early)
@@ -208,14 +214,30 @@ def run_arms(
     todo = [each for each in wanted if (each[3], each[0].name) not in have]
     steps = sum(extended(recipe, plan[arm.name]).training.steps for arm, _, recipe, _ in todo)
     print(f"{len(wanted)} trainings: {len(wanted) - len(todo)} known, {len(todo)} to do, {steps:,} steps", flush=True)
-    for number, (arm, seed, recipe, _) in enumerate(todo, start=1):
-        print(f"{number}/{len(todo)}: {arm.name}, seed {seed}", flush=True)
-        mine += arm_rows(arm, recipe, plan[arm.name], measure, device)
-        if keep:
-            save_rows(keep, mine)
+    together = resolve_device(device).type == "cuda" if side_by_side is None else side_by_side
+    groups = [[each for each in todo if each[0] == arm] for arm in arms] if together else [[each] for each in todo]
+    number = count(1)
+    for group in groups:
+        spent = trained_together([extended(recipe, plan[arm.name]) for arm, _, recipe, _ in group], device)
+        for arm, seed, recipe, _ in group:
+            print(f"{next(number)}/{len(todo)}: {arm.name}, seed {seed}", flush=True)
+            mine += arm_rows(arm, recipe, plan[arm.name], measure, device, spent)
+            if keep:
+                save_rows(keep, mine)
     place = {(name, arm.name): k for k, (arm, _, _, name) in enumerate(wanted)}
     found = [row for row in (*known, *mine) if (row["identity"], row["arm"]) in place]
     return sorted(found, key=lambda row: place[row["identity"], row["arm"]])
+
+
+def trained_together(
+    recipes: Sequence[Recipe],  # of one arm's seeds
+    device: str,
+) -> float:
+    """Train several seeds at once, for `arm_rows` to find; the seconds that each has taken. A single one is left to it."""
+    began = time.perf_counter()
+    if len(recipes) > 1:
+        train_side_by_side(recipes, device, every_save=True)
+    return (time.perf_counter() - began) / max(1, len(recipes))
 
 
 def common_facts(recipes: Iterable[Recipe]) -> Facts:

@@ -20,7 +20,7 @@ PRESETS = {
     "training.steps=20 training.batch_size=32 training.warmup=5",
     "laptop": "training.steps=200 training.warmup=50 training.cooldown=0.3",
     "study": "data.autoencoder=tiny data.size=32 data.n=6000 network.patch_size=2 network.width=192 network.depth=6 network.heads=6 "
-    "training.steps=1500 training.lr=2e-3 training.warmup=50",
+    "training.steps=1000 training.lr=2e-3 training.warmup=50",
     "gpu": "network.width=384 network.heads=6 "
     "training.steps=20000 training.batch_size=256 training.lr=5e-4 training.ema=0.9995",
     "paper": "",  # a table for each name: `paper_settings`
@@ -36,7 +36,7 @@ ALIGNED: dict[str, dict[str, str]] = {
         "weight": "2",
         "attention_weight": "2",
         "student_blocks": "(2,3)",
-        "stop": "750",
+        "stop": "500",
     },
     "gpu": {"depth": "4", "projector_width": "1024", "stop": "5000"},
     "paper": {},

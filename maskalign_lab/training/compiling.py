@@ -65,7 +65,7 @@ SHORT = 1000  # steps; a training of fewer is thought to end before compiling ha
 
 
 def way_to_compile(
-    trainee: nn.Module,  # with its `model` and `method`
+    trainee: nn.Module,  # with its `model` and `method`, and how many `copies` it has of both
     asked: str,  # execution.compile
     device: torch.device,
     processes: int,  # that train together
@@ -82,7 +82,7 @@ def way_to_compile(
     if why:
         say(f"execution.compile=auto: steps are not compiled, because {why}")
         return "off"
-    size = sum(parameter.numel() for parameter in trainee.model.parameters())
+    size = sum(parameter.numel() for parameter in trainee.model.parameters()) / trainee.copies
     return "whole" if processes == 1 and size <= WHOLE else "blocks"
 
 # %% ../../nbs/lib/training/compiling.ipynb #31c57fb0

@@ -51,11 +51,11 @@ class Guard:
 
     def watch(
         self,
-        norm: Tensor,  # of the whole gradient
+        norm: Tensor,  # of the whole gradient; of several networks one each
         step: int,
     ) -> None:
         """Call before `optimizer.step()`."""
-        self.first = torch.where((self.first == 0) & ~norm.isfinite(), step + 1, self.first)
+        self.first = torch.where((self.first == 0) & ~norm.isfinite().all(), step + 1, self.first)
         self.optimizer.found_inf = (self.first > 0).float()
 
     def bad_step(self, step: int, due: bool = False) -> int | None:

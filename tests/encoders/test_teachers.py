@@ -176,6 +176,13 @@ def test_the_shipped_teacher(dataset):
     assert teacher(dataset.images()).tokens.shape == (20, 64, teacher.dim)
 
 
+def test_teachers_that_ship_stay_what_they_were():
+    """Runs and tables were aligned with these weights."""
+    digests = {name: teachers.load_teacher(name).digest for name in teachers.TINY}
+    assert digests == {"tiny": "e03f534752e40345", "tiny-4x4": "9523678063dae911"}
+    assert teachers.load_teacher("tiny-4x4", grid=4).grid == 4
+
+
 def test_missing_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match="maskalign-lab teach"):
         teachers.load_teacher(f"tiny:{tmp_path / 'none'}")

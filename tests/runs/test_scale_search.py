@@ -1,8 +1,11 @@
 """The rows of the search belong to its trials, and its table says what they hold."""
 
+from dataclasses import replace
+
 import pytest
 
 from maskalign_lab.runs.experiments import load_rows
+from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.recipe import identity
 from maskalign_lab.runs.scale_search import TRIALS, search_file, search_rows, search_table
 
@@ -15,13 +18,23 @@ def test_every_row_is_of_a_trial_and_every_trial_has_its_rows():
         for arm in trial.arms:
             for seed in range(trial.seeds):
                 named[identity(arm.recipe("laptop", "shapes", seed))] = (arm.name, seed)
-    assert {row["identity"]: (row["arm"], row["seed"]) for row in ROWS} == named
-    assert {row["identity"] for row in ROWS if row["budget"] == "steps"} == set(named)
+    found = {row["identity"]: (row["arm"], row["seed"]) for row in ROWS if row["budget"] == "steps"}
+    assert found == {name: named[name] for name in found} and {row["identity"] for row in ROWS} == set(found)
+    assert {arm for arm, _ in found.values()} == {arm for arm, _ in named.values()}
 
 
 def test_rows_that_are_known_are_not_trained_again():
-    place = lambda row: (row["identity"], row["step"])  # noqa: E731
-    assert sorted(search_rows(known=ROWS, measure=None), key=place) == sorted(ROWS, key=place)
+    trial = replace(TRIALS[0], seeds=1)
+    assert search_rows([trial], ROWS, measure=None) == [row for row in ROWS if row["arm"] == trial.arms[0].name]
+
+
+def test_the_scale_of_preset_study_meets_the_criterion():
+    """Its recipe is that of the trial whose seeds decide, for SiT and for the oracle."""
+    table = search_table(ROWS)
+    (name,) = table[table["criterion"] == "met"]["scale"].unique()
+    sit, oracle = next(trial for trial in TRIALS if trial.name == name).arms[:2]
+    assert identity(make_recipe("sit", "study")) == identity(sit.recipe())
+    assert identity(make_recipe("repa", "study", overrides="data.teacher=oracle")) == identity(oracle.recipe())
 
 
 def test_the_table_tells_what_alignment_changes():

@@ -283,6 +283,9 @@ def test_a_question_without_rows_is_counted_and_the_others_stay():
 
 def test_the_first_screen_says_its_verdict_in_one_line_as_the_rows_do():
     assert f"**Verdict.** {headline(summary.larger_error(tables()['rows'], 96))} So it goes" in notebook_prose()
+    photographs = summary.on_photographs(tables()["photos"])
+    assert photographs.verdict == "undecided (3 seeds)"
+    assert f"which is undecided (detectable {photographs.detectable})" in notebook_prose()
 
 
 def notebook_prose() -> str:

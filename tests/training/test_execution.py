@@ -148,8 +148,7 @@ def test_one_shape_too_many_is_an_error_and_not_an_eager_step(traced, monkeypatc
 def test_auto_goes_by_device_size_processes_and_steps(size, device, processes, way):
     with torch.device("meta"):
         net = nn.Linear(size, 1, bias=False)
-    trainee = nn.Module()
-    trainee.model, trainee.method = net, nn.Module()
+    trainee = Trainee(net, nn.Module())
     assert way_to_compile(trainee, "auto", device, processes, SHORT) == way
     assert way_to_compile(trainee, "auto", device, processes, SHORT - 1) == "off"
 
@@ -163,7 +162,7 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(name, more):
     net, method, batch = net.float(), method.float(), in_single(batch)
     config, found = TrainingConfig(batch_size=8, precision="float32"), []
     for accumulate in (1, 2, 4):
-        trainer, _ = make_trainer(net, method, config, ExecutionConfig(accumulate=accumulate), None, "cpu")
+        trainer = make_trainer(Trainee(net, method), config, ExecutionConfig(accumulate=accumulate), "cpu")
         trainer.feed = WholeBatches(lambda _, batch=batch: batch, CPU)
         assert [len(part.y) for _, part, _ in pieces(trainer, 0)] == [8 // accumulate] * accumulate
         losses = work(trainer, 0)

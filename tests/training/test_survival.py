@@ -18,7 +18,7 @@ import torch
 from shared import survive
 from shared.clone import ROOT
 from shared.notebooks import write
-from torch.utils._python_dispatch import TorchDispatchMode
+from shared.waits import Waits
 
 from maskalign_lab.base import checkpoints, files
 from maskalign_lab.base.checkpoints import load_tensors, step_folder, steps_of
@@ -285,20 +285,6 @@ def test_the_guilty_layer_is_named(tmp_path):
         for _ in fit(net, method, survive.batches, survive.config(), tmp_path, "cpu"):
             pass
     hook.remove()
-
-
-class Waits(TorchDispatchMode):
-    """Counts what makes the host wait for a device: reading a number, or a result whose size depends on the data."""
-
-    WAITING = {torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal}
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function.overloadpacket in self.WAITING
-        return function(*args, **kwargs or {})
 
 
 def test_the_counter_of_waits_counts():

@@ -27,7 +27,16 @@ from maskalign_lab.workbench.benchmarking import (
     table,
 )
 
-NAMES = ["data_path", "gradient_norms", "import_time", "masked_step", "sampler", "scrub", "training_step"]
+NAMES = [
+    "data_path",
+    "gradient_norms",
+    "import_time",
+    "masked_step",
+    "sampler",
+    "scrub",
+    "side_by_side",
+    "training_step",
+]
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 CPU = torch.device("cpu")
 
