@@ -231,8 +231,10 @@ def quality(
     run: Run,
     images: int = 500,  # held out, for the loss
     samples: int = 500,  # that the judge sees; 0: it is not asked
+    sampler: SamplerConfig = QUICK,
+    ends: list[SampleStep] | None = None,  # see `judge_samples`
 ) -> dict[str, Any]:  # plain values
     """Velocity loss, its mean and per tenth of t, and what the judge says of samples."""
     per_t = held_out_losses(run, run.images("validation", images)).mean(1)
     found = {"velocity": round(per_t.mean().item(), 6), "velocity per t": list(map(four_digits, per_t.tolist()))}
-    return found | (judge_samples(run, samples, QUICK) if samples else {})
+    return found | (judge_samples(run, samples, sampler, ends) if samples else {})

@@ -16,6 +16,7 @@ from maskalign_lab.diffusion.sampling import SamplerConfig, SampleStep
 from maskalign_lab.diffusion.sit import Output
 from maskalign_lab.measure.wording import NotTrained, compared
 from maskalign_lab.runs.experiments import run_arms
+from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.run import load_run
 from maskalign_lab.studies.reg import arm_findings, arm_tables, arms, opening, token_measures
 from maskalign_lab.studies.reg.arms import ARMS, CAUSES, EXPECTED, ORACLE, PAIR, SCALES, VARIED, measure_reg
@@ -42,6 +43,14 @@ def test_an_arm_differs_from_reg_in_what_it_names_alone(preset):
     assert replace(recipes["x-prediction"], objective=reg.objective) == reg
     assert recipes["REG, oracle"] == replace(reg, data=replace(reg.data, teacher="oracle"))
     assert all(each.training.cooldown == 0 for each in recipes.values())  # or looks on the way would mean nothing
+
+
+def test_a_laptops_table_is_trained_at_the_scale_at_which_alignment_helps():
+    """Also where the class token is looked at in another network; what is asked for wins."""
+    recipe_of = SCALES["laptop"].recipe_of("laptop", "shapes", "training.steps=9 data.teacher=tiny:mine")
+    recipe = recipe_of(ARMS[0], 0)
+    study = make_recipe("repa", "study", overrides="training.steps=9 data.teacher=tiny:mine")
+    assert recipe == study and SCALES["laptop"].recipe_of("laptop", "shapes")(ARMS[0], 0).data.teacher == "tiny-4x4"
 
 
 def test_overrides_of_the_method_are_for_reg_alone_and_yield_to_the_arms():
@@ -92,7 +101,7 @@ def test_what_a_study_was_asked_for_reaches_its_table(monkeypatch, tmp_path, cap
     (group, seeds, recipe_of, base, measure, _, keep, device, early), told = trained
     assert (list(seeds), base, keep, device) == ([0, 1, 2], "REPA", tmp_path / "04_rows.json", "cpu")
     assert recipe_of(group[0], 5).training.steps == 9 and len(early) == 2 and told[3] == "REPA, oracle"
-    assert measure.keywords == {"images": 256, "samples": 256, "known": 2000}
+    assert measure.keywords == {"images": 500, "samples": 500, "known": 2000}
     assert opening.table_rows(opening.open_study(dataset="digits")) == []
     assert "No rows of 04_reg ship for preset 'laptop', dataset 'digits'" in capsys.readouterr().out
     assert opening.open_study("gpu").count == SCALES["gpu"].seeds and opening.open_study("gpu", seeds=1).count == 1

@@ -8,15 +8,11 @@ __all__ = ['BASELINES', 'VARIED', 'ORACLE', 'ARMS', 'PAIR', 'CLAIMS', 'CAUSES', 
 
 # %% ../../../nbs/lib/studies/reg/arms.ipynb #ce3a83cf
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
-from ...base.statistics import four_digits
-from ...diffusion.sampling import SamplerConfig
-from ...measure.metrics import balanced_labels, validation_loss
-from ...runs.evaluation import judge_samples
+from ...measure.metrics import balanced_labels
+from ...runs.evaluation import QUICK, quality
 from ...runs.experiments import Arm
 from ...runs.recipe import Recipe
 from ...runs.run import Run
@@ -72,7 +68,7 @@ EXPECTED = {arm: sign for arms in CAUSES.values() for arm, sign in arms.items()}
 assert EXPECTED.keys() <= CLAIMS.keys()
 
 # %% ../../../nbs/lib/studies/reg/arms.ipynb #2937afa3
-RUNG = "training.cooldown=0 training.steps=800 training.batch_size=32 training.warmup=100"
+RUNG = "study", "data.teacher=tiny-4x4"  # preset and overrides of the table's trainings where a laptop is asked for
 
 
 @dataclass(frozen=True)
@@ -84,17 +80,18 @@ class Scale:
     steps: int = 10  # of the sampler; times of the slider less one
     known: int = 2000  # training images that the reader is fitted on
     shown: int = 8  # samples to choose from
-    overrides: str = RUNG  # of every arm's recipe
+    trained: str = ""  # preset of the table's trainings; empty: the one that was asked for
+    overrides: str = ""  # of every arm's recipe
     seeds: int = 0  # of the table of arms; 0: what ships
     arms: tuple[Arm, ...] = ARMS
-    images: int = 256  # held-out ones, that an arm's losses and readings are taken over
-    judged: int = 256  # samples that the judge sees, of shapes
+    images: int = 500  # held-out ones, that an arm's losses and readings are taken over
+    judged: int = 500  # samples that the judge sees, of shapes
 
     def recipe_of(self, preset: str, dataset: str, overrides: str = "") -> Callable[[Arm, int], Recipe]:
         """What `run_arms` asks for: arm and seed -> recipe. Overrides of the method are for REG's arms alone."""
         others = " ".join(item for item in overrides.split() if not item.startswith("method."))
         given = lambda arm: overrides if arm.method == "reg" else others  # noqa: E731
-        return lambda arm, seed: arm.recipe(preset, dataset, seed, f"{self.overrides} {given(arm)}")
+        return lambda arm, seed: arm.recipe(self.trained or preset, dataset, seed, f"{self.overrides} {given(arm)}")
 
     def tables(
         self, dataset: str
@@ -108,31 +105,27 @@ class Scale:
 SMOKE = "training.cooldown=0 training.steps=8 data.n=128"
 LARGER = "training.steps=2000 training.warmup=200"
 SCALES = {
-    "smoke": Scale(12, 6, 4, 200, 3, SMOKE, seeds=2, arms=PAIR, images=16, judged=8),
-    "laptop": Scale(),
+    "smoke": Scale(12, 6, 4, 200, 3, "", SMOKE, seeds=2, arms=PAIR, images=16, judged=8),
+    "laptop": Scale(trained=RUNG[0], overrides=RUNG[1]),
     "gpu": Scale(512, 256, 20, 12_000, overrides=LARGER, seeds=5, judged=1000),
     "paper": Scale(256, 128, 20, 12_000, overrides="training.steps=400000", seeds=5, images=2048, judged=5000),
 }
 
 # %% ../../../nbs/lib/studies/reg/arms.ipynb #d9d70414
 EARLY = (0.25, 0.5)  # looks on the way, as shares of the steps
-SAMPLER = SamplerConfig(steps=12, precision="float32")
+SAMPLER = replace(QUICK, precision="float32")  # the class may stand in the last digits of a token
 
 
 def measure_reg(
     run: Run,
-    images: int = 256,  # held out
-    samples: int = 256,  # that the judge sees, with a label, and without one; 0: none
+    images: int = 500,  # held out
+    samples: int = 500,  # that the judge sees, with a label, and without one; 0: none
     known: int = 2000,  # training images that the reader of tokens is fitted on
 ) -> dict[str, Any]:
-    """Velocity loss, mean and per tenth of t; the judge's word on samples; and how much of the class the token carries, if there is one."""
-    held_out, ends = run.images("validation", images), []
-    labels = torch.as_tensor(held_out.labels, device=run.device)
-    inputs, tokens = run.inputs(held_out), run.class_tokens(held_out)
-    per_bin = validation_loss(run.net, run.recipe.objective, inputs, labels, class_tokens=tokens).mean(1).tolist()
-    found = {"velocity": four_digits(sum(per_bin) / len(per_bin)), "velocity per t": list(map(four_digits, per_bin))}
-    found |= judge_samples(run, samples, SAMPLER, ends) if samples else {}
+    """Velocity loss, the judge's word on samples, and how much of the class the token carries, if there is one."""
+    ends = []
+    found = quality(run, images, samples, SAMPLER, ends)
     if not run.net.class_dim:
         return found
-    asked = balanced_labels(samples, run.net.num_classes) if samples else labels[:0]
-    return found | measure_token(run, held_out, asked, ends, SAMPLER, known)
+    asked = balanced_labels(samples, run.net.num_classes) if samples else ()
+    return found | measure_token(run, run.images("validation", images), asked, ends, SAMPLER, known)

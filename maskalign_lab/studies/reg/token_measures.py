@@ -183,7 +183,7 @@ LEAST = 0.01  # of a reading of real tokens, where something is divided by it
 def measure_token(
     run: Run,  # with a class token
     dataset: Dataset,  # held out
-    asked: Tensor,  # (n,) labels; none: nothing was sampled
+    asked: Tensor | tuple[()],  # (n,) labels; none: nothing was sampled
     ends: Sequence[SampleStep],  # see `measure_sampled`
     sampler: SamplerConfig,
     n: int = 2000,  # training images that the reader is fitted on
