@@ -8,6 +8,7 @@ from maskalign_lab.runs.experiments import load_rows
 from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.recipe import identity
 from maskalign_lab.runs.scale_search import TRIALS, search_file, search_rows, search_table
+from maskalign_lab.studies import shipped_runs
 
 ROWS = load_rows(search_file())
 
@@ -26,6 +27,13 @@ def test_every_row_is_of_a_trial_and_every_trial_has_its_rows():
 def test_rows_that_are_known_are_not_trained_again():
     trial = replace(TRIALS[0], seeds=1)
     assert search_rows([trial], ROWS, measure=None) == [row for row in ROWS if row["arm"] == trial.arms[0].name]
+
+
+def test_one_command_makes_the_rows_that_are_missing(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(shipped_runs, "search_rows", lambda **how: asked.append(how))
+    assert shipped_runs.make("scale-search", out=tmp_path / "rows.json", device="cpu") == tmp_path / "rows.json"
+    assert asked == [{"keep": tmp_path / "rows.json", "device": "cpu"}]
 
 
 def test_the_scale_of_preset_study_meets_the_criterion():
