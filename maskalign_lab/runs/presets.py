@@ -19,7 +19,8 @@ PRESETS = {
     "smoke": "network.width=32 network.depth=4 network.heads=2 data.n=512 "
     "training.steps=20 training.batch_size=32 training.warmup=5",
     "laptop": "training.steps=200 training.warmup=50 training.cooldown=0.3",
-    "study": "data.autoencoder=tiny data.size=32 data.n=6000 network.patch_size=2 network.width=192 network.depth=6 network.heads=6 "
+    "study": "data.autoencoder=tiny data.teacher=tiny-4x4 data.size=32 data.n=6000 "
+    "network.patch_size=2 network.width=192 network.depth=6 network.heads=6 "
     "training.steps=1000 training.lr=2e-3 training.warmup=50",
     "gpu": "network.width=384 network.heads=6 "
     "training.steps=20000 training.batch_size=256 training.lr=5e-4 training.ema=0.9995",

@@ -239,7 +239,7 @@ def train(
             pass
     return path
 
-
+# %% ../../nbs/lib/runs/run.ipynb #4fd4dbe8
 def check_recipe(path: Path, recipe: Recipe) -> None:
     """Refuse a folder that holds a run of another recipe."""
     stored = path / "recipe.json"
@@ -274,7 +274,7 @@ def kept_run(
     whole = (path for path in run_folders().values() if identity_of(path) == wanted and steps <= set(steps_of(path)))
     return next(whole, None)
 
-
+# %% ../../nbs/lib/runs/run.ipynb #6110e663
 def cached_place(recipe: Recipe, every_save: bool = False) -> Path:
     """The folder in the cache that `ensure_run` trains a recipe into."""
     name = f"{recipe.method.name}-{Path(recipe.data.name).name.replace(':', '-')}-{identity(recipe)}"

@@ -73,7 +73,12 @@ TRIALS = (
     Trial("latents of 64 px, batch 16", f"{LARGE} {WIDE} training.batch_size=16 training.steps=1800", oracle_ways(1)),
     Trial("16 tokens", SIXTEEN, oracle_ways(0.1, 0.5, 2, 5)),
     Trial("16 tokens, larger steps", f"{SIXTEEN} training.lr=2e-3", oracle_ways(0.5, 2, 5), seeds=5),
-    Trial("16 tokens, larger steps, fewer", f"{SIXTEEN} training.lr=2e-3 training.steps=1000", oracle_ways(2), seeds=5),
+    Trial(
+        "16 tokens, larger steps, fewer",
+        f"{SIXTEEN} training.lr=2e-3 training.steps=1000",
+        oracle_ways(2) | {"tiny-4x4, weight 2": way("tiny-4x4", 2)},
+        seeds=5,
+    ),
     Trial("64 tokens", ALL, oracle_ways(0.5, 2) | {f"tiny, weight {w:g}": way("tiny", w) for w in (0.5, 2)}),
     Trial("64 tokens, larger steps", f"{ALL} training.lr=2e-3", DEEPER),
 )

@@ -31,6 +31,7 @@ from ..measure.metrics import validation_loss
 from ..runs.presets import make_recipe
 from ..runs.recipe import Recipe
 from ..runs.run import Run, load_run, train
+from ..runs.scale_search import search_file, search_rows
 from .maskalign.measures import record
 from ..training.methods import innermost
 from ..workbench.plots import loss_per_t, sample_grid, save_png
@@ -178,14 +179,17 @@ def card_text(run: Run, card: dict) -> str:
 
 # %% ../../nbs/lib/studies/shipped_runs.ipynb #68ac7435
 def make(
-    name: str,  # of a run that ships, or "autoencoder"
+    name: str,  # of a run that ships, "autoencoder", or "scale-search"
     work: Path | None = None,  # where it is trained; continued if it was interrupted
-    out: Path | None = None,  # where it ships; None: data/runs/NAME, or data/autoencoder
+    out: Path | None = None,  # where it ships; None: its place in data
     device: str = "auto",
 ) -> Path:
-    """Train, measure and pack a run that ships, or the autoencoder."""
+    """Train, measure and pack what ships; of the search for a scale, the rows that are not there yet."""
     work = Path(work or paths.output() / "trained" / name)
-    if one_of(name, (*SHIPPED, "autoencoder"), "thing that ships") == "autoencoder":
+    if one_of(name, (*SHIPPED, "autoencoder", "scale-search"), "thing that ships") == "scale-search":
+        search_rows(keep=(out := Path(out or search_file())), device=device)
+        return out
+    if name == "autoencoder":
         return compress(Path(out or paths.data() / name), work, device=device)
     recipe, out = shipped_recipe(name), Path(out or paths.data() / "runs" / name)
     train(recipe, work, device)

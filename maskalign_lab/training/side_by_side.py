@@ -138,7 +138,7 @@ def common_step(runs: Sequence[Path]) -> int:
     """The last step that all runs can go on from."""
     return max(set.intersection(*({0, *whole_steps(run)} for run in runs)))
 
-
+# %% ../../nbs/lib/training/side_by_side.ipynb #6092ba76
 def in_step(
     runs: Sequence[Path],  # folders
 ) -> dict[int, list[Path]]:
@@ -173,7 +173,7 @@ def open_runs(
 class OnlyAlone(Exception):
     """The seeds of a training have to be trained one after the other; says why."""
 
-
+# %% ../../nbs/lib/training/side_by_side.ipynb #717d9143
 def check_stackable(
     model: nn.Module,  # of one seed
     method: Method,
@@ -193,7 +193,7 @@ def check_stackable(
         if holds:
             raise OnlyAlone(why)
 
-
+# %% ../../nbs/lib/training/side_by_side.ipynb #faad0d99
 def tried(steps: Iterator[Step]) -> Iterator[Step]:
     """The steps; raises `OnlyAlone` if the first cannot be worked."""
     try:
@@ -220,7 +220,7 @@ class SeedsNotFinite(NonFinite):
         super().__init__(f"step {step}: not finite, of seed {', '.join(map(str, seeds))}")
         self.places = places
 
-
+# %% ../../nbs/lib/training/side_by_side.ipynb #32c30787
 def blame(trainer: Trainer, bad: int) -> None:
     """Do a bad step again, with the weights as they still are, and raise `SeedsNotFinite`."""
     work(trainer, bad)

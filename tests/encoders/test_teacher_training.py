@@ -32,7 +32,8 @@ def folder(tmp_path_factory):
 
 
 def test_losses_fall(dataset):
-    rows = [step.losses for step in teacher_training.teacher_steps(dataset, SMALL, "cpu")]
+    long = replace(SMALL, steps=120)  # the contrast of mean tokens falls late
+    rows = [step.losses for step in teacher_training.teacher_steps(dataset, long, "cpu")]
     for name in rows[0]:
         early, late = (sum(float(row[name]) for row in part) / 5 for part in (rows[:5], rows[-5:]))
         assert late < 0.98 * early, name

@@ -8,6 +8,7 @@ from maskalign_lab.runs.experiments import load_rows
 from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.recipe import identity
 from maskalign_lab.runs.scale_search import TRIALS, search_file, search_rows, search_table
+from maskalign_lab.studies import shipped_runs
 
 ROWS = load_rows(search_file())
 
@@ -28,12 +29,19 @@ def test_rows_that_are_known_are_not_trained_again():
     assert search_rows([trial], ROWS, measure=None) == [row for row in ROWS if row["arm"] == trial.arms[0].name]
 
 
+def test_one_command_makes_the_rows_that_are_missing(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(shipped_runs, "search_rows", lambda **how: asked.append(how))
+    assert shipped_runs.make("scale-search", out=tmp_path / "rows.json", device="cpu") == tmp_path / "rows.json"
+    assert asked == [{"keep": tmp_path / "rows.json", "device": "cpu"}]
+
+
 def test_the_scale_of_preset_study_meets_the_criterion():
     """Its recipe is that of the trial whose seeds decide, for SiT and for the oracle."""
     table = search_table(ROWS)
     (name,) = table[table["criterion"] == "met"]["scale"].unique()
     sit, oracle = next(trial for trial in TRIALS if trial.name == name).arms[:2]
-    assert identity(make_recipe("sit", "study")) == identity(sit.recipe())
+    assert identity(make_recipe("sit", "study", overrides="data.teacher=tiny")) == identity(sit.recipe())
     assert identity(make_recipe("repa", "study", overrides="data.teacher=oracle")) == identity(oracle.recipe())
 
 

@@ -114,7 +114,7 @@ def reader_of(
     """The reader of the class tokens that a run has learned."""
     return kept_reader(run.teacher, run.images("train", n), run.net.side)
 
-
+# %% ../../../nbs/lib/studies/reg/token_measures.ipynb #b31717d6
 def read_class(reader: TokenReader, tokens: Tensor, truth: Tensor) -> float:  # (n, z), (n,)
     """What a reader finds in tokens, beyond chance."""
     return beyond_chance(reader.tokens(tokens).argmax(-1), truth, len(reader.classes))
