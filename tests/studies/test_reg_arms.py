@@ -205,7 +205,7 @@ def test_samples_that_are_real_carry_what_real_tokens_carry(monkeypatch):
 COMMON = {"budget": "steps", "step": 800, "relative_flops": 1.0, "seconds": 1800, "velocity": 0.1}
 READ = {"class share": 0.02, "noise left": 0.3, "least noise left": 0.25, "class under least noise": 0.06}
 READ |= {"class in real tokens": 0.4, "class in free tokens": 0.1}
-READ |= {f"class in {kind} tokens": [0.2, 0.1, 0.0] for kind in ("noised", "denoised", "told")}
+READ |= {f"class in {kind} tokens": [0.15, 0.1, 0.0] for kind in ("noised", "denoised", "told")}
 
 
 def made(values: dict[str, float], seeds: int = 4) -> list[dict]:
