@@ -239,7 +239,7 @@ def train(
             pass
     return path
 
-# %% ../../nbs/lib/runs/run.ipynb #4fd4dbe8
+# %% ../../nbs/lib/runs/run.ipynb #13d69730
 def check_recipe(path: Path, recipe: Recipe) -> None:
     """Refuse a folder that holds a run of another recipe."""
     stored = path / "recipe.json"
@@ -263,7 +263,7 @@ def identity_of(
     except (ValueError, TypeError):
         return None
 
-
+# %% ../../nbs/lib/runs/run.ipynb #6adf17ed
 def kept_run(
     recipe: Recipe,
     every_save: bool = False,  # whether the earlier checkpoints that the recipe keeps have to be there too
@@ -274,14 +274,14 @@ def kept_run(
     whole = (path for path in run_folders().values() if identity_of(path) == wanted and steps <= set(steps_of(path)))
     return next(whole, None)
 
-# %% ../../nbs/lib/runs/run.ipynb #6110e663
+# %% ../../nbs/lib/runs/run.ipynb #2a1c5150
 def cached_place(recipe: Recipe, every_save: bool = False) -> Path:
     """The folder in the cache that `ensure_run` trains a recipe into."""
     name = f"{recipe.method.name}-{Path(recipe.data.name).name.replace(':', '-')}-{identity(recipe)}"
     name += f"-with-{key(0, 0, repr(sorted(recipe.training.kept))) % 16**6:06x}" if every_save else ""
     return paths.cache() / "runs" / name
 
-
+# %% ../../nbs/lib/runs/run.ipynb #2ef00440
 def ensure_run(
     recipe: Recipe,
     device: str = "auto",

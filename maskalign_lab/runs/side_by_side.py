@@ -56,7 +56,7 @@ def train_side_by_side(
             if len(group) > 1:
                 groups += attempt(group, device, print_every)
 
-
+# %% ../../nbs/lib/runs/side_by_side.ipynb #9b4832b7
 def missing(places: dict[Path, Recipe], every_save: bool) -> dict[Path, Recipe]:
     """The recipes without a run, with the folders that they will have."""
     return {path: recipe for path, recipe in places.items() if kept_run(recipe, every_save) is None}

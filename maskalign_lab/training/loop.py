@@ -124,8 +124,8 @@ def open_run(
 ) -> int:
     """Fill the trainer from a run's last checkpoint, and let it write its own there; the number of steps done."""
     accelerator, objects = trainer.accelerator, objects_of(trainer)
-    first, ahead = accelerator.is_main_process, accelerator.device.type == "cuda"
-    trainer.saver = Saver(run if first else None, trainer.config, trainer.execution, ahead)
+    mine, ahead = run if accelerator.is_main_process else None, accelerator.device.type == "cuda"
+    trainer.saver = Saver(mine, trainer.config, trainer.execution, ahead=ahead)
     return same_start(resume(run, *objects) if run else 0, run)
 
 
