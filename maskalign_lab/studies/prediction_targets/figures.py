@@ -188,7 +188,7 @@ def sheet_figure(
     """Samples of the three predictions with v-loss at one size, beside each other."""
     theme()
     rows = [sheets[f"{kind}-{size}"] for kind in KINDS]
-    figure = Figure(figsize=(0.78 * len(rows[0]) + 1.0, 0.78 * len(rows) + 0.6), layout="constrained")
+    figure = Figure(figsize=(0.64 * len(rows[0]) + 1.0, 0.64 * len(rows) + 0.6), layout="constrained")
     axes = figure.subplots(len(rows), len(rows[0]), squeeze=False)
     for line, images, kind in zip(axes, rows, KINDS, strict=True):
         for axis, image in zip(line, images, strict=True):
