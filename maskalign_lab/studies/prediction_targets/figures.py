@@ -188,7 +188,7 @@ def sheet_figure(
     """Samples of the three predictions with v-loss at one size, beside each other."""
     theme()
     rows = [sheets[f"{kind}-{size}"] for kind in KINDS]
-    figure = Figure(figsize=(0.64 * len(rows[0]) + 1.0, 0.64 * len(rows) + 0.6), layout="constrained")
+    figure = Figure(figsize=(0.55 * len(rows[0]) + 1.0, 0.55 * len(rows) + 0.6), layout="constrained")
     axes = figure.subplots(len(rows), len(rows[0]), squeeze=False)
     for line, images, kind in zip(axes, rows, KINDS, strict=True):
         for axis, image in zip(line, images, strict=True):
@@ -196,6 +196,6 @@ def sheet_figure(
             axis.set(xticks=[], yticks=[])
         line[0].set_ylabel(NAMES[kind], rotation=0, ha="right", va="center")
     for axis, name in zip(axes[0], classes, strict=False):
-        axis.set_title(name, fontsize=8)
+        axis.set_title(name, fontsize=7)
     figure.suptitle(f"{size} px, {3 * (size // SIDE) ** 2} values a token", fontsize=10)
     return figure
