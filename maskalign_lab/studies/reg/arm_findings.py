@@ -121,8 +121,7 @@ def steps(rows: Sequence[dict[str, Any]]) -> str:
 def images(rows: Sequence[dict[str, Any]]) -> str:
     """REG beside REPA, by the judge."""
     distance, accuracy = (
-        compared(rows, "REG", "REPA", claim, metric, digits=digits)
-        for metric, claim, digits in (("frechet", -1, 1), ("accuracy", 0, 2))
+        compared(rows, "REG", "REPA", -1, metric, digits=digits) for metric, digits in (("frechet", 1), ("accuracy", 2))
     )
     return f"**REG beside REPA.** By the judge, the distance differs by {distance}, the accuracy by {accuracy}."
 
@@ -130,7 +129,7 @@ def images(rows: Sequence[dict[str, Any]]) -> str:
 def images_with_the_oracle(rows: Sequence[dict[str, Any]]) -> str:
     """The same where the token knows the class."""
     distance = compared(rows, "REG, oracle", "REPA, oracle", -1, "frechet", digits=1)
-    accuracy = compared(rows, "REG, oracle", "REPA, oracle", 0, "accuracy", digits=2)
+    accuracy = compared(rows, "REG, oracle", "REPA, oracle", -1, "accuracy", digits=2)
     carried = percent(mean_of(rows, "REG, oracle", "carried"), digits=0)
     return (
         f"**The same with the oracle**, whose token carries {carried} of the class when it is sampled: the distance differs by {distance}, "

@@ -61,7 +61,7 @@ def judge_table(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
         mine = [row for row in rows if (row["arm"] in told) is with_oracle and "frechet" in row]
         if any(row["arm"] == base for row in mine):
             found |= {("distance", base): comparison(mine, "frechet", base, CLAIMS)}
-            found |= {("accuracy", base): comparison(mine, "accuracy", base, {})}
+            found |= {("accuracy", base): comparison(mine, "accuracy", base, CLAIMS)}
     return pd.concat(found, names=["of", "beside", ""]) if found else pd.DataFrame()
 
 
