@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BASE', 'ORACLE', 'WIDE', 'SIXTEEN', 'ALL', 'LARGE', 'DEEPER', 'TRIALS', 'METRICS', 'CHANCE', 'Trial', 'way',
-           'oracle_ways', 'search_rows', 'search_file', 'differences', 'met', 'search_table']
+           'oracle_ways', 'coarse_ways', 'search_rows', 'search_file', 'differences', 'met', 'search_table']
 
 # %% ../../nbs/lib/runs/scale_search.ipynb #9a481d0c
 from collections.abc import Callable, Mapping, Sequence
@@ -61,6 +61,11 @@ def oracle_ways(*weights: float) -> dict[str, str]:
     return {f"oracle, weight {weight:g}": way("oracle", weight) for weight in weights}
 
 
+def coarse_ways(*weights: float) -> dict[str, str]:
+    """The tiny teacher of 4 x 4 tokens, by weight."""
+    return {f"tiny-4x4, weight {weight:g}": way("tiny-4x4", weight) for weight in weights}
+
+
 DEEPER = {
     "oracle, weight 0.5, wider projector": way("oracle", 0.5, "method.projector_width=768"),
     "oracle, weight 0.5, at block 4": "data.teacher=oracle method.depth=4 method.weight=0.5",
@@ -71,12 +76,12 @@ TRIALS = (
     Trial("pixels, 16 px, 16 tokens", "data.size=16 training.batch_size=64", {}),
     Trial("latents of 64 px, narrow", LARGE, {"oracle, weight 0.5": "data.teacher=oracle"}),
     Trial("latents of 64 px, batch 16", f"{LARGE} {WIDE} training.batch_size=16 training.steps=1800", oracle_ways(1)),
-    Trial("16 tokens", SIXTEEN, oracle_ways(0.1, 0.5, 2, 5)),
+    Trial("16 tokens", SIXTEEN, oracle_ways(0.1, 0.5, 2, 5) | coarse_ways(2), seeds=2),
     Trial("16 tokens, larger steps", f"{SIXTEEN} training.lr=2e-3", oracle_ways(0.5, 2, 5), seeds=5),
     Trial(
         "16 tokens, larger steps, fewer",
         f"{SIXTEEN} training.lr=2e-3 training.steps=1000",
-        oracle_ways(2) | {"tiny-4x4, weight 2": way("tiny-4x4", 2)},
+        oracle_ways(2) | coarse_ways(0.5, 1, 2),
         seeds=5,
     ),
     Trial("64 tokens", ALL, oracle_ways(0.5, 2) | {f"tiny, weight {w:g}": way("tiny", w) for w in (0.5, 2)}),
