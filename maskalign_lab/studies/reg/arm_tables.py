@@ -21,19 +21,19 @@ from .token_measures import TIMES
 from ...workbench.plots import INK, PALETTE, theme
 
 # %% ../../../nbs/lib/studies/reg/arm_tables.ipynb #83fbe3f6
-KINDS = {
-    "noised": "noised",
-    "denoised": "denoised",
-    "told": "denoised, label given",
-}  # key of the rows -> how it is called
-ENDS = {"class in sampled tokens": "sampled, label given", "class in free tokens": "sampled, no label"}
+KINDS = (
+    "noised",
+    "denoised",
+    "told",
+)  # of tokens that are read at several times; told: denoised, and the label was given
+ENDS = {"class in sampled tokens": "sampled, label", "class in free tokens": "sampled, no label"}
 
 
 def stages(row: dict[str, Any]) -> dict[str, float]:
     """What is read from the tokens of one row, stage by stage."""
     found = {"real": row["class in real tokens"]}
-    for kind, name in KINDS.items():
-        found |= {f"{name}, t = {t:g}": value for t, value in zip(TIMES, row[f"class in {kind} tokens"], strict=True)}
+    for kind in KINDS:
+        found |= {f"{kind}, t = {t:g}": value for t, value in zip(TIMES, row[f"class in {kind} tokens"], strict=True)}
     return found | {name: row[key] for key, name in ENDS.items() if key in row}
 
 
@@ -89,20 +89,22 @@ def draw_stages(axis: Axes, table: pd.DataFrame) -> None:
     style = {"vmin": 0, "vmax": 1, "cmap": "mako", "annot": True, "fmt": ".2f", "annot_kws": {"fontsize": 7}}
     sns.heatmap(table, ax=axis, linewidths=1, cbar_kws={"label": "class beyond chance"}, **style)
     axis.set(xlabel="", ylabel="")
-    axis.tick_params(length=0, labelsize=8)
+    axis.set_xticklabels([name.replace(", ", "\n") for name in table], rotation=0, fontsize=7)
+    axis.tick_params(length=0)
 
 
 def draw_course(axis: Axes, lines: dict[str, pd.Series]) -> None:
     """`course` as lines; REG's is the dark one."""
-    colours = iter([*PALETTE, *PALETTE])
+    looks = [(colour, dash) for dash in ("-", "--", ":") for colour in PALETTE]
+    others = dict(zip((arm for arm in lines if arm != "REG"), looks))
     for arm, line in lines.items():
-        style = {"color": INK, "lw": 2.2} if arm == "REG" else {"color": next(colours), "lw": 1.2}
-        axis.plot(line.index, line, "o-", ms=3.5, label=arm, **style)
+        colour, dash = others.get(arm, (INK, "-"))
+        axis.plot(line.index, line, f"o{dash}", ms=3.5, label=arm, color=colour, lw=1.2 if arm in others else 2.4)
     axis.axhline(0, color=INK, lw=0.6)
     axis.set(xlabel="steps", ylabel="carried by sampled tokens", xscale="log")
     axis.set_xticks(ticks := sorted({step for line in lines.values() for step in line.index}), ticks, fontsize=7)
     axis.minorticks_off()
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
 
 # %% ../../../nbs/lib/studies/reg/arm_tables.ipynb #eaddbcb9
 def lost_figure(rows: Sequence[dict[str, Any]]) -> Figure | None:  # None: no arm has a class token
@@ -111,7 +113,7 @@ def lost_figure(rows: Sequence[dict[str, Any]]) -> Figure | None:  # None: no ar
     if table.empty:
         return None
     theme()
-    figure = Figure(figsize=(11.5, 2.4 + 0.26 * len(table)), layout="constrained")
+    figure = Figure(figsize=(13, 1.6 + 0.28 * len(table)), layout="constrained")
     if not lines:
         draw_stages(figure.subplots(), table)
         return figure

@@ -116,7 +116,7 @@ SAMPLER = replace(QUICK, precision="float32")  # the class may stand in the last
 def measure_reg(
     run: Run,
     images: int = 500,  # held out
-    samples: int = 500,  # that the judge sees, with a label, and without one; 0: none
+    samples: int = 500,  # that the judge sees; 0: none
     known: int = 2000,  # training images that the reader of tokens is fitted on
 ) -> dict[str, Any]:
     """Velocity loss, the judge's word on samples, and how much of the class the token carries, if there is one."""
