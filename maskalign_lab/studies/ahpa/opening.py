@@ -17,6 +17,7 @@ from ...base.errors import one_of
 from ...runs.experiments import Arm, run_arms, save_rows
 from ...runs.recipe import Recipe
 from ...runs.run import Run, ensure_run, load_run
+from ...runs.rung import BASELINE, rung_rows, samples_judged, table_seeds
 from maskalign_lab.studies.ahpa.arms import (
     BASELINES,
     ORACLE_SEEDS,
@@ -116,10 +117,9 @@ def table_rows(
     """The rows of the table of arms: what ships, or those of `count` seeds."""
     if not study.count:
         return known
-    samples = study.scale.samples if study.dataset == "shapes" else 0
-    measure = partial(measure_ahpa, images=study.scale.images, samples=samples)
-    arms, keep = study.scale.arms, study.kept("06_rows.json")
-    return run_arms(arms, range(study.count), study.recipe_of, "SiT", measure, known, keep, study.device)
+    scale, keep = study.scale, study.kept("06_rows.json")
+    measure = partial(measure_ahpa, images=scale.images, samples=samples_judged(study.dataset, scale.samples))
+    return rung_rows(scale.arms, study.count, study.recipe_of, measure, known, keep, study.device)
 
 # %% ../../../nbs/lib/studies/ahpa/opening.ipynb #5a1e8713
 def oracle_rows(
@@ -129,9 +129,9 @@ def oracle_rows(
     """The rows of the oracle's short runs: what ships, or those of a few seeds."""
     if not study.count:
         return known
-    seeds, arms = range(min(ORACLE_SEEDS, study.count)), [BASELINES[0], *study.scale.tried]
+    seeds, arms = table_seeds(min(ORACLE_SEEDS, study.count)), [BASELINES[0], *study.scale.tried]
     measure, short = partial(measure_ahpa, images=study.scale.images), partial(study.recipe_of, more=study.scale.oracle)
-    return run_arms(arms, seeds, short, "SiT", measure, known, study.kept("06_oracle_rows.json"), study.device)
+    return run_arms(arms, seeds, short, BASELINE, measure, known, study.kept("06_oracle_rows.json"), study.device)
 
 # %% ../../../nbs/lib/studies/ahpa/opening.ipynb #e113e361
 def trace_rows(

@@ -16,13 +16,14 @@ import torch
 from ...base.errors import one_of
 from ...data.oracle import oracle_of
 from ...diffusion.sampling import SamplerConfig
-from ...runs.experiments import Arm, load_rows, results_file, run_arms, shipped_rows
+from ...runs.experiments import Arm, load_rows, results_file, shipped_rows
 from ...runs.presets import make_recipe
 from ...runs.recipe import Recipe
 from ...runs.run import Run
+from ...runs.rung import rung_rows, samples_judged
 from ...runs.sources import teacher_names
 from ...runs.studied_runs import studied_runs
-from .arms import EARLY, SCALES, Scale, measure_reg
+from .arms import SCALES, Scale, measure_reg
 from .film import Film, make_film
 from .trace import Reader, Watched, make_reader, watch
 
@@ -103,11 +104,9 @@ def table_rows(study: Study) -> list[dict[str, Any]]:
     """The rows of the table of arms: those that ship, or those of `count` seeds, of which unknown ones are trained."""
     if not study.count:
         return shipped_rows(TABLE, study.preset, study.dataset, study.overrides)
-    scale, rows = study.scale, []
-    known, seeds = load_rows(results_file(TABLE, study.dataset)), range(study.count)
-    samples = scale.judged if study.dataset == "shapes" else 0  # which alone has a judge
+    scale, known = study.scale, load_rows(results_file(TABLE, study.dataset))
+    samples = samples_judged(study.dataset, scale.judged)
     measure = partial(measure_reg, images=scale.images, samples=samples, known=scale.known)
     keep = Path(study.out_dir) / "04_rows.json" if study.out_dir else None
-    for baseline, arms in scale.tables(study.dataset).items():
-        rows += run_arms(arms, seeds, study.recipe_of, baseline, measure, known, keep, study.device, EARLY)
-    return rows
+    arms = scale.told(study.dataset)
+    return rung_rows(arms, study.count, study.recipe_of, measure, known, keep, study.device)
