@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['POWER', 'BETTER', 'BUDGETS', 'WORDS', 'BAND', 'power_ratio', 'Paired', 'paired', 'claim_on', 'by_seed', 'beside',
            'told', 'comparison', 'against', 'over_metrics', 'beside_all', 'draw_difference', 'draw_budget',
-           'arms_figure']
+           'word_legend', 'arms_figure']
 
 # %% ../../nbs/lib/measure/verdicts.ipynb #10550b25
 from collections.abc import Mapping, Sequence
@@ -237,6 +237,17 @@ def draw_budget(
     axis.set_yticks(range(len(arms)), arms)
     axis.locator_params("x", nbins=5)
 
+# %% ../../nbs/lib/measure/verdicts.ipynb #b621fbc9
+def word_legend(
+    figure: Figure,
+    axis: "Axes",  # noqa: F821  one of its
+    columns: int,
+) -> None:
+    """What the colours of `draw_difference` say, below a figure."""
+    words = ("reproduced", "contradicted", "lower or higher", "undecided", "detectable")
+    marks = [axis.scatter([], [], color=colour, marker="D", s=25) for colour in dict.fromkeys(WORDS.values())]
+    figure.legend([*marks, Patch(**BAND)], words, loc="outside lower center", ncols=columns)
+
 # %% ../../nbs/lib/measure/verdicts.ipynb #b196b84e
 def arms_figure(
     rows: Sequence[dict[str, Any]],
@@ -255,7 +266,5 @@ def arms_figure(
     for axis, (budget, values) in zip(axes, shown.items(), strict=True):
         draw_budget(axis, values, arms, baseline, signs if budget == "steps" else {})
         axis.set(title=BUDGETS[budget] if len(shown) > 1 else "", xlabel=f"{label}, less {baseline}'s")
-    words = ("reproduced", "contradicted", "lower or higher", "undecided", "detectable")
-    marks = [axis.scatter([], [], color=colour, marker="D", s=25) for colour in dict.fromkeys(WORDS.values())]
-    figure.legend([*marks, Patch(**BAND)], words, loc="outside lower center", ncols=3 * len(shown))
+    word_legend(figure, axes[0], 3 * len(shown))
     return figure
