@@ -153,7 +153,7 @@ def by_luck(
     return f"Of {of} luck would decide about {0.05 * verdicts:.2g} if there were nothing to be seen."
 
 
-UNSAID = ("not trained", "not measured")  # where a verdict would stand
+UNSAID = ("not trained", "not measured", "not comparable")  # where a verdict would stand
 
 
 def count_verdicts(
