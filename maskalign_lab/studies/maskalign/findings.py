@@ -70,7 +70,9 @@ def repairs(rows: Rows) -> Finding:
     """The interaction of mask and mixer."""
     if (found := interaction(rows)) is None:
         raise NotTrained("the four headline arms")
-    return of_pairs("Does the mixer lower the loss more under a mask than without?", found, claim_on("velocity", -1))
+    return of_pairs(
+        "Does the mixer lower the loss more under a mask than without?", found, claim_on("velocity", -1), "05_arms"
+    )
 
 
 def as_in_the_paper(rows: Rows) -> Finding:
@@ -81,7 +83,7 @@ def as_in_the_paper(rows: Rows) -> Finding:
 # %% ../../../nbs/lib/studies/maskalign/findings.ipynb #03644d72
 def steadier(rows: Rows) -> Finding:
     """The stability gap beside REG's."""
-    return of_arms("Is its stability gap smaller than REG's?", rows, "MaskAlign", "REG", -1, "gap")
+    return of_arms("Is its stability gap smaller than REG's?", rows, "MaskAlign", "REG", -1, "gap", figure="05_gap")
 
 
 def less_partial(rows: Rows) -> Finding:
@@ -92,9 +94,8 @@ def less_partial(rows: Rows) -> Finding:
 
 def more_than_views(rows: Rows) -> Finding:
     """MaskAlign beside the same views with nothing dropped."""
-    return of_arms(
-        "Is its loss below that of the same views with nothing dropped?", rows, "MaskAlign", "mask the attention"
-    )
+    question = "Is its loss below that of the same views with nothing dropped?"
+    return of_arms(question, rows, "MaskAlign", "mask the attention", figure="05_arms")
 
 # %% ../../../nbs/lib/studies/maskalign/findings.ipynb #ea9170ac
 QUESTIONS = (
