@@ -19,7 +19,7 @@ def shipped(*methods: str) -> list:
 
 def of_05(preset: str) -> list:
     of = maskalign.SCALES[preset].recipe_of(preset, "shapes")
-    return [of(arm, 0) for group in ("pair", "repa") for arm in maskalign.GROUPS[group]]
+    return [of(arm, 0) for arm in maskalign.arms_of("pair repa") if arm.name != "SiT"]
 
 
 def of_06(preset: str) -> list:

@@ -124,7 +124,7 @@ STUDIES = [
     ),
     Study(
         "05_maskalign",
-        ("filmstrip", "arms", "preference", "influence"),
+        ("filmstrip", "arms", "preference", "influence", "courses", "paper", "gap"),
         ("0.50", "1.00"),
         other_tokens,
         (

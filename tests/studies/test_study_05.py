@@ -1,107 +1,56 @@
 """Study 05: what its smoke run leaves, the table that ships, its findings, and runs of other kinds."""
 
 import json
+import re
 from dataclasses import replace
 from functools import partial
 
+import nbformat
 import numpy as np
 import pytest
-from shared.displayed import displayed_markdown
+from shared.displayed import displayed_markdown, section_prose
 from shared.studies import check_figure, run_job, smoke_fixture
 
 from maskalign_lab.base import paths
-from maskalign_lab.measure.wording import NotTrained, difference, interval, verdict
+from maskalign_lab.measure.courses import METRICS, course_figure, shape_figure
+from maskalign_lab.measure.findings import check_words, findings_table, headline
+from maskalign_lab.measure.wording import NotTrained, difference
 from maskalign_lab.runs import studied_runs
-from maskalign_lab.runs.experiments import lengths, load_rows, results_file, run_arms, run_identity
+from maskalign_lab.runs.expectations import expect
+from maskalign_lab.runs.experiments import lengths, load_rows, results_file, run_identity
 from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.run import train
-from maskalign_lab.studies.maskalign import findings, opening, tables
+from maskalign_lab.runs.rung import BASELINE, EARLY, UNSEEN, rung_rows, table_seeds
+from maskalign_lab.studies.maskalign import findings, opening
+from maskalign_lab.studies.maskalign import verdict_tables as verdicts
 from maskalign_lab.studies.maskalign.arms import (
-    ABLATIONS,
     ARMS,
-    CONTROLS,
+    CLAIMS,
     HEADLINE,
     ON_REPA,
+    PAPER,
+    PLAIN,
     SCALES,
+    arms_of,
     measure_arm,
+    told_alike,
 )
 from maskalign_lab.studies.maskalign.measures import load_records
 from maskalign_lab.training.methods import METHODS
 
-SAID = {  # by finding: what it says of the rows that ship
-    "stability": ["REG's stability gap is .0011", "MaskAlign's +.0001 +/- .0002", "-.0010 +/- .0005 (*reproduced*)"],
-    "parts_alone": [
-        "mask alone changes the gap by -.0004 +/- .0003 (*lower*)",
-        "mixer alone by -.0007 +/- .0005 (*lower*)",
-    ],
-    "stability_on_repa": [".0026 without MaskAlign and .0005 with it: -.0022 +/- .0004 (*reproduced*)"],
-    "carried": [
-        "two blocks restores .42. Beside it one block is at -.16 +/- .16 (*lower*)",
-        "three are at +.01 +/- .19 (*undecided*, detectable .25)",
-        "(`mask the loss`) is at -.18 +/- .07 (*lower*)",
-    ],
-    "preference": [
-        "-.04 +/- .12 (*undecided*, detectable .16) when all",
-        "-.09 +/- .17 (*undecided*, detectable .23) under a mask",
-    ],
-    "dropping": ["+.0027 +/- .0011 (*reproduced*)"],
-    "dropping_more": [
-        "+.0073 +/- .0048 (*contradicted*) for a half",
-        "+.0217 +/- .0089 (*reproduced*) for three quarters",
-    ],
-    "repair": [
-        "+.0028 +/- .0031 (*undecided*, detectable .0042) beside REG",
-        "+.0001 +/- .0041 (*undecided*, detectable .0055) beside the mask alone",
-        "+.0022 +/- .0021 (*contradicted*) beside the mixer alone",
-        "interaction is -.0005 +/- .0028 (*undecided*, detectable .0038)",
-    ],
-    "depth_of_the_mixer": [
-        "one block is at -.0013 +/- .0063 (*undecided*, detectable .0083)",
-        "three are at -.0011 +/- .0031 (*undecided*, detectable .0040)",
-    ],
-    "on_repa": [
-        "MaskAlign on REPA is at +.0027 +/- .0022 (*contradicted*)",
-        "HASTE at +.0001 +/- .0046 (*undecided*, detectable .0061)",
-        "iREPA at +.0011 +/- .0020 (*undecided*, detectable .0026)",
-    ],
-    "controls": [
-        "aligned layer are at -.0017 +/- .0012 (*lower*)",
-        "-.0024 +/- .0021 (*lower*) beside two in front",
-        "-.0021 +/- .0020 (*lower*) beside MaskAlign",
-        "+.0157 +/- .0043 (*higher*) beside REG",
-    ],
-    "equal_operations": [
-        "without a mixer is at -.0098 +/- .0014 (*lower*)",
-        "a half at -.0122 +/- .0033 (*lower*)",
-        "three quarters at -.0181 +/- .0075 (*lower*)",
-        "MaskAlign itself at -.0025 +/- .0031 (*undecided*, detectable .0043)",
-    ],
-    "equal_operations_on_repa": ["MaskAlign is at -.0030 +/- .0010 (*lower*)"],
+NOTEBOOK = paths.notebooks() / "05_maskalign.ipynb"
+ASKED = {  # by question: arm, other, claim, metric, budget and digits of the difference that it states
+    "better_loss": ("MaskAlign", "REG", -1, "velocity", "steps", 4),
+    "nearer": ("MaskAlign", "REG", -1, "frechet", "steps", 2),
+    "recognised": ("MaskAlign", "REG", +1, "accuracy", "steps", 3),
+    "equal_operations": ("MaskAlign", "REG", 0, "velocity", "flops", 4),
+    "steadier": ("MaskAlign", "REG", -1, "gap", "steps", 4),
+    "less_partial": ("MaskAlign", "REG", -1, "peak full", "steps", 2),
+    "more_than_views": ("MaskAlign", "mask the attention", 0, "velocity", "steps", 4),
 }
-ASKED = {  # by finding: arm, other, claim, metric and budget of the differences that it states, in order
-    "stability": [("MaskAlign", "REG", -1, "gap", "steps")],
-    "parts_alone": [(arm, "REG", 0, "gap", "steps") for arm in ("mask, no mixer", "mixer, no mask")],
-    "stability_on_repa": [("REPA + MaskAlign", "REPA", -1, "gap", "steps")],
-    "dropping": [("mask, no mixer", "REG", +1, "velocity", "steps")],
-    "dropping_more": [("ratio 0.5", "REG", -1, "velocity", "steps"), ("ratio 0.75", "REG", +1, "velocity", "steps")],
-    "repair": [("MaskAlign", arm, -1, "velocity", "steps") for arm in ("REG", "mask, no mixer", "mixer, no mask")],
-    "depth_of_the_mixer": [(arm, "MaskAlign", 0, "velocity", "steps") for arm in ("mixer of 1", "mixer of 3")],
-    "on_repa": [(arm, "REPA", -1, "velocity", "steps") for arm in ("REPA + MaskAlign", "HASTE", "iREPA")],
-    "controls": [
-        ("two blocks behind", "REG", 0, "velocity", "steps"),
-        ("two blocks behind", "mixer, no mask", 0, "velocity", "steps"),
-        ("mask the loss", "MaskAlign", 0, "velocity", "steps"),
-        ("mask the input", "REG", 0, "velocity", "steps"),
-    ],
-    "augmentation": [
-        ("mask the attention", "REG", 0, "velocity", "steps"),
-        ("MaskAlign", "mask the attention", 0, "velocity", "steps"),
-        ("mask, no mixer", "attention, no mixer", 0, "velocity", "steps"),
-    ],
-    "equal_operations": [
-        (arm, "REG", 0, "velocity", "flops") for arm in ("mask, no mixer", "ratio 0.5", "ratio 0.75", "MaskAlign")
-    ],
-    "equal_operations_on_repa": [("REPA + MaskAlign", "REPA", 0, "velocity", "flops")],
+COUNTED = {  # by question: how many comparisons it holds if every arm has rows
+    "alignment_helps": 2 + 3,  # REG's loss cannot be compared with SiT's
+    "as_in_the_paper": 3 * (2 + 3 + 2),
 }
 
 
@@ -109,15 +58,18 @@ smoke = smoke_fixture("05")
 
 
 def test_figures_tell_budgets_gaps_and_preference(smoke):
-    for name in ("05_filmstrip", "05_arms", "05_preference", "05_influence"):
+    for name in ("05_filmstrip", "05_arms", "05_preference", "05_influence", "05_courses", "05_paper", "05_gap"):
         side = check_figure(smoke, "05_maskalign", name)
-        assert side["by_steps"] and side["gaps"] and side["preference"]
+        assert side["by_steps"] and side["by_flops"] and side["gaps"] and side["preference"]
+    assert {row["metric"] for row in side["by_steps"]} == set(METRICS)
+    assert not any((row["metric"], row["arm"]) == ("velocity", "SiT") for row in side["by_steps"])
 
 
 def test_the_table_of_the_job_is_paired_and_kept(smoke):
     rows = load_rows(smoke.path(".html").parent / "05_rows.json")
+    budgets = ("early", "steps", "flops")
     assert {(row["arm"], row["seed"], row["budget"]) for row in rows} == {
-        (arm, seed, budget) for arm in ("REG", "MaskAlign") for seed in (0, 1) for budget in ("steps", "flops")
+        (arm, seed, budget) for arm in ("SiT", "REG", "MaskAlign") for seed in table_seeds(2) for budget in budgets
     }
     assert all(row["reaches dropped"] == 0 for row in rows if row["arm"] == "REG")
 
@@ -128,26 +80,39 @@ def shipped():
 
 
 def test_the_table_that_ships_is_paired(shipped):
-    """Every arm has its first seeds, three or more, at both budgets, and so has its baseline: a gap would bias a difference."""
+    """Every arm has its first seeds, and so has each arm that it is compared with: a gap would bias a difference."""
     assert {row["arm"] for row in shipped} <= {arm.name for arm in ARMS}
     seeds = {}
     for row in shipped:
-        seeds.setdefault((row["arm"], row["budget"]), []).append(row["seed"])
-    assert all(sorted(of) == list(range(len(of))) and len(of) >= 3 for of in seeds.values())
+        if row["budget"] != "early":
+            seeds.setdefault((row["arm"], row["budget"]), []).append(row["seed"])
+    assert all(sorted(of) == list(table_seeds(len(of))) for of in seeds.values())
     assert all(seeds[arm, "steps"] == seeds[arm, "flops"] for arm, _ in seeds)
-    assert all(len(seeds[arm.name, "steps"]) == 5 for arm in HEADLINE)
+    assert {BASELINE, "REPA", *(arm.name for arm in HEADLINE)} <= {arm for arm, _ in seeds}
 
 
-@pytest.mark.parametrize(("group", "baseline"), [((*HEADLINE, *ABLATIONS, *CONTROLS), "REG"), (ON_REPA, "REPA")])
-def test_the_table_that_ships_is_what_todays_recipes_would_train(group, baseline, shipped):
+@pytest.mark.parametrize("arm", [arm.name for arm in ARMS])
+def test_an_arm_has_three_metrics_at_three_looks_or_more(arm, shipped):
+    rows = [row for row in shipped if row["arm"] == arm]
+    if not rows:
+        assert f"`{arm}`" in verdicts.not_trained(shipped)
+    for seed in {row["seed"] for row in rows}:
+        looks = [row for row in rows if row["seed"] == seed]
+        assert len({row["step"] for row in looks}) >= 3 and {"early", "steps", "flops"} == {r["budget"] for r in looks}
+        assert all(np.isfinite([row[metric] for metric in METRICS]).all() for row in looks)
+
+
+def test_the_table_that_ships_is_what_todays_recipes_would_train(shipped):
     """`-p seeds 5` finds the rows by the identity of their runs: nothing is trained again."""
-    plan = lengths({arm.name: arm.recipe(overrides=SCALES["laptop"].overrides) for arm in group}, baseline)
-    for arm in group:
+    of = SCALES["laptop"].recipe_of("laptop", "shapes")
+    arms = [arm for arm in ARMS if arm.name in {row["arm"] for row in shipped}]
+    recipes = {arm.name: of(arm, UNSEEN) for arm in arms}
+    plan = lengths(recipes, BASELINE, expect(recipes["REG"]).facts, EARLY)
+    for arm in arms:
         rows = [row for row in shipped if row["arm"] == arm.name]
-        recipes = {row["seed"]: arm.recipe(seed=row["seed"], overrides=SCALES["laptop"].overrides) for row in rows}
-        assert {row["identity"] for row in rows} == {
-            run_identity(recipe, plan[arm.name]) for recipe in recipes.values()
-        }
+        assert {row["relative_flops"] for row in rows} == {plan[arm.name].relative}
+        for row in rows:
+            assert row["identity"] == run_identity(of(arm, row["seed"]), plan[arm.name])
 
 
 def test_every_arm_trains_and_is_measured(own_folders):
@@ -157,11 +122,10 @@ def test_every_arm_trains_and_is_measured(own_folders):
         few = "data.n=32 training.batch_size=8 training.warmup=1 training.cooldown=0 training.steps=2"
         return arm.recipe("smoke", "shapes", seed, few)
 
-    for group, baseline in (((*HEADLINE, *ABLATIONS, *CONTROLS), "REG"), (ON_REPA, "REPA")):
-        rows = run_arms(group, (0,), recipe_of, baseline, partial(measure_arm, images=8), device="cpu")
-        assert {row["arm"] for row in rows} == {arm.name for arm in group}
-        assert all(np.isfinite(row["velocity"]) for row in rows)
-        assert all(("gap" in row) is (row["arm"] != "iREPA") for row in rows)
+    rows = rung_rows(ARMS, 1, recipe_of, partial(measure_arm, images=8, samples=0), device="cpu")
+    assert {row["arm"] for row in rows} == {arm.name for arm in ARMS}
+    assert all(np.isfinite(row["velocity"]) for row in rows)
+    assert all(("gap" in row) is (row["arm"] not in ("SiT", "iREPA")) for row in rows)
 
 
 @pytest.mark.parametrize("preset", SCALES)
@@ -178,109 +142,208 @@ TEACHER_BLOCKS = {"timm:vit_base_patch14_dinov2": 12}
 
 @pytest.mark.parametrize("preset", SCALES)
 def test_haste_and_irepa_are_their_authors_relative_to_size(preset):
-    """A share of the steps, a share of the teacher's blocks, student blocks that end at the aligned depth; the rest as it is."""
-    haste, irepa = (arm.recipe(preset, overrides=SCALES[preset].overrides) for arm in ON_REPA[2:])
-    theirs, blocks = make_recipe("haste", "paper"), TEACHER_BLOCKS | {"tiny": tiny_blocks()}
+    """A share of the steps, a share of the teacher's blocks, student blocks that end at the aligned depth; the rest as it is.
+
+    With preset `laptop` the table is trained on the rung, where all alignment weighs four times as much.
+    """
+    of, louder = SCALES[preset].recipe_of(preset, "shapes"), 4 if preset == "laptop" else 1
+    haste, irepa = (of(arm, 0) for arm in ON_REPA[1:])
+    theirs, blocks = make_recipe("haste", "paper"), TEACHER_BLOCKS | tiny_blocks()
     assert haste.method.stop * theirs.training.steps == theirs.method.stop * haste.training.steps
     teacher, student = haste.method.teacher_blocks, haste.method.student_blocks
     last, pairs = blocks[haste.data.teacher], round(blocks[haste.data.teacher] * 4 / 12)
     assert teacher == tuple(range(last - pairs + 1, last + 1))
     assert student == tuple(range(haste.method.depth - pairs + 1, haste.method.depth + 1))
-    assert (haste.method.weight, haste.method.attention_weight) == (
-        theirs.method.weight,
-        theirs.method.attention_weight,
-    )
-    assert replace(irepa.method, depth=8) == make_recipe("irepa", "paper").method
+    assert haste.method.weight == louder * theirs.method.weight
+    assert haste.method.attention_weight == louder * theirs.method.attention_weight
+    alone = make_recipe("irepa", "paper").method
+    assert replace(irepa.method, depth=8, weight=irepa.method.weight / louder) == alone
     assert irepa.method.depth == haste.method.depth
 
 
 @pytest.mark.parametrize(("depth", "student", "teacher"), [(1, (1,), (5,)), (2, (1, 2), (4, 5)), (6, (5, 6), (4, 5))])
 def test_hastes_blocks_follow_the_aligned_depth(depth, student, teacher):
-    told = ON_REPA[2].recipe("laptop", overrides=f"network.depth=6 method.depth={depth}").method
+    told = ON_REPA[1].recipe("laptop", overrides=f"network.depth=6 method.depth={depth}").method
     assert (told.student_blocks, told.teacher_blocks) == (student, teacher)
 
 
-def tiny_blocks() -> int:
-    """How many blocks the teacher that ships has."""
-    return json.loads((paths.data() / "teacher" / "shapes" / "card.json").read_text())["network"]["depth"]
+def tiny_blocks() -> dict[str, int]:
+    """How many blocks the teachers that ship have."""
+    names = {"tiny": "shapes", "tiny-4x4": "shapes-4x4"}
+    cards = {name: paths.data() / "teacher" / folder / "card.json" for name, folder in names.items()}
+    return {name: json.loads(card.read_text())["network"]["depth"] for name, card in cards.items()}
 
 
-@pytest.mark.parametrize("name", SAID)
-def test_what_a_finding_says_of_the_rows_that_ship(name, shipped):
-    text = getattr(findings, name)(shipped)
-    assert all(part in text for part in SAID[name]), text
+# ---- what the tables say, of made-up rows
 
 
 @pytest.fixture(scope="module")
 def made():
     """Rows of every arm with values of no meaning."""
-    draw = np.random.default_rng(0)
+    draw, metrics = np.random.default_rng(0), ("velocity", "frechet", "accuracy", "gap", "peak full")
+    looks = (("early", 300), ("early", 600), ("steps", 1000), ("flops", 900))
     return [
-        {"arm": arm.name, "seed": seed, "budget": budget, "relative_flops": 1.0}
-        | {metric: value for metric, value in zip(("velocity", "gap"), draw.normal(0.2, 0.05, 2), strict=True)}
+        {"arm": arm.name, "seed": seed, "identity": f"{arm.name} {seed}", "budget": budget, "step": step}
+        | {"relative_flops": 1.0, "seconds": 1.0}
+        | dict(zip(metrics, draw.normal(0.2, 0.05, len(metrics)).tolist(), strict=True))
         for arm in ARMS
         for seed in range(4)
-        for budget in ("steps", "flops")
+        for budget, step in looks
     ]
+
+
+def without(rows, *arms):
+    return [row for row in rows if row["arm"] not in arms]
 
 
 @pytest.mark.parametrize("name", ASKED)
 def test_a_finding_states_value_interval_and_verdict_of_its_arms(name, made):
-    text, place = getattr(findings, name)(made), 0
-    for arm, other, claim, metric, budget in ASKED[name]:
-        found = difference(made, arm, other, metric, budget)
-        expected = f"{interval(found)} ({verdict(found, claim)})"
-        assert expected in text[place:], (text, expected)
-        place = text.index(expected, place) + 1
+    arm, other, claim, metric, budget, digits = ASKED[name]
+    finding, found = getattr(findings, name)(made), difference(made, arm, other, metric, budget)
+    number, half = (float(each) for each in finding.effect.split(" +/- "))
+    assert (number, half) == pytest.approx((found.mean, found.half), abs=0.51 * 10**-digits)
+    assert float(finding.detectable) == pytest.approx(found.detectable, abs=0.51 * 10**-digits)
+    assert finding.verdict.split(" (")[0] == found.verdict(claim).split(" (")[0] and finding.verdicts == 1
 
 
-@pytest.mark.parametrize("name", ASKED)
-def test_a_finding_is_left_out_if_an_arm_is_missing(name, made):
-    for arm in {arm for asked in ASKED[name] for arm in asked[:2]}:
+@pytest.mark.parametrize("name", COUNTED)
+def test_a_count_holds_every_comparison_that_can_be_made(name, made):
+    finding = getattr(findings, name)(made)
+    assert re.match(rf"\d+ of {COUNTED[name]} comparisons", finding.effect) and finding.verdicts == COUNTED[name]
+    one = getattr(findings, name)([row for row in made if row["seed"] == 0])
+    assert one.verdicts == 0 and one.effect.startswith("0 of")
+
+
+@pytest.mark.parametrize("name", [*ASKED, *COUNTED, "repairs"])
+def test_a_finding_is_left_out_if_its_arms_are_missing(name, made):
+    arms = {"repairs": ["mixer, no mask"], "alignment_helps": ["SiT"], "as_in_the_paper": ["REG", "MaskAlign"]}
+    for arm in arms.get(name, ASKED.get(name, ())[:2]):
+        rows = without(made, *arms["as_in_the_paper"]) if name == "as_in_the_paper" else without(made, arm)
         with pytest.raises(NotTrained):
-            getattr(findings, name)([row for row in made if row["arm"] != arm])
+            getattr(findings, name)(without(rows, "mixer, no mask") if name == "as_in_the_paper" else rows)
 
 
-def test_all_findings_of_the_rows_that_ship(shipped):
-    """Each of them once, with runs' records and photographs."""
-    text = shipped_findings(shipped)
-    there = {row["arm"] for row in shipped}
-    missing = [name for name, asked in ASKED.items() if not {arm for each in asked for arm in each[:2]} <= there]
-    assert text.count("\n* ") + 1 == len(findings.ON_ROWS) + 2 - len(missing)
-    assert (f"no rows here: {len(missing)}." in text) == bool(missing)
-    assert "At step 7,000, of one seed, MaskAlign's gap is 14 % of REG's" in text
-    assert "(CIFAR-10) the gap is 21 % of REG's, a difference of -.0007 +/- .0002 (*reproduced*)" in text
-    assert "at +.0032 +/- .0010 (*contradicted*) after equal steps, at -.0007 +/- .0012 (*undecided*, " in text
-    assert "Of 33 verdicts luck would decide about 1.7" in text
-    assert text.count("undecided") == text.count("undecided*, detectable ")
+def test_the_interaction_is_a_difference_of_differences(made):
+    for metric in METRICS:
+        pairs = (("MaskAlign", "mask, no mixer"), ("mixer, no mask", "REG"))
+        one, other = (difference(made, *pair, metric) for pair in pairs)
+        expected = np.subtract(one.differences, other.differences)
+        assert verdicts.interaction(made, metric).differences == pytest.approx(tuple(expected))
+    assert findings.repairs(made).effect.startswith(f"{verdicts.interaction(made).mean:+.4f}".replace("0.", ".", 1))
+    assert verdicts.interaction(without(made, "REG")) is None
 
 
-def test_every_metric_of_the_two_networks_has_a_verdict_with_what_was_detectable(shipped):
-    """Gap and preference by the paper's claim, the alignment loss without one, and the interaction among the pairs."""
-    with_token, _ = tables.by_class_token(shipped)
-    claims = {"alignment": {}, "gap": tables.STEADIER, "peak full": tables.STEADIER}
-    table = tables.verdict_table(with_token, claims, ["MaskAlign"])
-    assert table["verdict"].tolist() == ["undecided (5 seeds)", "reproduced", "undecided (5 seeds)"]
-    repair = tables.repair_table(with_token)
-    assert repair["arm"].tolist()[-1] == "interaction" and (repair["detectable"] > repair["+/-"]).all()
-    assert repair["difference"].tolist()[-1] == tables.interaction(with_token).mean
+def test_losses_of_networks_that_are_told_different_things_are_not_compared(made):
+    table = verdicts.metrics_table(made, verdicts.beside_reg(made))
+    loss = table[METRICS["velocity"], "verdict"].droplevel("beside")
+    assert {arm for arm, word in loss.items() if word == "not comparable"} == {
+        "SiT",
+        "REPA",
+        *(a.name for a in ON_REPA),
+    }
+    assert not (table[METRICS["frechet"], "verdict"] == "not comparable").any() and "REG, oracle" not in loss
+    numbers = verdicts.over_all(made, verdicts.beside_reg(made))
+    compared = numbers[numbers["metric"] == "velocity"]["arm"]
+    assert set(compared) == set(loss.index[loss != "not comparable"]) and all(
+        told_alike(arm, "REG") for arm in compared
+    )
 
 
-def shipped_findings(rows):
+def test_claims_are_of_equal_steps_and_of_the_papers_arms(made):
+    assert {pair[2] for pair in verdicts.beside_reg(made, claimed=False)} == {0}
+    claims = {arm: claim for arm, _, claim in verdicts.beside_reg(made)}
+    assert claims["SiT"] == claims["REPA"] == +1 and claims["HASTE"] == claims["mask the loss"] == 0
+    assert {arm.name for arm in HEADLINE[1:]} <= claims.keys() and claims["MaskAlign"] == CLAIMS["MaskAlign"] == -1
+    assert verdicts.beside_theirs(made) == [
+        *((arm.name, "REPA", -1) for arm in ON_REPA),
+        ("MaskAlign, oracle", "REG, oracle", -1),
+    ]
+    assert all(claim == -1 and other == "SiT" for _, other, claim in verdicts.beside_sit(made))
+
+
+def test_the_repair_is_asked_of_every_metric_at_both_budgets(made):
+    table = verdicts.repair_table(made)
+    assert table.index.get_level_values("equal").tolist() == ["steps"] * 4 + ["operations"] * 3
+    for metric, name in METRICS.items():
+        found = verdicts.interaction(made, metric)
+        line = table.loc[("steps", "interaction", ""), name]
+        assert float(line["difference"].split()[0]) == pytest.approx(
+            found.mean, abs=0.51 * 10 ** -verdicts.DIGITS[metric]
+        )
+        assert set(table.loc["operations"][name, "verdict"]) <= {"lower", "higher", "undecided"}
+    gone = verdicts.repair_table(without(made, "two blocks behind", "REG"))
+    assert (gone.xs("two blocks behind", level="arm")[METRICS["velocity"], "verdict"] == "not trained").all()
+    assert "interaction" not in gone.index.get_level_values("arm")
+
+
+def test_missing_arms_are_named_with_what_trains_them(made):
+    assert verdicts.not_trained(made) == "Every arm has rows here."
+    text = verdicts.not_trained(without(made, "HASTE", "ratio 0.5"))
+    assert text == 'No rows here of `ratio 0.5`, `HASTE`; `-p seeds 3 -p arms "ablations repa"` trains them.'
+
+
+def test_figures_stand_beside_the_paper_and_over_the_looks(made):
+    assert [table.name for table in PAPER] == ["table 3", "table 5", "table 6"]
+    assert len(shape_figure(made, PAPER).axes) == 3 * (1 + len(METRICS))
+    assert len(shape_figure(without(made, "mixer of 1", "mixer of 3"), PAPER).axes) == 2 * (1 + len(METRICS))
+    panels = course_figure(made, ["SiT", "MaskAlign"], "REG", apart={"velocity": ["SiT"]}).axes
+    assert [len(panel.containers) for panel in panels] == [1, 2, 2]
+    one = [row for row in made if row["seed"] == 0]
+    assert shape_figure(one, PAPER) is None and course_figure(one, ["MaskAlign"], "REG") is None
+
+
+def test_photographs_have_a_table_or_the_commands_that_train_it(made):
+    text = verdicts.photographs_text([])
+    assert "maskalign-lab teach folder:IMAGES --patch-size 8" in text and "-p arms headline" in text
+    assert verdicts.photographs_table([]).empty
+    headline_arms = ("SiT", "REPA", "REG", "MaskAlign")
+    unjudged = ("frechet", "accuracy")
+    rows = [{k: v for k, v in row.items() if k not in unjudged} for row in made if row["arm"] in headline_arms]
+    table = verdicts.photographs_table(rows)
+    assert table[["metric", "arm", "equal"]].values.tolist() == [
+        *([["velocity", arm, equal] for equal in ("steps", "operations") for arm in ("REPA", "MaskAlign")]),
+        ["gap", "MaskAlign", "steps"],
+    ]
+    assert (table["seeds"] == 4).all() and verdicts.photographs_text(rows) == "16 trainings of up to 1,000 steps."
+
+
+def test_rows_of_photographs_are_the_headlines_if_there_are_any():
+    rows = load_rows(results_file("05_maskalign", "folder:cifar10/train"))
+    assert {row["arm"] for row in rows} <= {arm.name for arm in arms_of("headline")}
+    assert verdicts.photographs_table(rows).empty is not bool(rows)
+
+
+# ---- what is said of the rows that ship
+
+
+def test_the_findings_are_a_table_of_ten_rows_and_250_words(shipped):
+    shown = findings_table(findings.all_findings(shipped)).data
+    assert 100 < check_words(f"{section_prose(NOTEBOOK, 'Findings')} {shown}")
+    missing = re.search(r"no rows here: (\d+)", shown)
+    assert shown.count("\n|") - 1 + int(missing[1] if missing else 0) == len(findings.QUESTIONS) == 10
+    assert "| Is MaskAlign's velocity loss below REG's? |" in shown
+
+
+def test_the_first_screen_says_its_verdict_in_one_line_as_the_rows_do(shipped):
+    first = nbformat.read(NOTEBOOK, as_version=4).cells[0].source
+    assert f"**Verdict.** {headline(findings.better_loss(shipped))}\n" in first
+
+
+def test_the_gap_of_the_pair_that_ships_is_told_from_its_records():
     records = {name: load_records(paths.data() / "runs" / name) for name in ("reg-shapes", "maskalign-shapes")}
-    return findings.all_findings(rows, load_rows(results_file("05_maskalign", "folder:cifar10/train")), records)
+    assert "At step 7,000, of one seed, MaskAlign's gap is 14 % of REG's" in findings.gap_note(records)
+    assert "takes the records of two runs" in findings.gap_note({})
 
 
 def test_the_notebook_displays_the_findings_of_the_rows_that_ship(shipped):
-    assert shipped_findings(shipped) in displayed_markdown(paths.notebooks() / "05_maskalign.ipynb")
+    assert findings_table(findings.all_findings(shipped)).data in displayed_markdown(NOTEBOOK)
 
 
 def test_a_job_displays_the_findings_of_its_own_rows(smoke):
-    rows = load_rows(smoke.path(".html").parent / "05_rows.json")
-    photographs = load_rows(results_file("05_maskalign", "folder:cifar10/train"))
-    expected = findings.all_findings(rows, photographs, {})
-    assert expected in displayed_markdown(smoke.path(".ipynb"))
-    assert f"no rows here: {len(findings.ON_ROWS) + 1 - 2}." in expected  # REG and MaskAlign: stability, preference
+    rows, shown = load_rows(smoke.path(".html").parent / "05_rows.json"), displayed_markdown(smoke.path(".ipynb"))
+    expected = findings_table(findings.all_findings(rows)).data
+    assert expected in shown and verdicts.not_trained(rows) in shown
+    assert expected.endswith("no rows here: 3.")  # the mixer's, the paper's tables', and the augmentation's
 
 
 @pytest.mark.parametrize(
@@ -311,15 +374,15 @@ def test_what_a_study_was_asked_for_reaches_its_table(monkeypatch, tmp_path):
     monkeypatch.setattr(opening, "studied_runs", lambda *asked: [])
     monkeypatch.setattr(opening, "make_film", lambda studied, scale: None)
     trained = []
-    monkeypatch.setattr(opening, "run_arms", lambda *asked: trained.append(asked) or [len(trained)])
+    monkeypatch.setattr(opening, "rung_rows", lambda *asked: trained.append(asked) or [1])
     given = dict(
         preset="gpu", seeds=2, arms="pair repa", overrides="training.steps=9", out_dir=str(tmp_path), device="cpu"
     )
     study = opening.open_study(**given)
-    assert opening.table_rows(study) == [1, 2]
-    arms, seeds, recipe_of, baseline, _, _, keep, device = trained[1]
-    assert (list(seeds), baseline, keep, device) == ([0, 1], "REPA", tmp_path / "05_rows.json", "cpu")
-    assert arms == ON_REPA and recipe_of(arms[0], 3).training.steps == 9
+    assert opening.table_rows(study) == [1]
+    arms, count, recipe_of, _, _, keep, device = trained[0]
+    assert (count, keep, device) == (2, tmp_path / "05_rows.json", "cpu")
+    assert arms == (*PLAIN, HEADLINE[0], HEADLINE[3], *ON_REPA) and recipe_of(arms[0], 3).training.steps == 9
     assert opening.open_study(preset="gpu").count == SCALES["gpu"].seeds and opening.open_study().count == 0
 
 
