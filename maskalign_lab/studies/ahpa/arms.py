@@ -89,7 +89,7 @@ class Scale:
     apart: int | None = None  # how many of the levels are tried alone and by the oracle; None: all
     traced: tuple[Arm, ...] = TRACED
     seeds: int = 5  # of the tables; 0: what ships
-    images: int = 500  # held-out ones
+    images: int = 250  # held-out ones
     samples: int = 500  # that the judge sees, of shapes
     times: int = 11  # of the slider, where its film is made
     level_images: int = 1024  # behind what the levels hold
@@ -145,7 +145,7 @@ def budget(
 # %% ../../../nbs/lib/studies/ahpa/arms.ipynb #6f5b10be
 def measure_ahpa(
     run: Run,
-    images: int = 500,  # held out
+    images: int = 250,  # held out
     samples: int = 0,  # that the judge sees; 0: none
 ) -> dict[str, Any]:
     """Velocity loss, mean and per tenth of t; what a judge says of samples; losses and weights of levels, if there are any."""

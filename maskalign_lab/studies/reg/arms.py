@@ -79,7 +79,7 @@ class Scale:
     overrides: str = ""  # of every arm's recipe
     seeds: int = 0  # of the table of arms; 0: what ships
     arms: tuple[Arm, ...] = ARMS
-    images: int = 500  # held-out ones, that an arm's losses and readings are taken over
+    images: int = 250  # held-out ones, that an arm's losses and readings are taken over
     judged: int = 500  # samples that the judge sees, of shapes
 
     def recipe_of(self, preset: str, dataset: str, overrides: str = "") -> Callable[[Arm, int], Recipe]:
@@ -108,14 +108,14 @@ SAMPLER = replace(QUICK, precision="float32")  # the class may stand in the last
 
 def measure_reg(
     run: Run,
-    images: int = 500,  # held out
+    images: int = 250,  # held out
     samples: int = 500,  # that the judge sees; 0: none
     known: int = 2000,  # training images that the reader of tokens is fitted on
 ) -> dict[str, Any]:
     """Velocity loss, the judge's word on samples, and how much of the class the token carries, if there is one."""
     ends = []
-    found = quality(run, images, samples, SAMPLER, ends)
     if not run.net.class_dim:
-        return found
+        return quality(run, images, samples)
+    found = quality(run, images, samples, SAMPLER, ends)
     asked = balanced_labels(samples, run.net.num_classes) if samples else ()
     return found | measure_token(run, run.images("validation", images), asked, ends, SAMPLER, known)
