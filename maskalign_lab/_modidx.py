@@ -1896,6 +1896,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                   'maskalign_lab/studies/ahpa/arms.py'),
                                                  'maskalign_lab.studies.ahpa.arms.budget': ( 'lib/studies/ahpa/arms.html#budget',
                                                                                              'maskalign_lab/studies/ahpa/arms.py'),
+                                                 'maskalign_lab.studies.ahpa.arms.larger_recipe': ( 'lib/studies/ahpa/arms.html#larger_recipe',
+                                                                                                    'maskalign_lab/studies/ahpa/arms.py'),
                                                  'maskalign_lab.studies.ahpa.arms.measure_ahpa': ( 'lib/studies/ahpa/arms.html#measure_ahpa',
                                                                                                    'maskalign_lab/studies/ahpa/arms.py'),
                                                  'maskalign_lab.studies.ahpa.arms.oracle_arm': ( 'lib/studies/ahpa/arms.html#oracle_arm',
