@@ -1800,6 +1800,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'maskalign_lab/runs/scale_search.py'),
                                                  'maskalign_lab.runs.scale_search.Trial.arms': ( 'lib/runs/scale_search.html#trial.arms',
                                                                                                  'maskalign_lab/runs/scale_search.py'),
+                                                 'maskalign_lab.runs.scale_search.answer': ( 'lib/runs/scale_search.html#answer',
+                                                                                             'maskalign_lab/runs/scale_search.py'),
                                                  'maskalign_lab.runs.scale_search.coarse_ways': ( 'lib/runs/scale_search.html#coarse_ways',
                                                                                                   'maskalign_lab/runs/scale_search.py'),
                                                  'maskalign_lab.runs.scale_search.differences': ( 'lib/runs/scale_search.html#differences',
