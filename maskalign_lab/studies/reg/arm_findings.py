@@ -81,7 +81,7 @@ def by_judge(rows: Rows, arm: str = "REG") -> Finding:
     return joined(QUESTIONS[arm], parts, words(parts), "04_course")
 
 # %% ../../../nbs/lib/studies/reg/arm_findings.ipynb #df62e4ac
-STAGES = {"told": "told the label", "denoised": "denoised", "sampled": "sampled"}
+STAGES = {"told": "told the label", "denoised": "denoised", "sampled": "sampled", "free": "without it"}
 
 
 def read_at(rows: Rows, stage: str, arm: str = "REG") -> dict[int, float]:  # seed -> class beyond chance
