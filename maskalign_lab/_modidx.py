@@ -2850,6 +2850,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                             'maskalign_lab/studies/reg/arm_tables.py'),
                                                       'maskalign_lab.studies.reg.arm_tables.stages': ( 'lib/studies/reg/arm_tables.html#stages',
                                                                                                        'maskalign_lab/studies/reg/arm_tables.py'),
+                                                      'maskalign_lab.studies.reg.arm_tables.under': ( 'lib/studies/reg/arm_tables.html#under',
+                                                                                                      'maskalign_lab/studies/reg/arm_tables.py'),
                                                       'maskalign_lab.studies.reg.arm_tables.velocity_table': ( 'lib/studies/reg/arm_tables.html#velocity_table',
                                                                                                                'maskalign_lab/studies/reg/arm_tables.py')},
             'maskalign_lab.studies.reg.arms': { 'maskalign_lab.studies.reg.arms.Scale': ( 'lib/studies/reg/arms.html#scale',

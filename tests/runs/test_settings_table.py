@@ -25,7 +25,7 @@ def of_04(preset: str) -> list:
 
 def of_05(preset: str) -> list:
     of = maskalign.SCALES[preset].recipe_of(preset, "shapes")
-    return [of(arm, 0) for group in ("pair", "repa") for arm in maskalign.GROUPS[group]]
+    return [of(arm, 0) for arm in (*maskalign.PLAIN, *maskalign.GROUPS["pair"], *maskalign.GROUPS["repa"])]
 
 
 def of_06(preset: str) -> list:

@@ -237,6 +237,7 @@ def made(values: dict[str, float], seeds: int = 4) -> list[dict]:
         for seed in range(seeds):
             row = COMMON | {"arm": arm, "seed": seed, "identity": f"{arm}{seed}"}
             row |= {"frechet": 9 - carried + seed / 10, "accuracy": 0.2 + carried / 2 + seed / 100}
+            row["velocity"] += seed / 1000
             if not arm.startswith(("REPA", "SiT")):
                 mine = carried + 0.01 * draw.standard_normal()
                 row |= READ | {"carried": mine, "class in sampled tokens": 0.4 * mine}
@@ -252,7 +253,7 @@ FLAT = {arm.name: 0.1 for arm in ARMS}
 def test_a_cause_is_seen_where_an_arm_differs_as_expected(name):
     arm, sign = next(iter(CAUSES[name].items()))
     found = arm_findings.cause(made(FLAT | {arm: 0.1 + 0.3 * sign}), name)
-    one_of = f" in 1 of {found.verdicts} arms" if found.verdicts > 1 else ""
+    one_of = f": 1 of {found.verdicts}" if found.verdicts > 1 else ""
     assert found.verdict == f"seen{one_of} (4 seeds)" and found.verdicts == len(CAUSES[name])
     against = arm_findings.cause(made(FLAT | {arm: 0.1 - 0.3 * sign}), name)
     assert against.verdict == "not seen (4 seeds)"  # a difference the other way is no cause
@@ -269,10 +270,10 @@ def test_one_seed_sees_nothing():
 @pytest.mark.parametrize(
     ("told", "denoised", "sampled", "free", "stage"),
     [
-        (0.1, 0.1, 0.1, 0.1, "told the label"),
+        (0.1, 0.1, 0.1, 0.1, "told"),
         (0.4, 0.1, 0.1, 0.1, "denoised"),
         (0.4, 0.4, 0.1, 0.1, "sampled"),
-        (0.4, 0.4, 0.4, 0.1, "without it"),
+        (0.4, 0.4, 0.4, 0.1, "unlabelled"),
         (0.4, 0.4, 0.4, 0.4, "none"),
         (0.2, 0.4, 0.4, 0.4, "undecided"),  # just half
     ],
@@ -285,7 +286,7 @@ def test_the_class_is_lost_at_the_first_stage_that_has_less_than_half(told, deno
         row["class in sampled tokens"], row["class in free tokens"] = sampled + noise, free + noise
     found = arm_findings.lost(rows)
     assert found.verdict == f"{stage} (4 seeds)" and found.verdicts == 4
-    assert found.effect.endswith("real .40") and found.effect.startswith("told the label ")
+    assert found.effect.endswith("real .40") and found.effect.startswith("told .")
 
 
 def test_the_findings_say_what_their_rows_say():

@@ -81,7 +81,7 @@ def by_judge(rows: Rows, arm: str = "REG") -> Finding:
     return joined(QUESTIONS[arm], parts, words(parts), "04_course")
 
 # %% ../../../nbs/lib/studies/reg/arm_findings.ipynb #df62e4ac
-STAGES = {"told": "told the label", "denoised": "denoised", "sampled": "sampled", "free": "without it"}
+STAGES = {"told": "told", "denoised": "denoised", "sampled": "sampled", "free": "unlabelled"}
 
 
 def read_at(rows: Rows, stage: str, arm: str = "REG") -> dict[int, float]:  # seed -> class beyond chance
@@ -110,7 +110,7 @@ def lost(rows: Rows) -> Finding:
     """The first stage at which REG's token has less than half of the class."""
     parts = [Part(name, less_half(rows, stage), -1) for stage, name in STAGES.items()]
     means = {name: np.mean(list(read_at(rows, stage).values())) for stage, name in (STAGES | {"real": "real"}).items()}
-    question = "Where has REG's token lost half of the class?"
+    question = "Where has REG's token lost half the class?"
     found = joined(question, parts, first_below(parts), "04_arms")
     return replace(found, effect=", ".join(f"{name} {plain(mean, 2)}" for name, mean in means.items()))
 
@@ -123,7 +123,7 @@ def cause(rows: Rows, name: str) -> Finding:
     if not parts:
         raise NotTrained(name)
     seen = sum(part.found.verdict(part.claim) == "reproduced" for part in parts)
-    verdict = ("seen" if seen else "not seen") + f" in {seen} of {len(parts)} arms" * (0 < seen < len(parts))
+    verdict = ("seen" if seen else "not seen") + f": {seen} of {len(parts)}" * (0 < seen < len(parts))
     return joined(f"Is it the {name}?", parts, verdict, "04_arms")
 
 # %% ../../../nbs/lib/studies/reg/arm_findings.ipynb #ae96f820

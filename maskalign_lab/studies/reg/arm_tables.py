@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'ENDS', 'JUDGE', 'SHOWN_THE_SAME', 'REACHED', 'DRAWN', 'PAPERS_FID', 'stages', 'stage_table', 'carried_table',
-           'at_budgets', 'judge_table', 'velocity_table', 'reached_table', 'mean_by_arm', 'carried_course',
+           'at_budgets', 'judge_table', 'velocity_table', 'reached_table', 'mean_by_arm', 'carried_course', 'under',
            'draw_stages', 'draw_carried', 'lost_figure', 'arms_course', 'papers_shape']
 
 # %% ../../../nbs/lib/studies/reg/arm_tables.ipynb #bc36aae2
@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from ...measure.courses import METRICS, course_figure, shape_figure
 from ...measure.verdicts import BUDGETS, against, by_seed, over_metrics
 from .arms import ARMS, CAUSES, JUDGED, VARIED
-from .token_measures import TIMES
+from .token_measures import MIDDLE, TIMES
 from ...workbench.plots import INK, PALETTE, theme
 
 # %% ../../../nbs/lib/studies/reg/arm_tables.ipynb #83fbe3f6
@@ -98,12 +98,19 @@ def carried_course(rows: Sequence[dict[str, Any]], metric: str = "carried") -> d
     return {arm: part.groupby("step")[metric].mean() for arm, part in table.groupby("arm", sort=False)}
 
 
+def under(stage: str) -> str:
+    """The label under a column; a kind of tokens that is read at several times is named once."""
+    kind, _, more = stage.partition(", ")
+    return f"{more}\n{kind * (more == f't = {TIMES[MIDDLE]:g}')}" if kind in KINDS else f"{kind}\n{more}"
+
+
 def draw_stages(axis: Axes, table: pd.DataFrame) -> None:
     """`stage_table` as a map."""
     style = {"vmin": 0, "vmax": 1, "cmap": "mako", "annot": True, "fmt": ".2f", "annot_kws": {"fontsize": 7}}
     sns.heatmap(table, ax=axis, linewidths=1, cbar_kws={"label": "class beyond chance"}, **style)
     axis.set(xlabel="", ylabel="")
-    axis.set_xticklabels([name.replace(", ", "\n") for name in table], rotation=0, fontsize=7)
+    axis.set_xticklabels(map(under, table), rotation=0, fontsize=7)
+    axis.set_yticklabels(table.index, rotation=0)
     axis.tick_params(length=0)
 
 
@@ -126,7 +133,7 @@ def lost_figure(rows: Sequence[dict[str, Any]]) -> Figure | None:  # None: no ar
     if table.empty:
         return None
     theme()
-    figure = Figure(figsize=(13, 1.8 + 0.28 * len(table)), layout="constrained")
+    figure = Figure(figsize=(13, max(3.2, 1.8 + 0.28 * len(table))), layout="constrained")
     if not lines:
         draw_stages(figure.subplots(), table)
         return figure
