@@ -9,12 +9,18 @@ from maskalign_lab.runs.recipe import from_json
 from maskalign_lab.runs.settings_table import ASKED, HEADER, WHY, rows_of, settings_table
 from maskalign_lab.studies.ahpa import arms as ahpa
 from maskalign_lab.studies.maskalign import arms as maskalign
+from maskalign_lab.studies.reg import arms as reg
 
 MOST = 17  # lines, of methods whose settings differ as much as those of study 06
 
 
 def shipped(*methods: str) -> list:
     return [from_json((paths.data() / "runs" / f"{name}-shapes" / "recipe.json").read_text()) for name in methods]
+
+
+def of_04(preset: str) -> list:
+    of = reg.SCALES[preset].recipe_of(preset, "shapes")
+    return [of(arm, 0) for arm in reg.SCALES[preset].arms]
 
 
 def of_05(preset: str) -> list:
@@ -29,7 +35,9 @@ def of_06(preset: str) -> list:
 
 STUDIES = {"01": shipped("repa", "sit", "reg", "maskalign"), "04": shipped("reg")}
 STUDIES |= {
-    f"{name} {preset}": of(preset) for name, of in (("05", of_05), ("06", of_06)) for preset in maskalign.SCALES
+    f"{name} {preset}": of(preset)
+    for name, of in (("04", of_04), ("05", of_05), ("06", of_06))
+    for preset in maskalign.SCALES
 }
 
 

@@ -113,7 +113,7 @@ STUDIES = [
         tuple(
             "class_over_t attention exchange_grid exchange_class exchange_pixels likeness directions following".split()
         )
-        + ("description_over_t", "transfer", "filmstrip", "arms"),
+        + ("description_over_t", "transfer", "filmstrip", "arms", "course", "shape"),
         ("0.50", "0.75"),
         other_classes,
         (

@@ -8,20 +8,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shared.displayed import displayed_markdown
+from shared.clone import ROOT
+from shared.displayed import displayed_markdown, section_prose
 from shared.studies import check_figure, smoke_fixture
 from torch import nn
 
-from maskalign_lab.base import devices
+from maskalign_lab.base import devices, paths
 from maskalign_lab.diffusion.guidance import Field, pack
 from maskalign_lab.diffusion.objectives import Objective
 from maskalign_lab.diffusion.sampling import SamplerConfig, sample
 from maskalign_lab.diffusion.sit import Output, SiT
-from maskalign_lab.runs.experiments import load_rows
+from maskalign_lab.measure.findings import check_words, findings_table, headline
+from maskalign_lab.runs.experiments import COMMON, lengths, load_rows, results_file, run_identity
 from maskalign_lab.runs.run import load_run
-from maskalign_lab.studies.reg.arm_findings import arm_findings
+from maskalign_lab.runs.rung import BASELINE, EARLY, table_seeds
+from maskalign_lab.studies.reg.arm_findings import all_findings, by_judge
+from maskalign_lab.studies.reg.arms import BASELINES, SCALES, VARIED
 from maskalign_lab.studies.reg.exchange import changed_share, exchange_all, partners, slope
-from maskalign_lab.studies.reg.findings import at, class_effect, findings_text, measured, read_off
+from maskalign_lab.studies.reg.findings import at, class_effect, class_effects, effect_in_words, measured, read_off
 from maskalign_lab.studies.reg.opening import open_study
 from maskalign_lab.studies.reg.trace import Trace, class_attention, look, make_reader, settled, trace
 
@@ -38,6 +42,8 @@ FIGURES = (
     "transfer",
     "filmstrip",
     "arms",
+    "course",
+    "shape",
 )
 
 
@@ -60,10 +66,77 @@ def test_findings_of_a_figure_are_one_a_measure_and_way(smoke, name):
 def test_the_table_of_the_job_is_paired_kept_and_told(smoke):
     rows = load_rows(smoke.path(".html").parent / "04_rows.json")
     assert {(row["arm"], row["seed"], row["budget"]) for row in rows} == {
-        (arm, seed, budget) for arm in ("REPA", "REG") for seed in (0, 1) for budget in ("early", "steps", "flops")
+        (arm.name, seed, budget)
+        for arm in BASELINES
+        for seed in table_seeds(2)
+        for budget in ("early", "steps", "flops")
     }
     assert all(("carried" in row) is (row["arm"] == "REG") for row in rows)
-    assert arm_findings(rows) in displayed_markdown(smoke.path(".ipynb"))
+    shown, measures = displayed_markdown(smoke.path(".ipynb")), measures_of(smoke.path(".html").parent)
+    assert findings_table(all_findings(rows, measures)).data in shown and effect_in_words(measures) in shown
+
+
+def measures_of(folder) -> pd.DataFrame:
+    """What a job has measured of the network that it looks at."""
+    return pd.DataFrame(json.loads((folder / "04_filmstrip.json").read_text())["findings"])
+
+
+# ---- the table that ships
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return load_rows(results_file("04_reg", "shapes"))
+
+
+def test_the_table_that_ships_is_paired(shipped):
+    """Every arm has the first of the seeds that the search has not seen, those of the claim three or more, with every metric."""
+    seeds = {}
+    for row in shipped:
+        seeds.setdefault(row["arm"], set()).add(row["seed"])
+        assert {"velocity", "frechet", "accuracy"} <= row.keys()
+        assert ("carried" in row) is row["arm"].startswith(("REG", *(arm.name for arm in VARIED)))
+    assert all(of == set(table_seeds(len(of))) for of in seeds.values())
+    assert all(len(seeds[arm.name]) >= 3 for arm in BASELINES)
+
+
+def test_the_table_that_ships_is_what_todays_recipes_would_train(shipped):
+    """`-p seeds 5` finds the rows by the identity of their runs: nothing is trained again; at both budgets and two looks on the way."""
+    scale = SCALES["laptop"]
+    recipe_of, arms = scale.recipe_of("laptop", "shapes"), {arm.name: arm for arm in scale.told("shapes")}
+    recipes = {name: recipe_of(arm, table_seeds(1)[0]) for name, arm in arms.items()}
+    plan = lengths(recipes, BASELINE, COMMON, EARLY)
+    found = {}
+    for row in shipped:
+        assert row["identity"] == run_identity(recipe_of(arms[row["arm"]], row["seed"]), plan[row["arm"]])
+        assert row["relative_flops"] == plan[row["arm"]].relative
+        found.setdefault((row["arm"], row["seed"]), []).append((row["budget"], row["step"]))
+    for (arm, _), looks in found.items():
+        assert looks == plan[arm].looks and len({step for _, step in looks}) >= 3
+
+
+def test_the_first_screen_says_its_verdict_in_one_line_as_the_rows_do(shipped):
+    book = nbformat.read(paths.notebooks() / "04_reg.ipynb", as_version=4)
+    assert f"**Verdict.** {headline(by_judge(shipped))} Distance" in book.cells[0].source.replace("\n", " ")
+
+
+def test_what_the_first_screen_says_of_the_network_that_ships_is_what_its_figures_hold():
+    """Token and image belong together, the token does not carry the class, and one effect of its class is seen: without a label."""
+    measures = measures_of(ROOT / "figures").set_index(["measure", "sampled with"])
+    for way in WAYS:
+        right = measures.loc["reader finds the final class in the final class token", way]
+        assert abs(right["value"] - 0.1) < right["+/-"]
+        own, others = (measures.loc[f"likeness of token and {whose}", way] for whose in ("own image", "other images"))
+        assert own["value"] - own["+/-"] > others["value"] + others["+/-"]
+    seen = class_effects(measures.reset_index()).set_index("sampled with")["seen"]
+    assert seen.to_dict() == {"label given": False, "no label": True}
+
+
+def test_the_findings_are_a_table_of_at_most_ten_rows_and_250_words(shipped):
+    shown = findings_table(all_findings(shipped, measures_of(ROOT / "figures"))).data
+    prose = section_prose(paths.notebooks() / "04_reg.ipynb", "Findings")
+    assert check_words(f"{prose} {shown}") > 100
+    assert shown.count("\n| ") <= 10 and shown.splitlines()[2].startswith("| Is REG better than REPA? |")
 
 
 def test_a_run_without_a_class_token_is_refused():
@@ -76,53 +149,38 @@ def test_an_unknown_preset_is_refused_before_anything_is_loaded():
         open_study("smkoe")
 
 
-def test_the_findings_are_told_below_their_table(smoke):
-    book = nbformat.read(smoke.path(".ipynb"), as_version=4)
-    outputs = [output for cell in book.cells for output in cell.get("outputs", [])]
-    texts = [output.data["text/markdown"] for output in outputs if "text/markdown" in output.get("data", {})]
-    (text,) = (text for text in texts if text.startswith("* **Class.**"))
-    rows = pd.DataFrame(json.loads((smoke.path(".html").parent / "04_filmstrip.json").read_text())["findings"])
-    assert "(not measured)" not in text
-    (likeness,) = (line for line in text.splitlines() if "**Token after an exchange.**" in line)
-    found = rows.loc[rows["measure"] == "likeness of the final token to the donor's token, t = 0.6", "value"]
-    assert f"{found.min():.2f}" in likeness and f"{found.max():.2f}" in likeness
-
-
 # ---- the findings in words
 
 
 WAYS = ("label given", "no label")
 
 
-def findings(effects: dict[str, tuple[float, float]]) -> pd.DataFrame:
-    """Made up rows; the effect of the token's class by way of sampling, with its interval."""
-    rows = []
-    for i, way in enumerate(WAYS):
-        rows.append({"measure": "reader finds the final class in the final class token", "value": 0.09 + 0.03 * i})
-        rows.append({"measure": "changed: token of another class at t = 0.6", "value": 0.187 - 0.02 * i})
-        value, half = effects[way]
-        rows.append({"measure": "own class: same class less another class, t = 0.6", "value": value, "+/-": half})
-        rows[-3:] = [{"sampled with": way, "+/-": 0.05, "n": 40} | row for row in rows[-3:]]
-    return pd.DataFrame(rows)
+def effects(of: dict[str, tuple[float, float]]) -> pd.DataFrame:
+    """Made up rows: the effect of the token's class by way of sampling, with its interval."""
+    measure = "own class: same class less another class, t = 0.6"
+    return pd.DataFrame(
+        [
+            {"sampled with": way, "measure": measure, "value": value, "+/-": half, "n": 40}
+            for way, (value, half) in of.items()
+        ]
+    )
 
 
-def test_findings_are_ranges_over_the_ways_of_sampling():
-    text = findings_text(findings({"label given": (-0.025, 0.11), "no label": (0.2, 0.16)}), 0.1, 0.43)
-    assert "in 9 to 12 % of the final tokens (chance 10 %), in 43 % of real ones." in text
-    assert "changes 17 to 19 % of the pixels" in text
+def test_the_effect_of_an_exchange_is_told_by_way_of_sampling():
+    text = effect_in_words(effects({"label given": (-0.025, 0.11), "no label": (0.2, 0.16)}))
     assert "costs -0.03 +/- 0.11 (label given, detectable 0.16) and 0.20 +/- 0.16 (no label) more" in text
     assert "is seen for samples with no label." in text
     assert text.endswith("\n\nOf 2 verdicts luck would decide about 0.1 if there were nothing to be seen.")
 
 
 def test_an_effect_within_its_interval_is_not_seen():
-    text = findings_text(findings(dict.fromkeys(WAYS, (0.1, 0.16))), 0.1, 0.43)
+    text = effect_in_words(effects(dict.fromkeys(WAYS, (0.1, 0.16))))
     assert "That the token's class acts on the image's is not seen." in text and text.count("detectable 0.23") == 2
 
 
-def test_what_was_not_measured_is_not_told():
-    text = findings_text(findings(dict.fromkeys(WAYS, (0.1, 0.16))), 0.1, 0.43)
-    assert text.count("\n* ") == 1 and "Contrast" not in text and "Fit" not in text
+def test_an_exchange_that_nobody_made_is_not_told_of():
+    nothing = measured("no label", "own class: same class less another class, t = 0.6", [])
+    assert effect_in_words(pd.DataFrame([nothing])) == "No token was exchanged."
 
 
 def test_rows_leave_out_what_never_came_about():
