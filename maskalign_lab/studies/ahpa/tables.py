@@ -200,10 +200,10 @@ def beside_sit(
     rows: Sequence[dict[str, Any]],
     claims: Mapping[str, int],  # at equal steps; the paper claims nothing of equal operations
     budget: str = "steps",  # steps | flops
-) -> pd.DataFrame:  # a line an arm; empty if SiT has no rows
+) -> pd.DataFrame:  # a line an arm; empty if SiT has no rows, or nothing beside it has
     """Every arm beside SiT by all metrics that rows hold."""
-    parts = {}
-    for metric in (metric for metric in METRICS if "SiT" in by_seed(rows, metric, budget)):
+    parts, of = {}, {metric: by_seed(rows, metric, budget) for metric in METRICS}
+    for metric in (metric for metric in METRICS if "SiT" in of[metric] and len(of[metric]) > 1):
         found = comparison(rows, metric, "SiT", claims if budget == "steps" else {}, budget).set_index("arm")
         parts |= {} if parts else {"": found.filter(["FLOPs of a step", "seeds"])}
         parts[METRICS[metric]] = found.rename(columns={metric: "mean"}).reindex(columns=SHOWN).round(DIGITS[metric])
