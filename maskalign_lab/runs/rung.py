@@ -15,7 +15,10 @@ from .recipe import Recipe
 from .run import Run
 
 # %% ../../nbs/lib/runs/rung.ipynb #d01e3fb6
-TABLES = {"laptop": "study"}  # preset that is asked for -> preset of the tables' trainings, where it is another
+TABLES = {
+    "laptop": "study",
+    "gpu": "study-gpu",
+}  # preset that is asked for -> preset of the tables' trainings, where it is another
 
 
 def table_preset(

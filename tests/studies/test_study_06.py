@@ -30,7 +30,7 @@ from maskalign_lab.runs.run import load_run
 from maskalign_lab.runs.rung import EARLY, table_seeds
 from maskalign_lab.studies import shipped_runs
 from maskalign_lab.studies.ahpa import findings, opening, router_findings, tables
-from maskalign_lab.studies.ahpa.arms import LEVELS, SCALES, WINDOWS, oracle_arm
+from maskalign_lab.studies.ahpa.arms import BASELINES, LEVELS, SCALES, WINDOWS, larger_recipe, oracle_arm
 from maskalign_lab.studies.ahpa.film import load_film
 from maskalign_lab.studies.ahpa.routing import TIMES, measure_routing
 
@@ -93,39 +93,44 @@ def test_every_arm_that_has_rows_has_three_metrics_at_three_looks():
         assert steps["early"] == {333, 667} and steps["steps"] == {1000} and len(steps["flops"]) == 1
 
 
-def strangers(rows: Sequence[dict], preset: str, more: str, early: Sequence[float]) -> list[tuple[str, int]]:
+TABLES = {  # what ships -> the recipe of an arm and a seed, all arms, and the looks on the way
+    "06_ahpa": (SCALES["laptop"].recipe_of("laptop", "shapes"), SCALES["laptop"].arms, EARLY),
+    "06_oracle": (SCALES["laptop"].recipe_of("laptop", "shapes", SCALES["laptop"].oracle), SCALES["laptop"].tried, ()),
+    "06_ahpa gpu": (larger_recipe, SCALES["gpu"].arms, ()),
+}
+
+
+def length_of(steps: int, flops: int, early: Sequence[float]) -> Length:
+    return Length(steps, flops, early=tuple(round(share * steps) for share in early))
+
+
+def strangers(rows: Sequence[dict], table: str) -> list[tuple[str, int]]:
     """Trainings of a table that today's recipes would not find by their identity."""
-    scale, found = SCALES[preset], []
-    recipe_of, arms = scale.recipe_of(preset, "shapes", more), {a.name: a for a in (*scale.arms, *scale.tried)}
-    trainings: dict[tuple[str, int], list[dict]] = {}
+    recipe_of, arms, early = TABLES[table]
+    named, trainings = {arm.name: arm for arm in (BASELINES[0], *arms)}, {}
     for row in rows:
         trainings.setdefault((row["arm"], row["seed"]), []).append(row)
+    found = []
     for (arm, seed), of in trainings.items():
-        recipe, ends = recipe_of(arms[arm], seed), {row["budget"]: row["step"] for row in of}
-        length = Length(ends["steps"], ends["flops"], early=tuple(round(share * ends["steps"]) for share in early))
-        if ends["steps"] != recipe.training.steps or {row["identity"] for row in of} != {run_identity(recipe, length)}:
+        recipe, ends = recipe_of(named[arm], seed), {row["budget"]: row["step"] for row in of}
+        name = run_identity(recipe, length_of(ends["steps"], ends["flops"], early))
+        if ends["steps"] != recipe.training.steps or {row["identity"] for row in of} != {name}:
             found.append((arm, seed))
     return found
 
 
-@pytest.mark.parametrize(
-    ("table", "preset", "more", "early"),
-    [("06_ahpa", "laptop", "", EARLY), ("06_ahpa", "gpu", "", ()), ("06_oracle", "laptop", "training.steps=500", ())],
-)
-def test_the_tables_that_ship_are_what_todays_recipes_would_train(table, preset, more, early):
+@pytest.mark.parametrize("table", TABLES)
+def test_the_tables_that_ship_are_what_todays_recipes_would_train(table):
     """`-p seeds 5` finds the rows by the identity of their runs: none is trained again."""
-    rows, scale = shipped(table, preset), SCALES[preset]
-    assert (rows or table == "06_oracle") and not strangers(rows, preset, more, early)
-    assert table != "06_oracle" or (
-        more == scale.oracle and scale.recipe_of(preset, "shapes")(scale.arms[0], 5).training.steps == 1000
-    )
-    arm = (scale.tried if table == "06_oracle" else scale.arms)[1]
-    recipe = scale.recipe_of(preset, "shapes", more)(arm, 5)
-    steps, ends = recipe.training.steps, {"steps": recipe.training.steps, "flops": recipe.training.steps - 9}
-    name = run_identity(recipe, Length(steps, steps - 9, early=tuple(round(share * steps) for share in early)))
-    mine = [{"arm": arm.name, "seed": 5, "budget": b, "step": at, "identity": name} for b, at in ends.items()]
-    assert not strangers(mine, preset, more, early)
-    assert strangers([row | {"seed": 6} for row in mine], preset, more, early) == [(arm.name, 6)]
+    rows = shipped(*table.split())
+    assert (rows or table == "06_oracle") and not strangers(rows, table)
+    recipe_of, arms, early = TABLES[table]
+    recipe = recipe_of(arms[1], 5)
+    ends = {"steps": recipe.training.steps, "flops": recipe.training.steps - 9}
+    assert ends["steps"] == {"06_ahpa": 1000, "06_oracle": 500, "06_ahpa gpu": 1200}[table]
+    name = run_identity(recipe, length_of(*ends.values(), early))
+    mine = [{"arm": arms[1].name, "seed": 5, "budget": b, "step": at, "identity": name} for b, at in ends.items()]
+    assert not strangers(mine, table) and strangers([row | {"seed": 6} for row in mine], table) == [(arms[1].name, 6)]
 
 
 def test_the_run_that_ships_is_ahpas():
@@ -157,7 +162,11 @@ def test_one_command_makes_what_ships_of_routers_and_oracle(name, monkeypatch, t
     made = shipped_runs.make(name, out=tmp_path, device="cpu")
     if name == "ahpa-routers":
         (arms, recipe_of, told), (runs, times, keep) = done
-        assert arms == SCALES["laptop"].traced and told == (0, 500, "cpu") and recipe_of(arms[0], 0) == seven["AHPA"]
+        assert (
+            arms == SCALES["laptop"].traced
+            and told == (0, SCALES["laptop"].images, "cpu")
+            and recipe_of(arms[0], 0) == seven["AHPA"]
+        )
         assert (runs, times, keep) == (list(opening.SHOWN), 11, tmp_path / "06_film.safetensors") and made == tmp_path
         assert load_rows(tmp_path / "06_router_shapes.json") == [{"arm": "a"}]
     else:
