@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['LEVELS', 'BASELINES', 'ROUTED', 'CHOICES', 'WINDOWS', 'TRACED', 'SMOKE', 'FEW', 'SCALES', 'LARGER', 'ORACLE_SEEDS',
-           'router_arm', 'single_arms', 'oracle_arm', 'oracle_arms', 'Scale', 'larger_recipe', 'budget', 'measure_ahpa',
-           'router_traces']
+           'LOOKS', 'router_arm', 'single_arms', 'oracle_arm', 'oracle_arms', 'Scale', 'larger_recipe', 'budget',
+           'measure_ahpa', 'saved_often', 'router_traces']
 
 # %% ../../../nbs/lib/studies/ahpa/arms.ipynb #6a3bd65e
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -170,6 +170,14 @@ def measure_ahpa(
     }
 
 # %% ../../../nbs/lib/studies/ahpa/arms.ipynb #90902880
+LOOKS = 8  # at a router along its training
+
+
+def saved_often(recipe: Recipe) -> Recipe:
+    """The recipe, with its steps on the way kept; what is trained is the same run."""
+    return replace(recipe, training=replace(recipe.training, save_every=max(1, recipe.training.steps // LOOKS)))
+
+
 def router_traces(
     arms: Sequence[Arm],
     recipe_of: Callable[[Arm, int], Recipe],
@@ -178,5 +186,5 @@ def router_traces(
     device: str = "auto",
 ) -> list[dict[str, Any]]:  # rows of `trace_router`, with the arm
     """Train the routers whose way is shown, and look at each along it."""
-    runs = {arm.name: ensure_run(recipe_of(arm, seed), device, every_save=True) for arm in arms}
+    runs = {arm.name: ensure_run(saved_often(recipe_of(arm, seed)), device, every_save=True) for arm in arms}
     return [{"arm": name} | row for name, run in runs.items() for row in trace_router(run, images)]

@@ -190,7 +190,8 @@ def contents_figure(
         shares = (rings[1:-2] / rings[1:-2].sum()).cpu()  # without the last ring, which holds the corners too
         axis.plot(np.arange(1, len(shares) + 1), shares, "o-", ms=3, color=colour, label=name)
     axis.set(xlabel="cycles per image", ylabel="share of the level's power", xscale="log", yscale="log")
-    axis.set_xticks(ticks := [1, 2, 4, 8, 16, 32], ticks)
+    finest = max(map(len, power.values())) - 2  # cycles per image
+    axis.set_xticks(ticks := [tick for tick in (1, 2, 4, 8, 16, 32) if tick <= finest], ticks)
     axis.minorticks_off()
     axis.legend(fontsize=8)
     return figure
