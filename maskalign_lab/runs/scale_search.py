@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BASE', 'ORACLE', 'WIDE', 'SIXTEEN', 'ALL', 'LARGE', 'DEEPER', 'TRIALS', 'METRICS', 'CHANCE', 'Trial', 'way',
-           'oracle_ways', 'coarse_ways', 'search_rows', 'search_file', 'differences', 'met', 'search_table']
+           'oracle_ways', 'coarse_ways', 'search_rows', 'search_file', 'differences', 'met', 'answer', 'search_table']
 
 # %% ../../nbs/lib/runs/scale_search.ipynb #9a481d0c
 from collections.abc import Callable, Mapping, Sequence
@@ -143,6 +143,17 @@ def met(
     return "met" if seen and all(lower) else "not met"
 
 # %% ../../nbs/lib/runs/scale_search.ipynb #89d405a9
+def answer(
+    rows: Sequence[dict[str, Any]],
+    way: str,  # name of an arm
+    base: str,  # SiT's
+) -> dict[str, str]:
+    """What paired seeds say of one alignment: its differences, and whether they meet the criterion."""
+    less, accuracy = differences(rows, way, base), list(by_seed(rows, "accuracy").get(base, {}).values())
+    shown = {metric: interval(each, METRICS[metric]) for metric, each in less.items()}
+    return shown | {"criterion": met(less, accuracy)}
+
+
 def search_table(
     rows: Sequence[dict[str, Any]],
     trials: Sequence[Trial] = TRIALS,
@@ -156,7 +167,5 @@ def search_table(
         if not ways:
             table.append(told | {"alignment": "none tried"})
         for way in ways:
-            less = differences(rows, way, base)
-            shown = {metric: interval(each, METRICS[metric]) for metric, each in less.items()}
-            table.append(told | {"alignment": way.partition(": ")[2], **shown, "criterion": met(less, sit["accuracy"])})
+            table.append(told | {"alignment": way.partition(": ")[2], **answer(rows, way, base)})
     return pd.DataFrame(table)

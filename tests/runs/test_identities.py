@@ -16,6 +16,7 @@ from maskalign_lab.runs.recipe import from_json, identity, to_json
 from maskalign_lab.studies.ahpa import arms as ahpa
 from maskalign_lab.studies.maskalign import arms as maskalign
 from maskalign_lab.studies.prediction_targets import arms as targets
+from maskalign_lab.studies.reg import arms as reg
 from maskalign_lab.training.methods import INSTALLED
 
 FROZEN = json.loads((ROOT / "tests" / "runs" / "identities.json").read_text())
@@ -40,11 +41,12 @@ def test_names_keep_their_identities(preset):
 
 @pytest.mark.parametrize("preset", targets.SCALES)
 def test_arms_keep_their_identities(preset):
-    """Arms of studies 03, 05 and 06, the oracle's among them."""
+    """Arms of studies 03 to 06, the oracle's among them."""
     of = targets.SCALES[preset].recipe_of(preset, "shapes")
     found = {f"03 {arm.name} {preset}": of(arm, 0) for arm in (*targets.ARMS, *targets.JIT_ARMS)}
-    overrides = maskalign.SCALES[preset].overrides
-    found |= {f"05 {arm.name} {preset}": arm.recipe(preset, overrides=overrides) for arm in maskalign.ARMS}
+    for what, study in (("04", reg), ("05", maskalign)):
+        of = study.SCALES[preset].recipe_of(preset, "shapes")
+        found |= {f"{what} {arm.name} {preset}": of(arm, 0) for arm in study.ARMS}
     scale = ahpa.SCALES[preset]
     scale = replace(scale, levels=SD_LEVELS) if preset == "paper" else scale
     for what, more in (("06", ""), ("06 oracle", scale.oracle)):

@@ -114,7 +114,7 @@ class Scale:
     probes: int = 4  # random directions behind an influence map
     seeds: int = 0  # of the table of arms; 0: what ships
     arms: str = "headline"  # groups of GROUPS in that table
-    measured: int = 500  # images that an arm's losses are taken over
+    measured: int = 250  # images that an arm's losses are taken over
     judged: int = 500  # samples that the judge sees, of shapes
 
     def recipe_of(self, preset: str, dataset: str, overrides: str = "") -> Callable[[Arm, int], Recipe]:
@@ -126,20 +126,20 @@ EVERY = "headline ablations controls repa"
 SCALES = {
     "smoke": Scale("training.cooldown=0 training.steps=8 data.n=128", 64, 3, 2, 2, 2, "pair", 16, 8),
     "laptop": Scale(""),
-    "gpu": Scale("training.steps=2000 training.warmup=200", 4096, 11, 10, 16, 5, EVERY, judged=1000),
+    "gpu": Scale("", 4096, 11, 10, 16, 8, EVERY, judged=1000),
     "paper": Scale("training.steps=400000", 8192, 11, 10, 16, 5, EVERY, judged=5000),
 }
 
 # %% ../../../nbs/lib/studies/maskalign/arms.ipynb #e29848a4
 def measure_arm(
     run: Run,
-    images: int = 500,  # held out; half of them, or twice as many, for what a mask does
+    images: int = 250,  # held out; four times as many for the preference
     samples: int = 500,  # that the judge sees; 0: it is not asked
 ) -> dict[str, Any]:
     """Velocity loss, the judge's word on samples, and what a mask does to the alignment of one network."""
     method, found = innermost(run.method), quality(run, images, samples)
     by_token = hasattr(method, "projectors") and not method.needs_grid
-    return found | measure_masked(run, images // 2) if by_token else found
+    return found | measure_masked(run, images) if by_token else found
 
 # %% ../../../nbs/lib/studies/maskalign/arms.ipynb #c25af83d
 def measure_masked(
