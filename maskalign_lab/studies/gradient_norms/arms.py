@@ -10,14 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .unevenness import TIMES, norms_at, unevenness
-
 from ...gradient_norms import observe
 from ...runs.evaluation import quality
 from ...runs.experiments import Arm
 from ...runs.recipe import Recipe
 from ...runs.run import Run
 from ...runs.rung import BASELINE, table_preset
+from .unevenness import TIMES, norms_at, unevenness
 from ..maskalign.arms import as_authors
 from ...training.methods import innermost
 
@@ -47,8 +46,8 @@ class Scale:
     overrides: str = ""  # of every arm's recipe
     seeds: int = 0  # of the table of arms; 0: what ships
     arms: tuple[Arm, ...] = ARMS
-    mapped: int = 2048  # images behind an arm's maps
-    measured: int = 500  # held-out ones, that an arm's loss is taken over
+    mapped: int = 1024  # images behind an arm's maps
+    measured: int = 250  # held-out ones, that an arm's loss is taken over
     judged: int = 500  # samples that the judge sees, of shapes
 
     def recipe_of(self, preset: str, dataset: str, overrides: str = "") -> Callable[[Arm, int], Recipe]:
@@ -66,15 +65,15 @@ SMOKE = "training.cooldown=0 training.steps=8 data.n=128"
 SCALES = {
     "smoke": Scale(192, 3, 3, SMOKE, 2, ARMS[:2], 64, 16, 8),
     "laptop": Scale(),
-    "gpu": Scale(8192, 21, 8, "training.steps=2000 training.warmup=200", 5, judged=1000),
+    "gpu": Scale(8192, 21, seeds=8, judged=1000),
     "paper": Scale(8192, 21, 8, "training.steps=400000", 5, measured=2048, judged=5000),
 }
 
 # %% ../../../nbs/lib/studies/gradient_norms/arms.ipynb #72a7e5ea
 def measure_norms(
     run: Run,
-    images: int = 2048,  # behind the maps
-    measured: int = 500,  # held-out ones, for the loss
+    images: int = 1024,  # behind the maps
+    measured: int = 250,  # held-out ones, for the loss
     samples: int = 500,  # that the judge sees; 0: it is not asked
 ) -> dict[str, Any]:
     """Velocity loss, the judge's word on samples, and how unevenly a network's tokens are pulled."""

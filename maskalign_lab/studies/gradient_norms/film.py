@@ -13,7 +13,6 @@ from functools import partial
 
 import numpy as np
 import torch
-from .arms import Scale
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -29,6 +28,7 @@ from maskalign_lab.gradient_norms import (
     top_tokens,
 )
 from ...runs.run import Run
+from .arms import Scale
 from ...workbench.plots import Curve, Panels, Picture, TokenMap, filmstrip
 from ...workbench.scrubber import Control, Scrubber
 

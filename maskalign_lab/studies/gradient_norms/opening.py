@@ -11,14 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .arms import SCALES, Scale, measure_norms
-
 from ...base.errors import one_of
 from ...gradient_norms import Observed, observe
 from ...runs.experiments import Arm, load_rows, results_file, shipped_rows
 from ...runs.recipe import Recipe
 from ...runs.rung import rung_rows, samples_judged
 from ...runs.studied_runs import studied_runs
+from .arms import SCALES, Scale, measure_norms
 from .film import Film, make_film
 
 # %% ../../../nbs/lib/studies/gradient_norms/opening.ipynb #299245fb
