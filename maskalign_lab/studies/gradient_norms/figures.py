@@ -63,10 +63,11 @@ def unevenness_figure(rows: Rows) -> Figure | None:  # None: no norms were measu
     for axis, (metric, title), chance in zip(axes, PANELS.items(), (even_share(rows), 1, 0), strict=True):
         draw_arms(axis, by_seed(rows, metric), arms, chance)
         axis.set_title(title)
+        axis.margins(x=0.12)
     ceiling = [np.mean(list(by_seed(rows, "same t")[arm].values())) for arm in arms]
     axes[-1].plot(ceiling, range(len(arms)), "|", color=QUIET, ms=12, mew=2, label="mean at the same t")
     axes[-1].set_xlim(-1.05, 1.05)
-    axes[0].set_xlim(0)
+    axes[0].set_xlim(left=0)
     axes[0].set_yticks(range(len(arms)), arms)
     axes[0].set_ylim(len(arms) - 0.4, -0.6)
     figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=4)
@@ -97,5 +98,5 @@ def position_figure(rows: Rows) -> Figure | None:  # None: no norms were measure
         line[0].set_ylabel(arm, rotation=0, ha="right", va="center")
     for axis, t in zip(axes[0], TIMES, strict=True):
         axis.set_title(f"t = {t:.2f}", fontsize=9)
-    figure.colorbar(shown, ax=axes, aspect=40, label="in the top tenth, times the mean position")
+    figure.colorbar(shown, ax=axes, aspect=40, label="marked, times the mean")
     return figure
