@@ -1,6 +1,7 @@
 """The table of arms of study 01: its rows are of today's recipes, and every text about them says what they say."""
 
 import json
+from types import SimpleNamespace
 
 import nbformat
 import numpy as np
@@ -17,7 +18,7 @@ from maskalign_lab.runs.rung import BASELINE, EARLY, UNSEEN
 from maskalign_lab.studies.gradient_norms import figures, summary
 from maskalign_lab.studies.gradient_norms.arms import ARMS, CLAIMS, ORACLE, SCALES, SHOWN_ALIKE
 from maskalign_lab.studies.gradient_norms.findings import norm_table, quality_table
-from maskalign_lab.studies.gradient_norms.opening import TABLE
+from maskalign_lab.studies.gradient_norms.opening import TABLE, table_rows
 from maskalign_lab.studies.gradient_norms.unevenness import TIMES
 from maskalign_lab.studies.maskalign.arms import ARMS as ARMS_OF_05
 
@@ -75,6 +76,21 @@ def test_arms_that_study_05_has_too_are_trained_once():
     assert {arm.name for arm in ARMS} - shared.keys() == {ORACLE.name}
     for arm in ARMS:
         assert arm is ORACLE or arm.recipe("study") == shared[arm.name].recipe("study")
+
+
+def test_the_rows_that_ship_are_shown_with_preset_laptop_alone(capsys):
+    asked = {"count": 0, "preset": "laptop", "dataset": "shapes", "overrides": ""}
+    assert table_rows(SimpleNamespace(**asked)) == ROWS
+    assert table_rows(SimpleNamespace(**asked | {"dataset": "digits"})) == []
+    assert "-p seeds 1" in capsys.readouterr().out
+
+
+def test_overrides_reach_every_arm_and_those_of_the_method_repa_alone():
+    recipe_of = SCALES["laptop"].recipe_of("smoke", "shapes", "training.steps=3 method.depth=1")
+    recipes = {arm.name: recipe_of(arm, 0) for arm in ARMS}
+    assert {recipe.training.steps for recipe in recipes.values()} == {3}
+    assert recipes["REPA"].method.depth == 1 and recipes["HASTE"].method.depth == 2
+    assert ORACLE in SCALES["laptop"].told("shapes") and ORACLE not in SCALES["laptop"].told("digits")
 
 
 # ---- what is said about them
