@@ -86,7 +86,7 @@ def smoke(**overrides: Any) -> dict[str, Any]:
 STUDIES = [
     Study(
         "01_gradient_norms",
-        ("position_probability", "filmstrip"),
+        ("position_probability", "filmstrip", "unevenness", "positions", "arms"),
         ("0.50", "0.60"),
         other_runs,
         (

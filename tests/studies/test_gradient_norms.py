@@ -1,7 +1,6 @@
-"""Gradient norms: closed form, equivariance, conservation, the uniform null, and what the findings say in words."""
+"""Gradient norms: closed form, equivariance, conservation, the uniform null, and how unevenness is measured."""
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,8 +19,9 @@ from maskalign_lab.gradient_norms import (
 )
 from maskalign_lab.measure.wording import between
 from maskalign_lab.runs.studied_runs import studied_runs
-from maskalign_lab.studies.gradient_norms.findings import finding, findings_text, share_rows, verdict
+from maskalign_lab.studies.gradient_norms.findings import finding, share_rows
 from maskalign_lab.studies.gradient_norms.opening import open_study
+from maskalign_lab.studies.gradient_norms.unevenness import TIMES, gini_again, peak_again, unevenness
 from maskalign_lab.training.repa import projector
 
 
@@ -96,7 +96,70 @@ def test_the_top_holds_at_least_its_share(n, share, seed):
     torch.testing.assert_close(top_share(torch.ones(4, n).double(), share), torch.full((4,), even).double())
 
 
-# ---- the findings
+# ---- how unevenness is measured
+
+
+def random_norms(images: int = 2048, seed: int = 0) -> torch.Tensor:
+    """Norms at all times that prefer nothing; an image has them anew at every time."""
+    return torch.rand(len(TIMES), images, 16, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("images", [64, 2048])
+def test_chance_leaves_every_measure_where_it_says(images):
+    """Whatever the number of images: the mean of several surveys is within five errors of it."""
+    found = [unevenness(random_norms(images, seed), None) for seed in range(30)]
+    for name, chance in (("peak", 1), ("gini", 0), ("same t", 0), ("over t", 0), ("both ends", 0)):
+        values = np.array([each[name] for each in found])
+        assert abs(values.mean() - chance) < 5 * values.std(ddof=1) / 30**0.5, name
+
+
+def test_noise_that_an_image_keeps_over_t_makes_no_two_maps_alike():
+    """Maps of the same images would correlate by 1 here."""
+    still = [random_norms(512, seed)[:1].expand(len(TIMES), -1, -1) for seed in range(30)]
+    same_images = top_tokens(still[0][:2]).float().mean(1)
+    assert np.corrcoef(same_images)[0, 1] == pytest.approx(1)
+    found = np.array([unevenness(each, None)["over t"] for each in still])
+    assert abs(found.mean()) < 5 * found.std(ddof=1) / 30**0.5
+
+
+def test_measures_are_bounded_and_reach_their_ends():
+    norms = torch.full((len(TIMES), 64, 16), 1e-9)
+    norms[:, :, 5], norms[:, :, 6] = 2.0, 1.0
+    found = unevenness(norms, None)
+    assert found["peak"] == 8 and found["held"] == pytest.approx(1)  # two of 16 are marked, at most every time
+    assert found["gini"] == pytest.approx((15 * 2 + 13) / (16 * 3), abs=1e-3)
+    assert found["same t"] == found["over t"] == found["both ends"] == 1
+    assert np.shape(found["marks"]) == (len(TIMES), 16) and np.mean(found["marks"]) == pytest.approx(2 / 16)
+
+
+def test_a_preference_that_turns_over_t_is_seen_at_both_ends():
+    norms = random_norms()
+    norms[:2, :, :8] += 0.5
+    norms[-2:, :, 8:] += 0.5
+    found = unevenness(norms, None)
+    assert found["both ends"] < -0.9 and found["same t"] > 0.6 > found["over t"]
+
+
+def test_maps_are_put_beside_where_objects_stand():
+    masks = np.zeros((256, 8, 8), np.uint8)
+    masks[:, 2:6, 2:6] = 1  # the four tokens in the middle of 4 by 4
+    norms = random_norms(256)
+    middle = torch.zeros(4, 4, dtype=torch.bool)
+    middle[1:3, 1:3] = True
+    norms[0] += ~middle.flatten()
+    norms[-1] += middle.flatten()
+    found = unevenness(norms, masks)
+    assert found["object at t = 0"] < -0.5 and found["object at t = 1"] > 0.8
+
+
+def test_the_favourite_of_other_images_is_asked():
+    picked, asked = torch.tensor([1.0, 3.0, 2.0]), torch.tensor([3.0, 1.0, 2.0])
+    assert peak_again(picked, asked) == 0.5 and peak_again(asked, asked) == 1.5
+    assert gini_again(asked, asked) == pytest.approx(2 / 9, abs=1e-6)
+    assert gini_again(picked, asked) == pytest.approx(-2 / 9, abs=1e-6)
+
+
+# ---- the networks of the first screen
 
 
 def probability(peak: float) -> np.ndarray:
@@ -105,44 +168,14 @@ def probability(peak: float) -> np.ndarray:
     return found
 
 
-SHARES = pd.DataFrame({"one": [0.131, 0.2], "other": [0.3, 0.334]}, pd.Index([0.0, 0.5], name="t"))
-POSITIONS = pd.DataFrame(
-    [{"run": name, "t": 0.5, "images": 4096} | finding(probability(p), 4096) for name, p in (("a", 0.3), ("b", 0.1))]
-)
-ON_OBJECT = pd.DataFrame(
-    {"t": [0.0, 1.0], "on the object": [0.032, 0.504], "+/-": 0.01, "object's share of the area": 0.169}
-)
-PLACES = pd.DataFrame({"run": ["a", "b"], "t": 0.5, "correlation with coverage": [-0.87, 0.96]})
-
-
-def test_the_verdict_says_what_the_rows_say():
-    text = verdict(SHARES, POSITIONS)
-    assert "13 to 33 % of an image's summed norm, less than half" in text
-    assert (
-        "at t = 0.50, in a survey of 4,096" in text
-        and "1.0 to 2.9 times" in text
-        and "is 1 to 3 (by chance 1.3)" in text
-    )
-    assert "above chance in 1 of 2 networks" in text and "*undecided*, nothing detectable." in text
-    assert text.endswith("Of 2 verdicts luck would decide about 0.1 if there were nothing to be seen.")
-    assert "less than half" not in verdict(SHARES + 0.3, POSITIONS)
-
-
-def test_a_position_that_is_never_marked_reads_as_infinite():
+def test_a_favourite_is_above_chance_and_one_seed_leaves_the_method_open():
+    favoured, even = (finding(probability(peak), 4096) for peak in (0.3, 0.1))
+    assert (favoured["above chance"], even["above chance"]) == ("yes", "no")
+    assert favoured["peak"] == pytest.approx(0.3 / probability(0.3).mean()) and favoured["ratio"] == pytest.approx(3)
+    assert favoured["method"] == "undecided (1 seed), nothing detectable"
     never = probability(0.3)
     never[1] = 0
-    rows = POSITIONS.iloc[:1].assign(**finding(never, 4096))
-    assert "is infinite (by chance" in verdict(SHARES, rows)
-
-
-def test_findings_hold_every_row_and_say_when_there_are_no_masks():
-    text = findings_text(SHARES, POSITIONS, ON_OBJECT, PLACES)
-    assert (
-        text.count("\n* ") == 2
-        and "3 % of the marked tokens lie on the object at t = 0.00 and 50 % at t = 1.00" in text
-    )
-    assert "would hit it in 17 %" in text and "correlate by -0.87 to 0.96" in text
-    assert "has no masks" in findings_text(SHARES, POSITIONS, pd.DataFrame(), pd.DataFrame())
+    assert finding(never, 4096)["ratio"] == float("inf")
 
 
 def test_share_rows_are_means_over_images():
