@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from maskalign_lab.runs.experiments import load_rows
+from maskalign_lab.runs.experiments import load_rows, results_file
 from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.recipe import identity
-from maskalign_lab.runs.scale_search import TRIALS, search_file, search_rows, search_table
+from maskalign_lab.runs.scale_search import TRIALS, answer, differences, search_file, search_rows, search_table
 from maskalign_lab.studies import shipped_runs
 
 ROWS = load_rows(search_file())
+JUDGED = (("frechet", -1), ("accuracy", +1))
 
 
 def test_every_row_is_of_a_trial_and_every_trial_has_its_rows():
@@ -54,3 +55,12 @@ def test_the_table_tells_what_alignment_changes():
     line = table[table["scale"] == trial.name].iloc[0]
     assert line["SiT's loss"] == pytest.approx(loss[base])
     assert line["velocity"].startswith("-" if loss[way] < loss[base] else "+")
+
+
+def test_seeds_that_the_choice_has_not_seen_answer_alike():
+    rows = load_rows(results_file("04_reg", "shapes"))
+    assert {row["seed"] for row in rows}.isdisjoint(row["seed"] for row in ROWS)
+    oracle, tiny = (answer(rows, arm, "SiT") for arm in ("REPA, oracle", "REPA"))
+    assert (oracle["criterion"], tiny["criterion"]) == ("met", "not met")
+    assert all(differences(rows, "REPA", "SiT")[metric].verdict(sign) == "reproduced" for metric, sign in JUDGED)
+    assert differences(rows, "REPA", "SiT")["velocity"].verdict(-1).startswith("undecided")
