@@ -152,7 +152,7 @@ def test_arms_without_rows_are_counted_and_nothing_breaks():
     assert figures.unevenness_figure(PLAIN) is None and figures.position_figure([]) is None
     assert figures.unevenness_figure(PULLED[:1]) and figures.position_figure(PULLED[:1])
     assert norm_table([]).empty and norm_table(PULLED).loc["REPA", "seeds"] == 3
-    assert norm_table(PULLED[:1]).loc["REPA", "held"] == ".20"
+    assert norm_table(PULLED[:1]).loc["REPA", "held"] == ".200"
     table = quality_table(PULLED + PLAIN)
     assert table[["metric", "arm"]].values.tolist() == [["velocity", "REPA"], ["accuracy", "REPA"]]
     assert quality_table([]).empty and quality_table(PULLED)["verdict"].eq("not trained").all()

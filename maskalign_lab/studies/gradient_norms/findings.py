@@ -67,7 +67,7 @@ MEASURES = ("held", "peak", "gini", "same t", "over t", "both ends", "object at 
 def with_interval(values: Sequence[float]) -> str:
     """The mean over seeds and its interval."""
     found = paired(values, [0.0] * len(values))
-    return in_unit([found.mean, found.half] if found.seeds > 1 else [found.mean], "", 2)
+    return in_unit([found.mean, found.half] if found.seeds > 1 else [found.mean], "", 3)
 
 
 def norm_table(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
