@@ -9,17 +9,21 @@ from hypothesis import strategies as st
 
 from maskalign_lab.measure.courses import (
     METRICS,
+    PaperTable,
     at_looks,
     course,
     course_figure,
     in_spreads,
-    shape,
     shape_figure,
     spread,
 )
 from maskalign_lab.measure.verdicts import BETTER, paired
 
 NUMBERS = st.floats(-10, 10).map(lambda x: round(x, 3))
+
+
+LOOKS = ((10, "early"), (20, "early"), (30, "steps"), (25, "flops"))
+PAPER = PaperTable("table 1", "SiT", {"SiT": 2.0, "arm": 1.0, "not trained": 7.0})
 
 
 def row(arm, seed, step, budget="early", **found):
@@ -29,12 +33,11 @@ def row(arm, seed, step, budget="early", **found):
 def table(gain, metric="velocity", seeds=(5, 6, 7)):
     """SiT, whose seeds lie a spread of 1 apart, and an arm that is better by `gain` at every look."""
     sign = BETTER[metric]
-    looks = ((10, "early"), (20, "early"), (30, "steps"), (25, "flops"))
     return [
         row(arm, seed, step, budget, **{metric: seed + sign * more})
         for arm, more in (("SiT", 0), ("arm", gain))
         for seed in seeds
-        for step, budget in looks
+        for step, budget in LOOKS
     ]
 
 
@@ -68,22 +71,35 @@ def test_looks_that_only_one_of_two_has_are_left_out():
 def test_one_seed_tells_nothing_in_spreads():
     rows = table(1.0, seeds=(5,))
     assert math.isnan(spread({5: 1.0})) and course(rows, "velocity", "arm") == {}
-    assert course_figure(rows, ["arm"]) is None and shape_figure(rows, {"SiT": 2.0, "arm": 1.0}, "SiT") is None
+    assert course_figure(rows, ["arm"]) is None and shape_figure(rows, [PAPER]) is None
+
+
+def test_differences_from_any_arm_are_told_in_the_spread_of_sit():
+    wide = [row("wide", seed, step, budget, velocity=3.0 * seed) for seed in (5, 6, 7) for step, budget in LOOKS]
+    found = course(table(2.0) + wide, "velocity", "arm", "wide")[30]
+    assert found.differences == pytest.approx([12, 14, 16])  # not divided by the spread of 3
+    assert course(wide, "velocity", "wide", "wide") == {}  # nobody's spread
 
 
 @given(st.dictionaries(st.sampled_from("abcdef"), st.floats(1, 9), min_size=2))
 def test_a_shape_has_its_largest_difference_at_one_end(fid):
     base, *others = fid
     if any(fid[other] != fid[base] for other in others):
-        places = shape(fid, base)
-        assert set(places) == set(others) and max(map(abs, places.values())) == pytest.approx(1)
-        assert all((fid[base] - fid[other]) * places[other] >= 0 for other in others)
+        told = PaperTable("table", base, fid)
+        assert set(told.shape) == set(others) and max(map(abs, told.shape.values())) == pytest.approx(1)
+        assert all((fid[base] - fid[other]) * told.shape[other] >= 0 for other in others)
+        claims = {arm: claim for arm, other, claim in told.pairs if other == base}
+        assert claims == {other: (fid[other] > fid[base]) - (fid[other] < fid[base]) for other in others}
 
 
 def test_figures_have_a_panel_a_metric_and_no_number_of_the_paper():
     rows = [left | right for left, right in zip(table(1.0), table(1.0, "accuracy"), strict=True)]
     assert len(course_figure(rows, ["arm"]).axes) == 2
-    figure = shape_figure(rows, {"SiT": 2.0, "arm": 1.0, "not trained": 7.0}, "SiT")
+    apart = course_figure(rows, ["arm"], apart={"velocity": ["arm"]})
+    assert [axis.get_title() for axis in apart.axes] == [METRICS["accuracy"]]
+    nobody = PaperTable("table 2", "gone", {"gone": 1.0, "arm": 2.0})
+    figure = shape_figure(rows, [PAPER, nobody])
     first, *others = figure.axes
     assert len(others) == 2 and list(first.get_xticks()) == []
     assert [text.get_text() for text in first.get_yticklabels()] == ["arm", "not trained"]
+    assert all([text.get_text() for text in axis.texts] == ["not trained"] for axis in others)

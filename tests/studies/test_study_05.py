@@ -20,7 +20,7 @@ from maskalign_lab.runs.expectations import expect
 from maskalign_lab.runs.experiments import lengths, load_rows, results_file, run_identity
 from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.run import train
-from maskalign_lab.runs.rung import BASELINE, EARLY, UNSEEN, rung_rows, table_seeds
+from maskalign_lab.runs.rung import BASELINE, EARLY, UNSEEN, rung_rows, table_preset, table_seeds
 from maskalign_lab.studies.maskalign import findings, opening
 from maskalign_lab.studies.maskalign import verdict_tables as verdicts
 from maskalign_lab.studies.maskalign.arms import (
@@ -144,9 +144,9 @@ TEACHER_BLOCKS = {"timm:vit_base_patch14_dinov2": 12}
 def test_haste_and_irepa_are_their_authors_relative_to_size(preset):
     """A share of the steps, a share of the teacher's blocks, student blocks that end at the aligned depth; the rest as it is.
 
-    With preset `laptop` the table is trained on the rung, where all alignment weighs four times as much.
+    On the rung all alignment weighs four times as much.
     """
-    of, louder = SCALES[preset].recipe_of(preset, "shapes"), 4 if preset == "laptop" else 1
+    of, louder = SCALES[preset].recipe_of(preset, "shapes"), 4 if table_preset(preset) != preset else 1
     haste, irepa = (of(arm, 0) for arm in ON_REPA[1:])
     theirs, blocks = make_recipe("haste", "paper"), TEACHER_BLOCKS | tiny_blocks()
     assert haste.method.stop * theirs.training.steps == theirs.method.stop * haste.training.steps
