@@ -79,7 +79,7 @@ def draw_course(
     axis: Axes,
     courses: Mapping[str, Mapping[int, Paired]],  # arm -> its course
     baseline: str,
-    colours: Mapping[str, str],  # of the arms
+    looks: Mapping[str, tuple[str, str]],  # arm -> colour and dash
 ) -> None:
     """All arms of one metric over the steps, with the baseline as a level line and a spread as a band."""
     axis.axhspan(-1, 1, color=QUIET, alpha=0.15, lw=0)
@@ -88,9 +88,10 @@ def draw_course(
     width = min(np.diff(steps), default=1) / 3
     for number, (arm, each) in enumerate(courses.items()):
         aside = width * ((number + 0.5) / len(courses) - 0.5)  # so that intervals do not hide each other
-        style = {"color": colours[arm], "lw": 1.4, "ms": 4, "capsize": 0, "elinewidth": 0.8}
+        colour, dash = looks[arm]
+        style = {"fmt": f"o{dash}", "color": colour, "lw": 1.4, "ms": 4, "capsize": 0, "elinewidth": 0.8}
         means, halves = ([getattr(found, name) for found in each.values()] for name in ("mean", "half"))
-        axis.errorbar([step + aside for step in each], means, yerr=halves, fmt="o-", label=arm, **style)
+        axis.errorbar([step + aside for step in each], means, yerr=halves, label=arm, **style)
     axis.set_xticks(steps)
     axis.set_xlabel("steps")
 
@@ -117,9 +118,9 @@ def course_figure(
     theme()
     figure = Figure(figsize=(1 + 3.4 * len(found), 3.8), layout="constrained")
     axes = figure.subplots(1, len(found), squeeze=False)[0]
-    colours = dict(zip(arms, PALETTE, strict=False))
+    looks = dict(zip(arms, ((colour, dash) for dash in ("-", "--", ":") for colour in PALETTE), strict=False))
     for axis, (metric, courses) in zip(axes, found.items(), strict=True):
-        draw_course(axis, courses, baseline, colours)
+        draw_course(axis, courses, baseline, looks)
         axis.set_title(metrics[metric])
     axes[0].set_ylabel(f"better than {baseline}, in {UNIT}'s spreads")
     marks = {label: mark for axis in axes for mark, label in zip(*axis.get_legend_handles_labels(), strict=True)}
