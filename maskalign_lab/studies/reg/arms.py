@@ -101,7 +101,9 @@ SCALES = {
     "smoke": Scale(12, 6, 4, 200, 3, SMOKE, seeds=2, arms=BASELINES, images=16, judged=8),
     "laptop": Scale(),
     "gpu": Scale(512, 256, 20, 12_000, seeds=8, judged=1000),
-    "paper": Scale(256, 128, 20, 12_000, overrides="training.steps=400000", seeds=5, images=2048, judged=5000),
+    "paper": Scale(
+        256, 128, 20, 12_000, overrides="training.steps=400000 training.clip=1.0", seeds=5, images=2048, judged=5000
+    ),
 }
 
 # %% ../../../nbs/lib/studies/reg/arms.ipynb #d9d70414
