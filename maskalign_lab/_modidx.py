@@ -1119,6 +1119,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'maskalign_lab/measure/courses.py'),
                                                'maskalign_lab.measure.courses.in_spreads': ( 'lib/measure/courses.html#in_spreads',
                                                                                              'maskalign_lab/measure/courses.py'),
+                                               'maskalign_lab.measure.courses.limits': ( 'lib/measure/courses.html#limits',
+                                                                                         'maskalign_lab/measure/courses.py'),
                                                'maskalign_lab.measure.courses.shape_figure': ( 'lib/measure/courses.html#shape_figure',
                                                                                                'maskalign_lab/measure/courses.py'),
                                                'maskalign_lab.measure.courses.spread': ( 'lib/measure/courses.html#spread',
