@@ -63,13 +63,12 @@ def course(
     metric: str,
     arm: str,
     baseline: str = "SiT",
-    unit: str = UNIT,  # the arm whose spread is the unit
 ) -> dict[int, Paired]:  # step -> difference in spreads, positive for the better
-    """An arm beside the baseline at every look that both have."""
+    """An arm beside the baseline at every look that both have, in spreads of SiT."""
     found = {}
     for step, seen in at_looks(rows, metric).items():
         values = by_seed(seen, metric)
-        less, scale = beside(values.get(arm, {}), values.get(baseline, {})), spread(values.get(unit, {}))
+        less, scale = beside(values.get(arm, {}), values.get(baseline, {})), spread(values.get(UNIT, {}))
         if less and scale > 0:
             found[step] = in_spreads(less, scale, metric)
     return found

@@ -11,7 +11,7 @@ from maskalign_lab.studies.maskalign import arms as maskalign
 from maskalign_lab.studies.reg import arms as reg
 
 TABLES = {
-    "04": (reg.SCALES, reg.SCALES["laptop"].told("shapes")),
+    "04": (reg.SCALES, reg.ARMS),
     "05": (maskalign.SCALES, maskalign.arms_of(" ".join(maskalign.GROUPS))),
     "06": (ahpa.SCALES, ahpa.SCALES["laptop"].arms),
 }
@@ -63,3 +63,12 @@ def test_known_rows_are_found_by_seed_and_nothing_is_trained(monkeypatch):
 
 def test_only_shapes_are_judged():
     assert rung.samples_judged("shapes", 500) == 500 and rung.samples_judged("folder:somewhere", 500) == 0
+
+
+def test_what_a_user_says_of_the_method_reaches_one_methods_arms_or_all():
+    arms = Arm("REPA", "repa"), Arm("REG", "reg")
+    for owner, weights in (("repa", (3, 2)), ("", (3, 3))):
+        of = rung.recipes_of("laptop", "shapes", "training.steps=7", "method.weight=3 training.lr=1e-4", owner)
+        recipes = [of(arm, 5) for arm in arms]
+        assert tuple(recipe.method.weight for recipe in recipes) == weights
+        assert {(recipe.training.steps, recipe.training.lr) for recipe in recipes} == {(7, 1e-4)}

@@ -20,7 +20,7 @@ from maskalign_lab.measure.wording import NotTrained, count_verdicts, difference
 from maskalign_lab.runs.experiments import run_arms
 from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.run import load_run
-from maskalign_lab.runs.rung import BASELINE
+from maskalign_lab.runs.rung import BASELINE, trainable
 from maskalign_lab.studies.reg import arm_findings, arm_tables, arms, opening, token_measures
 from maskalign_lab.studies.reg.arms import (
     ARMS,
@@ -76,8 +76,8 @@ def test_overrides_of_the_method_are_for_reg_alone_and_yield_to_the_arms():
 
 def test_the_oracle_is_asked_about_shapes_alone_and_every_suspect_has_an_arm():
     scale = SCALES["laptop"]
-    assert scale.told("shapes") == ARMS and set(ARMS) - set(scale.told("digits")) == set(ORACLE)
-    assert SCALES["smoke"].told("shapes") == BASELINES and BASELINES[0].name == BASELINE  # the unit of cost is there
+    assert trainable(scale.arms, "shapes") == ARMS and set(ARMS) - set(trainable(scale.arms, "digits")) == set(ORACLE)
+    assert SCALES["smoke"].arms == BASELINES and BASELINES[0].name == BASELINE  # the unit of cost is there
     assert EXPECTED.keys() == {arm.name for arm in (*VARIED, ORACLE[1])} and set(EXPECTED.values()) == {-1, 1}
 
 

@@ -14,7 +14,7 @@ from maskalign_lab.measure.findings import check_words, findings_table, headline
 from maskalign_lab.measure.wording import NotTrained
 from maskalign_lab.runs.experiments import lengths, load_rows, results_file, run_identity
 from maskalign_lab.runs.facts import Facts
-from maskalign_lab.runs.rung import BASELINE, EARLY, UNSEEN
+from maskalign_lab.runs.rung import BASELINE, EARLY, UNSEEN, trainable
 from maskalign_lab.studies.gradient_norms import figures, summary
 from maskalign_lab.studies.gradient_norms.arms import ARMS, CLAIMS, ORACLE, SCALES, SHOWN_ALIKE
 from maskalign_lab.studies.gradient_norms.findings import norm_table, quality_table
@@ -90,7 +90,7 @@ def test_overrides_reach_every_arm_and_those_of_the_method_repa_alone():
     recipes = {arm.name: recipe_of(arm, 0) for arm in ARMS}
     assert {recipe.training.steps for recipe in recipes.values()} == {3}
     assert recipes["REPA"].method.depth == 1 and recipes["HASTE"].method.depth == 2
-    assert ORACLE in SCALES["laptop"].told("shapes") and ORACLE not in SCALES["laptop"].told("digits")
+    assert ORACLE in trainable(ARMS, "shapes") and ORACLE not in trainable(ARMS, "digits")
 
 
 # ---- what is said about them

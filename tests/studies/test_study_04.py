@@ -104,7 +104,7 @@ def test_the_table_that_ships_is_paired(shipped):
 def test_the_table_that_ships_is_what_todays_recipes_would_train(shipped):
     """`-p seeds 5` finds the rows by the identity of their runs: nothing is trained again; at both budgets and two looks on the way."""
     scale = SCALES["laptop"]
-    recipe_of, arms = scale.recipe_of("laptop", "shapes"), {arm.name: arm for arm in scale.told("shapes")}
+    recipe_of, arms = scale.recipe_of("laptop", "shapes"), {arm.name: arm for arm in scale.arms}
     recipes = {name: recipe_of(arm, table_seeds(1)[0]) for name, arm in arms.items()}
     plan = lengths(recipes, BASELINE, expect(recipes["REG"]).facts, EARLY)
     found = {}

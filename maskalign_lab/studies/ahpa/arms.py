@@ -20,7 +20,7 @@ from ...runs.evaluation import quality
 from ...runs.experiments import Arm
 from ...runs.presets import LATENTS
 from ...runs.run import Recipe, Run, ensure_run
-from ...runs.rung import table_preset
+from ...runs.rung import recipes_of
 from .routing import has_losses, measure_routing, trace_router
 
 # %% ../../../nbs/lib/studies/ahpa/arms.ipynb #beea1382
@@ -106,9 +106,7 @@ class Scale:
 
     def recipe_of(self, preset: str, dataset: str, overrides: str = "") -> Callable[[Arm, int], Recipe]:
         """What `run_arms` asks for: arm and seed -> recipe. Overrides of the method are for AHPA's arms alone."""
-        others = " ".join(item for item in overrides.split() if not item.startswith("method."))
-        given = lambda arm: overrides if arm.method == "ahpa" else others  # noqa: E731
-        return lambda arm, seed: arm.recipe(table_preset(preset), dataset, seed, f"{self.overrides} {given(arm)}")
+        return recipes_of(preset, dataset, self.overrides, overrides, "ahpa")
 
 # %% ../../../nbs/lib/studies/ahpa/arms.ipynb #f7c2d233
 SMOKE = f"{LATENTS['']} training.cooldown=0 training.steps=4 data.n=64"

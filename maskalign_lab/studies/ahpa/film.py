@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from torch import Tensor
 
+from ...base.files import write_atomic
 from ...base.seeding import generator
 from ...data.datasets import Dataset, to_pixels
 from ...diffusion.interpolants import interpolate
@@ -108,7 +109,7 @@ def save_film(film: Film, path: str | Path) -> Path:
     """Write a film."""
     arrays = {name: value for name, value in vars(film).items() if isinstance(value, np.ndarray)}
     words = {name: json.dumps(value) for name, value in vars(film).items() if name not in arrays}
-    save_file({name: np.ascontiguousarray(value) for name, value in arrays.items()}, path, words)
+    write_atomic(path, save({name: np.ascontiguousarray(value) for name, value in arrays.items()}, words))
     return Path(path)
 
 

@@ -15,7 +15,7 @@ from ...runs.evaluation import quality
 from ...runs.experiments import Arm
 from ...runs.recipe import Recipe
 from ...runs.run import Run
-from ...runs.rung import BASELINE, table_preset
+from ...runs.rung import BASELINE, recipes_of
 from .unevenness import TIMES, norms_at, unevenness
 from ..maskalign.arms import as_authors
 from ...training.methods import innermost
@@ -52,13 +52,7 @@ class Scale:
 
     def recipe_of(self, preset: str, dataset: str, overrides: str = "") -> Callable[[Arm, int], Recipe]:
         """What `run_arms` asks for: arm and seed -> recipe. Overrides of the method are for REPA's arms alone."""
-        others = " ".join(item for item in overrides.split() if not item.startswith("method."))
-        given = lambda arm: overrides if arm.method == "repa" else others  # noqa: E731
-        return lambda arm, seed: arm.recipe(table_preset(preset), dataset, seed, f"{self.overrides} {given(arm)}")
-
-    def told(self, dataset: str) -> tuple[Arm, ...]:
-        """The arms that can be trained on a data set: the oracle knows shapes alone."""
-        return tuple(arm for arm in self.arms if dataset == "shapes" or arm is not ORACLE)
+        return recipes_of(preset, dataset, self.overrides, overrides, "repa")
 
 # %% ../../../nbs/lib/studies/gradient_norms/arms.ipynb #9639b577
 SMOKE = "training.cooldown=0 training.steps=8 data.n=128"
@@ -66,7 +60,7 @@ SCALES = {
     "smoke": Scale(192, 3, 3, SMOKE, 2, ARMS[:2], 64, 16, 8),
     "laptop": Scale(),
     "gpu": Scale(8192, 21, seeds=8, judged=1000),
-    "paper": Scale(8192, 21, 8, "training.steps=400000", 5, measured=2048, judged=5000),
+    "paper": Scale(8192, 21, 8, "training.steps=400000 training.clip=1.0", 5, measured=2048, judged=5000),
 }
 
 # %% ../../../nbs/lib/studies/gradient_norms/arms.ipynb #72a7e5ea

@@ -15,7 +15,7 @@ from ...base.errors import one_of
 from ...gradient_norms import Observed, observe
 from ...runs.experiments import Arm, load_rows, results_file, shipped_rows
 from ...runs.recipe import Recipe
-from ...runs.rung import rung_rows, samples_judged
+from ...runs.rung import rung_rows, samples_judged, trainable
 from ...runs.studied_runs import studied_runs
 from .arms import SCALES, Scale, measure_norms
 from .film import Film, make_film
@@ -73,5 +73,5 @@ def table_rows(study: Study) -> list[dict[str, Any]]:
     scale, known = study.scale, load_rows(results_file(TABLE, study.dataset))
     sizes = {"images": scale.mapped, "measured": scale.measured, "samples": samples_judged(study.dataset, scale.judged)}
     keep = Path(study.out_dir) / "01_rows.json" if study.out_dir else None
-    arms, measure = scale.told(study.dataset), partial(measure_norms, **sizes)
+    arms, measure = trainable(scale.arms, study.dataset), partial(measure_norms, **sizes)
     return rung_rows(arms, study.count, study.recipe_of, measure, known, keep, study.device)

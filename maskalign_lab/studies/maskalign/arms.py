@@ -19,7 +19,7 @@ from ...runs.experiments import Arm
 from ...runs.paper_settings import SETTINGS
 from ...runs.recipe import Recipe
 from ...runs.run import Run
-from ...runs.rung import table_preset
+from ...runs.rung import recipes_of, trainable
 from .measures import dropped_share, preference, restored_share, stability_gap
 from ...training.methods import innermost
 
@@ -110,7 +110,7 @@ def arms_of(
 ) -> tuple[Arm, ...]:
     """The arms of some groups, with the baselines that they are compared with."""
     chosen = [arm for name in groups.split() for arm in GROUPS[one_of(name, GROUPS, "group of arms")]]
-    chosen = [arm for arm in chosen if dataset == "shapes" or arm not in ORACLE]
+    chosen = trainable(chosen, dataset)
     bases = [base for base, told in TOLD.items() if any(arm in told for arm in chosen)]
     return tuple(arm for arm in ARMS if arm in chosen or arm.name in ("SiT", *bases))
 
@@ -136,7 +136,7 @@ class Scale:
 
     def recipe_of(self, preset: str, dataset: str, overrides: str = "") -> Callable[[Arm, int], Recipe]:
         """What `run_arms` asks for: arm and seed -> recipe."""
-        return lambda arm, seed: arm.recipe(table_preset(preset), dataset, seed, f"{self.overrides} {overrides}")
+        return recipes_of(preset, dataset, self.overrides, overrides)
 
 # %% ../../../nbs/lib/studies/maskalign/arms.ipynb #a1f41275
 EVERY = "headline ablations controls repa"

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
+from ...base.files import write_atomic
 from ...base.seeding import generator
 from ...data.datasets import Dataset, to_pixels
 from ...diffusion.interpolants import convert, interpolate, velocity
@@ -186,7 +187,7 @@ def save_film(film: Film, path: str | Path) -> Path:
         tensors |= {f"{name}." + ".".join(map(str, key)): value.contiguous() for key, value in of.items()}
     words = {name: getattr(film, name) for name in ("labels", "patches", "times", "seed", "noise_scale", "clamp")}
     words["errors"] = {".".join(map(str, key)): values for key, values in film.errors.items()}
-    save_file(tensors, path, {name: json.dumps(value) for name, value in words.items()})
+    write_atomic(path, save(tensors, {name: json.dumps(value) for name, value in words.items()}))
     return Path(path)
 
 # %% ../../../nbs/lib/studies/prediction_targets/film.ipynb #4c3ab28f

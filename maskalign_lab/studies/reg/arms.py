@@ -16,7 +16,7 @@ from ...runs.evaluation import QUICK, quality
 from ...runs.experiments import Arm
 from ...runs.recipe import Recipe
 from ...runs.run import Run
-from ...runs.rung import table_preset
+from ...runs.rung import recipes_of
 from .token_measures import measure_token
 
 # %% ../../../nbs/lib/studies/reg/arms.ipynb #57660297
@@ -87,13 +87,7 @@ class Scale:
 
     def recipe_of(self, preset: str, dataset: str, overrides: str = "") -> Callable[[Arm, int], Recipe]:
         """What `run_arms` asks for: arm and seed -> recipe. Overrides of the method are for REG's arms alone."""
-        others = " ".join(item for item in overrides.split() if not item.startswith("method."))
-        given = lambda arm: overrides if arm.method == "reg" else others  # noqa: E731
-        return lambda arm, seed: arm.recipe(table_preset(preset), dataset, seed, f"{self.overrides} {given(arm)}")
-
-    def told(self, dataset: str) -> tuple[Arm, ...]:
-        """The arms that can be trained on a data set: the oracle knows shapes alone."""
-        return tuple(arm for arm in self.arms if dataset == "shapes" or arm not in ORACLE)
+        return recipes_of(preset, dataset, self.overrides, overrides, "reg")
 
 # %% ../../../nbs/lib/studies/reg/arms.ipynb #019d31f6
 SMOKE = "training.cooldown=0 training.steps=8 data.n=128"

@@ -20,7 +20,7 @@ from ...runs.experiments import Arm, load_rows, results_file, shipped_rows
 from ...runs.presets import make_recipe
 from ...runs.recipe import Recipe
 from ...runs.run import Run
-from ...runs.rung import rung_rows, samples_judged
+from ...runs.rung import rung_rows, samples_judged, trainable
 from ...runs.sources import teacher_names
 from ...runs.studied_runs import studied_runs
 from .arms import SCALES, Scale, measure_reg
@@ -108,5 +108,5 @@ def table_rows(study: Study) -> list[dict[str, Any]]:
     samples = samples_judged(study.dataset, scale.judged)
     measure = partial(measure_reg, images=scale.images, samples=samples, known=scale.known)
     keep = Path(study.out_dir) / "04_rows.json" if study.out_dir else None
-    arms = scale.told(study.dataset)
+    arms = trainable(scale.arms, study.dataset)
     return rung_rows(arms, study.count, study.recipe_of, measure, known, keep, study.device)
