@@ -22,6 +22,7 @@ from ...data.datasets import load_dataset
 from ...runs.experiments import Arm, load_rows, results_file, run_arms, shipped_rows
 from ...runs.recipe import Recipe
 from ...runs.run import ensure_run, load_run
+from ...runs.rung import samples_judged
 from .arms import SCALES, Scale, film_arms, one_image_rows, sheet, sheet_arms
 from .film import Film, film_of_run, load_film, trained_film
 from .manifold_survey import load_flows, survey_cases, survey_toy
@@ -100,7 +101,7 @@ def rows_of(
     """The rows of one of the study's tables."""
     if not study.count:
         return shipped_rows(table, study.preset, study.dataset, study.overrides)
-    samples = study.scale.samples if study.dataset == "shapes" else 0  # there is a judge for shapes alone
+    samples = samples_judged(study.dataset, study.scale.samples)
     measure = partial(measure_target, images=study.scale.images, samples=samples)
     known, seeds = load_rows(results_file(table, study.dataset)), range(seeds or study.count)
     return run_arms(arms, seeds, recipe_of, None, measure, known, study.kept_in(keep), study.device)
