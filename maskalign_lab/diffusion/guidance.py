@@ -52,6 +52,7 @@ class Field:
     objective: Objective
     y: Tensor  # (b,)
     config: Any  # a `SamplerConfig`
+    guide: nn.Module | None = None  # a weaker network, in place of the unconditional prediction
 
     def __call__(
         self,
@@ -63,10 +64,17 @@ class Field:
         began = t if began is None or config.guide_stages else began
         scales = config.guidance, config.guidance if config.class_guidance is None else config.class_guidance
         if scales == (1, 1) or not is_guided(config, began):
-            return pack(*self._velocity(state, t, self.y))
-        null = torch.full_like(self.y, self.net.num_classes)
-        both = self._velocity(torch.cat([state, state]), t, torch.cat([self.y, null]))
+            return pack(*self._velocity(self.net, state, t, self.y))
+        both = self._both(state, t)
         return pack(*(self._guide(*pair) for pair in zip(both, scales, (config.guided_channels, None))))
+
+    def _both(self, state: Tensor, t: float) -> tuple[Tensor, Tensor | None]:  # (2b, ...) each
+        """What is gone towards, then what is gone away from."""
+        if self.guide is None:
+            null = torch.full_like(self.y, self.net.num_classes)
+            return self._velocity(self.net, torch.cat([state, state]), t, torch.cat([self.y, null]))
+        pairs = zip(*(self._velocity(net, state, t, self.y) for net in (self.net, self.guide)), strict=True)
+        return tuple(None if pair[0] is None else torch.cat(pair) for pair in pairs)
 
     def _guide(self, both: Tensor | None, scale: float, channels: int | None) -> Tensor | None:
         if both is None:
@@ -75,12 +83,12 @@ class Field:
         velocity = unconditional + scale * (conditional - unconditional)
         return velocity if channels is None else torch.cat([velocity[:, :channels], conditional[:, channels:]], 1)
 
-    def _velocity(self, state: Tensor, t: float, y: Tensor) -> tuple[Tensor, Tensor | None]:
-        x, cls = unpack(self.net, state)
+    def _velocity(self, net: nn.Module, state: Tensor, t: float, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, cls = unpack(net, state)
         times = torch.full((len(x),), t, device=x.device, dtype=torch.float64)
-        dtype = next(self.net.parameters()).dtype
+        dtype = next(net.parameters()).dtype
         extras = {} if cls is None else {"cls": cls.to(dtype)}
         with autocast(self.config.precision, x.device):
-            out = self.net(x.to(dtype), times.to(dtype), y, **extras)
+            out = net(x.to(dtype), times.to(dtype), y, **extras)
         v = predicted_velocity(self.objective, out.prediction.double(), x, times)
         return v, None if cls is None else predicted_velocity(self.objective, out.class_prediction.double(), cls, times)

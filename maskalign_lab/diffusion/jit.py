@@ -137,7 +137,7 @@ class JiT(nn.Module):
         keep: Tensor | None = None,  # refused: no token can be dropped
         collect: tuple[int, ...] = (),  # depths whose hidden tokens to return
     ) -> Output:
-        check_whole(cls, keep)
+        check_whole(self, cls, keep)
         check_depths(collect, self.depth)
         tokens, c, hidden = self._through(x, t, y, self.depth, collect)
         patches, _ = self.final_layer(tokens, c)  # (b, n, p*p*c)
@@ -153,7 +153,7 @@ class JiT(nn.Module):
         keep: Tensor | None = None,  # refused
     ) -> Tensor:  # (b, n, d)
         """The patches' residual stream after block `depth`, without running the rest."""
-        check_whole(cls, keep)
+        check_whole(self, cls, keep)
         check_depths((depth,), self.depth)
         return self._through(x, t, y, depth)[0]
 
@@ -206,13 +206,15 @@ def check_parts(
         raise ValueError(f"dropout {dropout} must be at least 0 and below 1")
 
 # %% ../../nbs/lib/diffusion/jit.ipynb #712b3e81
-def check_whole(cls: Tensor | None, keep: Tensor | None) -> None:
+def check_whole(net: nn.Module, cls: Tensor | None, keep: Tensor | None) -> None:
     """Refuse a teacher's class token and dropped patches."""
     if cls is not None:
-        raise ValueError("JiT has no class token of a teacher, and cls is given: take network sit for REG")
+        raise ValueError(
+            f"{type(net).__name__} has no class token of a teacher, and cls is given: take network sit for REG"
+        )
     if keep is not None:
         raise ValueError(
-            "JiT's rotary positions and in-context tokens want the whole grid, and keep is given: take network sit for "
+            f"{type(net).__name__} takes the whole grid, since {net.needs_grid}, and keep is given: take network sit for "
             "methods that drop tokens"
         )
 

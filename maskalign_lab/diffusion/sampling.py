@@ -26,7 +26,7 @@ class SamplerConfig:
     """How to sample. Paper scale: REPA uses 250 Euler-Maruyama steps, guidance 1.8 on t <= 0.7."""
 
     solver: str = "heun"  # euler | heun | heun3 | midpoint | rk4 | dopri5 | euler-maruyama | stochastic-heun
-    steps: int = 25  # of equal length; dopri5 chooses its own
+    steps: int = 25  # of equal length before the objective's shift; dopri5 chooses its own
     guidance: float = 1.0  # 1 is off
     class_guidance: float | None = None  # of the class token; None: as the image. REG: 2.3 for both
     guidance_low: float = 0.0  # guidance acts on steps that begin at t in [low, high]
@@ -36,6 +36,7 @@ class SamplerConfig:
     diffusion: str = "linear"  # w of the stochastic solvers, see DIFFUSIONS; REPA: linear, SiT: sigma
     last_step: float = 0.04  # stochastic solvers: the final, noise-free step starts here
     last: str = "mean"  # what that step is: mean | euler | tweedie
+    end: float = 0.0  # where deterministic solvers stop, before the shift. RAE: 0.001
     precision: str = "auto"  # of the network, if its weights are float32: auto | float32 | bfloat16
 
     def __post_init__(self):
@@ -50,6 +51,12 @@ class SamplerConfig:
                 raise ValueError(f"{name} {getattr(self, name)} must be a finite number; 1 is off")
         if not 0 < self.last_step < 1:
             raise ValueError(f"last_step {self.last_step} must lie between 0 and 1: the score is singular at t = 0")
+        if not 0 <= self.end < 1:
+            raise ValueError(f"end {self.end} must be at least 0 and below 1")
+        if self.end and SOLVERS[self.solver].stochastic:
+            raise ValueError(
+                f"end {self.end} must be 0 for {self.solver}: stochastic solvers go on from last_step to the data"
+            )
         if not 0 <= self.guidance_low <= self.guidance_high <= 1:
             raise ValueError(
                 f"guidance interval [{self.guidance_low}, {self.guidance_high}] must lie in [0, 1], low first"
@@ -73,6 +80,7 @@ def sample(
     config: SamplerConfig = SamplerConfig(),
     seed: int = 0,  # keys the starting noise and every later draw
     start: Tensor | None = None,  # state to start from, see `pack`; None draws noise
+    guide: nn.Module | None = None,  # a weaker network to be guided away from; None: the network without labels
 ) -> Iterator[SampleStep]:
     """Integrate from noise to data, yielding each state; the last one is the sample."""
     solver = SOLVERS[config.solver]
@@ -80,7 +88,7 @@ def sample(
         check_velocity(objective, t)
     state = (draw_start(net, objective, y, seed) if start is None else start).double()
     yield SampleStep(1.0, *unpack(net, state))
-    field, draw = Field(net, objective, y, config), lambda number: generator(seed, number, "sde", y.device)
+    field, draw = Field(net, objective, y, config, guide), lambda number: generator(seed, number, "sde", y.device)
     for t, state in solver.states(field, state, draw):
         yield SampleStep(t, *unpack(net, state))
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .guidance import Field
 from .interpolants import Coefficients, coefficients, convert
+from .objectives import shifted
 
 # %% ../../nbs/lib/diffusion/solvers.ipynb #de951526
 TABLEAUS = {  # stages after the first, weights of all slopes
@@ -141,8 +142,8 @@ def denoise_last(field: Field, x: Tensor, t: float) -> Tensor:
 def even_times(
     config: Any,  # a `SamplerConfig`
 ) -> list[float]:
-    """Times from 1 to 0 at equal distances, one more than there are steps."""
-    return torch.linspace(1, 0, config.steps + 1, dtype=torch.float64).tolist()
+    """Times from 1 to `end` at equal distances, one more than there are steps."""
+    return torch.linspace(1, config.end, config.steps + 1, dtype=torch.float64).tolist()
 
 
 def times_with_a_jump(
@@ -156,7 +157,9 @@ class Solver(NamedTuple):
     """One way to integrate: the step from one time to the next, and the times."""
 
     step: Callable[[Field, Tensor, float, float, torch.Generator], Tensor]  # field, x, t, t_next, draw -> x at t_next
-    times: Callable[[Any], list[float]] = even_times  # from 1 to 0
+    times: Callable[[Any], list[float]] = even_times  # from 1 to 0, before the objective's shift
+
+    stochastic: bool = False
 
     asks_at = (1.0,)  # singular times at which it asks for a velocity
 
@@ -167,7 +170,7 @@ class Solver(NamedTuple):
         draw: Callable[[int], torch.Generator],  # number of a step -> its generator
     ) -> Iterator[tuple[float, Tensor]]:
         """Times and states on the way to t = 0."""
-        times = self.times(field.config)
+        times = [shifted(t, field.objective.time_shift) for t in self.times(field.config)]
         for number, (t, t_next) in enumerate(zip(times, times[1:])):
             x = self.step(field, x, t, t_next, draw(number))
             yield t_next, x
@@ -177,10 +180,11 @@ class Adaptive:
     """`dopri5` behind the face of a `Solver`."""
 
     asks_at = (1.0, 0.0)
+    stochastic = False
 
     def states(self, field: Field, x: Tensor, draw: Callable) -> Iterator[tuple[float, Tensor]]:
         """Times and states on the way to t = 0, at steps of its own."""
-        return dopri5(field, x)
+        return dopri5(field, x, end=shifted(field.config.end, field.objective.time_shift))
 
 
 def deterministic(name: str) -> Solver:
@@ -199,7 +203,7 @@ def stochastic(noisy_step: Callable[..., Tensor]) -> Solver:
         noise = torch.randn(x.shape, generator=draw, device=x.device, dtype=x.dtype)
         return noisy_step(field, x, t, t_next, noise)
 
-    return Solver(step, times_with_a_jump)
+    return Solver(step, times_with_a_jump, stochastic=True)
 
 # %% ../../nbs/lib/diffusion/solvers.ipynb #4b0a121d
 SOLVERS: dict[str, Solver | Adaptive] = {name: deterministic(name) for name in TABLEAUS}

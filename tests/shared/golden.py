@@ -24,9 +24,9 @@ def golden(name):
         for key in file.keys():
             prefix, _, rest = key.partition(".")
             parts[prefix][rest] = file.get_tensor(key)
-    config = config.get("model", config)  # HASTE's file tells more than the constructor's arguments
+    whole, config = config, config.get("model", config)  # some files tell more than the constructor's arguments
     return SimpleNamespace(
-        config=config, inputs=parts["in"], out=parts["out"], weights=parts["model"], parts=dict(parts)
+        config=config, whole=whole, inputs=parts["in"], out=parts["out"], weights=parts["model"], parts=dict(parts)
     )
 
 
