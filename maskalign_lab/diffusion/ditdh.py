@@ -96,7 +96,8 @@ class DiTDH(nn.Module):
             check_parts(wide, blocks, many, 0, 0, 0, True, 0.0)
         self.patch_size, self.in_channels, self.num_classes = patch_size, in_channels, num_classes
         self.width, self.depth, self.side = width, depth, input_size // patch_size
-        self.head_width, self.data_at_one, self.class_dim = head_width, data_at_one, None
+        self.head_width, self.mlp_ratio = head_width, mlp_ratio
+        self.data_at_one, self.class_dim = data_at_one, None
         self.s_embedder = PatchEmbed(in_channels, width, patch_size)
         self.x_embedder = PatchEmbed(in_channels, head_width, patch_size)
         self.s_projector = nn.Linear(width, head_width) if width != head_width else nn.Identity()

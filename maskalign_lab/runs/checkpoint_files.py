@@ -77,7 +77,8 @@ def checkpoint_of(
     found = [name for name in AVERAGED if entries.get(name) is not None]
     weights = named_tensors(entries[found[0]] if found else content, path, found[0] if found else "")
     second = named_tensors(entries[SECOND], path, SECOND) if entries.get(SECOND) is not None else None
-    words = {"step": str(whole_number(entries["steps"]))} if "steps" in entries else {}
+    counts = [entries[name] for name in ("steps", "step") if name in entries]  # RAE counts in the singular
+    words = {"step": str(whole_number(counts[0]))} if counts else {}
     args = entries.get("args")
     if isinstance(args, argparse.Namespace | Mapping):
         words["args"] = json.dumps(dict(args) if isinstance(args, Mapping) else vars(args), default=str)

@@ -13,11 +13,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from .official_ditdh import read_off_ditdh
+from .official_sit import PATHS
 from torch import Tensor
 
 from ..base.errors import one_of
 from ..diffusion.sit import SIZES
-from .official import ARGUMENTS, PATHS, has_projectors
+from .official import DOORS, has_projectors
 from .official_jit import bare, flat, published_jit, typed
 
 # %% ../../nbs/lib/runs/official_shapes.ipynb #34e0c243
@@ -38,6 +40,8 @@ def read_off(
         input_size=math.isqrt(tokens) * p, patch_size=p, in_channels=channels, hidden_size=width, depth=depth,
         num_classes=len(weights[labels]) - 1,
     )  # fmt: skip
+    if "s_embedder.proj.weight" in weights:
+        return "ditdh", config | read_off_ditdh(weights, config)
     family, more = read_off_jit(weights) if kind == "JiT" else read_off_sit(weights, config)
     return family, config | more
 
@@ -109,7 +113,7 @@ def told_arguments(
             "the weights fit SiT's repository (in which t = 1 is data) and REPA's (in which it is noise) alike, and the file does "
             "not say which: give --family sit or --family repa"
         )
-    known = ARGUMENTS[one_of(name, ARGUMENTS, "family")]
+    known = DOORS[one_of(name, DOORS, "family")].known
     certain = "config" in words and not family  # then an argument that the family does not take is an error
     told = {key: value for key, value in found.items() if key in known or certain} | flat(given)
     usual = untold(name, known | told, has_projectors(weights))
@@ -148,7 +152,7 @@ def untold(
     if family == "jit":
         return published_jit(told, aligned)
     silent = ("path_type", "encoder_depth") if aligned else ("path_type",)
-    return {name: ARGUMENTS[family][name] for name in silent if name in ARGUMENTS[family]}
+    return {name: DOORS[family].known[name] for name in silent if name in DOORS[family].known}
 
 # %% ../../nbs/lib/runs/official_shapes.ipynb #e5da516d
 def check_told(told: Mapping[str, Any]) -> None:

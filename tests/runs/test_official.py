@@ -20,7 +20,7 @@ from maskalign_lab.diffusion.objectives import Objective
 from maskalign_lab.diffusion.sampling import SamplerConfig, last_sample, sample
 from maskalign_lab.runs.checkpoint_files import read_weights
 from maskalign_lab.runs.facts import Facts
-from maskalign_lab.runs.official import ARGUMENTS, SAMPLERS, arguments, backbone, from_official, settings, to_official
+from maskalign_lab.runs.official import DOORS, SAMPLERS, arguments, from_official, to_official
 from maskalign_lab.runs.official_files import export_run, import_run
 from maskalign_lab.runs.official_jit import DENOISER, bare, flat, jit_sampler
 from maskalign_lab.runs.official_shapes import read_off, told_arguments
@@ -96,7 +96,7 @@ def test_a_bare_file_of_haste_is_told_by_the_caller(tmp_path):
 
 
 def test_haste_at_the_papers_size_has_the_papers_blocks():
-    config = settings("haste", arguments("haste", {}))
+    config = DOORS["haste"].alignment(arguments("haste", {}))
     assert (config.depth, config.stop, config.weight, config.attention_weight) == (8, 250_000, 0.5, 0.5)
     assert (config.student_blocks, config.teacher_blocks) == ((5, 6, 7, 8), (9, 10, 11, 12))
 
@@ -278,7 +278,7 @@ def test_published_sizes_are_read_off_completely(size, patch, learn_sigma):
     config = dict(hidden_size=numbers["width"], depth=numbers["depth"], num_heads=numbers["heads"], patch_size=patch)
     family = "sit" if learn_sigma else "repa"
     with torch.device("meta"):
-        net = backbone(family, {**ARGUMENTS[family], **config})
+        net = DOORS[family].network({**DOORS[family].known, **config})
     found_family, found = read_off(net.state_dict())
     assert found_family == ("sit" if learn_sigma else "") and all(
         found[name] == value for name, value in config.items()
@@ -325,7 +325,7 @@ def test_an_imported_run_knows_how_it_is_sampled(name, tmp_path):
     family, config = name.split("_")[0], golden(name).config
     save_file(golden(name).weights, tmp_path / "file.safetensors")
     run = load_run(import_run(tmp_path / "file.safetensors", tmp_path / "run", family, config))
-    assert run.sampler == (jit_sampler(ARGUMENTS["jit"] | flat(config)) if family == "jit" else SAMPLERS[family])
+    assert run.sampler == (jit_sampler(DOORS["jit"].known | flat(config)) if family == "jit" else SAMPLERS[family])
 
 
 def test_a_run_of_the_lab_has_no_sampler_of_its_own():
@@ -580,7 +580,7 @@ def test_a_jit_without_an_official_layout_is_refused(overrides, message):
 def plain(folder, args=None, learn_sigma=False, **changes):
     """A small official SiT without projectors in a training checkpoint, and its network."""
     size = dict(input_size=8, hidden_size=32, depth=3, num_heads=4, num_classes=10, learn_sigma=learn_sigma) | changes
-    net = backbone("sit", arguments("sit", size))
+    net = DOORS["sit"].network(arguments("sit", size))
     for p in net.parameters():
         p.data.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
     content = {"ema": net.state_dict(), **({"args": argparse.Namespace(**args)} if args else {})}
@@ -691,3 +691,36 @@ def test_the_autoencoder_of_a_run_on_latents_comes_back(tmp_path, monkeypatch, c
     assert torch.equal(told.decode(torch.zeros(1, 4, 16, 16)), again.decode(torch.zeros(1, 4, 16, 16)))
     import_run(tmp_path / "bare.safetensors", tmp_path / "bare", "repa", config)
     assert "give --autoencoder" in capsys.readouterr().out
+
+
+# --- DiT-DH -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_stage_two_checkpoint_of_rae_becomes_a_run_by_its_tensors_alone(tmp_path, capsys):
+    record, file = golden("ditdh"), tmp_path / "last.pt"
+    torch.save({"ema": record.weights, "model": record.weights, "step": 7, "epoch": 1}, file)
+    run = load_run(import_run(file, tmp_path / "run"))
+    x, t, y = (record.inputs[k] for k in "xty")
+    close(run.net(x, t, y).prediction, record.out["pred"])
+    assert "family ditdh, read off its tensors" in capsys.readouterr().out and run.step == 7
+    assert run.recipe.objective.time_shift == 0.5 and run.sampler.steps == 49 and run.sampler.end == 0.001  # 16 x 8 x 8
+    assert (run.recipe.network.head_width, run.recipe.network.heads, run.recipe.network.head_heads) == (96, 4, 4)
+    family, config, weights = to_official(run.net, run.method, run.recipe.objective, run.sampler)
+    assert family == "ditdh" and all(torch.equal(weights[name], value) for name, value in record.weights.items())
+    assert arguments(family, config)["num_heads"] == (4, 4)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"wo_shift": True}, "wo_shift"),
+        ({"patch_size": 2}, "patch_size 2 of ditdh"),
+        ({"time_dist_type": "logit-normal_0"}, "logit-normal_0_1"),
+        ({"time_dist_type": "cosine"}, "time_dist_type"),
+        ({"depth": 28}, "depth 28 of ditdh: expected two numbers"),
+        ({"hiden_size": (1, 2)}, "hidden_size"),
+    ],
+)
+def test_what_a_ditdh_cannot_be_is_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        arguments("ditdh", wrong)
