@@ -197,7 +197,9 @@ class Import:
 
     file: Positional[str]  # .safetensors, .pt or .pth; a pickle that holds code is refused
     out: str = ""  # the run's folder; default: under runs/trained, named after the file
-    family: str = ""  # sit, repa, reg, haste, irepa or jit; default: the file's own word, or read off its tensors
+    family: str = (
+        ""  # sit, repa, reg, haste, irepa, jit or ditdh; default: the file's own word, or read off its tensors
+    )
     config: str = ""  # JSON: official arguments, of JiT's denoiser too, that the file does not tell
     dataset: str = ""  # what it was trained on: shapes, digits, photos or folder:PATH, or the words latents or pixels
     autoencoder: str = ""  # whose latents it learned, as in data.autoencoder; default: the file's own word, or none

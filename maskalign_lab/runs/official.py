@@ -13,6 +13,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
+from torch import Tensor, nn
+
+from ..base.errors import one_of
+from ..diffusion.ditdh import DiTDH
+from ..diffusion.jit import JiT
+from ..diffusion.objectives import Objective
+from ..diffusion.sampling import SamplerConfig
 from maskalign_lab.runs.official_ditdh import (
     DITDH,
     check_ditdh,
@@ -22,24 +29,6 @@ from maskalign_lab.runs.official_ditdh import (
     ditdh_objective,
     ditdh_sampler,
 )
-from maskalign_lab.runs.official_sit import (
-    PATHS,
-    SAMPLERS,
-    SIT,
-    check_backbone,
-    sit_alignment,
-    sit_arguments,
-    sit_config,
-    sit_network,
-    sit_objective,
-)
-from torch import Tensor, nn
-
-from ..base.errors import one_of
-from ..diffusion.ditdh import DiTDH
-from ..diffusion.jit import JiT
-from ..diffusion.objectives import Objective
-from ..diffusion.sampling import SamplerConfig
 from maskalign_lab.runs.official_jit import (
     DENOISER,
     NET,
@@ -54,6 +43,17 @@ from maskalign_lab.runs.official_jit import (
     jit_objective,
     jit_sampler,
     net_arguments,
+)
+from maskalign_lab.runs.official_sit import (
+    PATHS,
+    SAMPLERS,
+    SIT,
+    check_backbone,
+    sit_alignment,
+    sit_arguments,
+    sit_config,
+    sit_network,
+    sit_objective,
 )
 from .recipe import NetworkConfig
 from ..training.methods import Method, MethodConfig, PlainSiT, method_class

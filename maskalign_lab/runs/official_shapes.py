@@ -13,14 +13,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from .official_ditdh import read_off_ditdh
-from .official_sit import PATHS
 from torch import Tensor
 
 from ..base.errors import one_of
 from ..diffusion.sit import SIZES
 from .official import DOORS, has_projectors
+from .official_ditdh import read_off_ditdh
 from .official_jit import bare, flat, published_jit, typed
+from .official_sit import PATHS
 
 # %% ../../nbs/lib/runs/official_shapes.ipynb #34e0c243
 def read_off(
