@@ -29,7 +29,7 @@ DITDH: dict[str, Any] = dict(
 )  # fmt: skip
 PARTS = {"use_swiglu": True, "use_rope": True, "use_rmsnorm": True, "wo_shift": False, "use_pos_embed": True}
 
-
+# %% ../../nbs/lib/runs/official_ditdh.ipynb #7cd5348c
 def check_ditdh(full: Mapping[str, Any]) -> None:
     """Refuse what the lab's DiT-DH cannot be."""
     for name, value in PARTS.items():
@@ -82,7 +82,7 @@ def ditdh_network(full: Mapping[str, Any]) -> DiTDH:
     """A fresh network of the given official arguments."""
     return DiTDH(**sizes_of(full), **{name: full[name] for name in SHAPES})
 
-
+# %% ../../nbs/lib/runs/official_ditdh.ipynb #b049f210
 def ditdh_objective(full: Mapping[str, Any]) -> Objective:
     """Velocity on the linear path, at shifted times."""
     return Objective(**time_law(full["time_dist_type"]), time_shift=ditdh_shift(full))
