@@ -63,7 +63,7 @@ def at_times(
     batches = np.split(np.arange(images), range(batch_size, images, batch_size))
     return torch.stack([torch.cat([at(index, t) for index in batches], -2) for t in times])
 
-
+# %% ../nbs/02_position_preference.ipynb #d0f69228
 def parts_at(observed: Observed, dataset: Dataset, times: Sequence[float]) -> Tensor:  # (T, 3, b, n)
     """The parts of the pull on all images of a dataset at every time."""
     features = observed.features(dataset)
@@ -149,7 +149,7 @@ def correlations(
     found = found / spread.unsqueeze(-1) / spread.unsqueeze(-2)
     return found.clamp(-1, 1)[..., : one.shape[-2], one.shape[-2] :]
 
-
+# %% ../nbs/02_position_preference.ipynb #96ee74a3
 def agreement(one: Tensor, other: Tensor) -> Tensor:  # (..., T, n) of either half of the images -> (..., T, T)
     """Correlations of maps across two halves of the images; on the diagonal stands their ceiling."""
     r = correlations(one, other)
@@ -226,7 +226,7 @@ def pulls_at(
     shown = noised_inputs(observed.run, dataset, index, torch.full((len(index),), float(t)), step=int(index[0]))
     return pulls(observed, shown, features[index].to(shown[0])).cpu()
 
-
+# %% ../nbs/02_position_preference.ipynb #0d4be6b1
 def norms_at(
     observed: Observed, dataset: Dataset, times: Sequence[float], batch_size: int = 512, wrt: str = "hidden"
 ) -> Tensor:  # (T, b, n)
@@ -249,7 +249,7 @@ def check_grid(
                 f"factor {name!r} has {len(levels)} levels for {len(maps)} maps: expected one for each map"
             )
 
-
+# %% ../nbs/02_position_preference.ipynb #29c71505
 def coded(
     levels: Sequence[Any],
 ) -> tuple[list[Any], Tensor, Tensor]:  # names (L,), code (L, L - 1), columns (cases, L - 1)

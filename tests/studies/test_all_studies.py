@@ -109,7 +109,7 @@ STUDIES = [
     ),
     Study(
         "02_position_preference",
-        ("filmstrip", "parts", "agreement"),
+        ("filmstrip", "parts", "agreement", "wrt"),
         ("0.50", "0.60"),
         other_sides,
         (
