@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 
 from maskalign_lab.base.resampling import permutation_null
 from maskalign_lab.base.seeding import generator
-from maskalign_lab.gradient_norms import gradient_norms_at, noised_inputs, observe, token_gradient_norms
+from maskalign_lab.gradient_norms import (
+    concentration,
+    gradient_norms_at,
+    noised_inputs,
+    null_concentration,
+    observe,
+    token_gradient_norms,
+)
 from maskalign_lab.position_preference import (
     agreement,
     at_times,
@@ -26,6 +33,7 @@ from maskalign_lab.position_preference import (
     position_share,
     pull_parts,
     pulls_at,
+    uniform_null,
 )
 from maskalign_lab.runs.run import load_run
 from maskalign_lab.training.repa import cosine_alignment, projector
@@ -113,6 +121,15 @@ def test_measures_stay_within_their_ends(n, seed, sparse):
     assert 1 - 1e-9 <= peak_again(one, one) <= n + 1e-9
     assert -1e-9 <= gini_again(one, one) <= 1 - 1 / n + 1e-9
     assert -1e-9 <= entropy(one) <= 1 + 1e-9
+
+
+def test_the_uniform_null_is_that_of_study_01_and_leaves_what_is_asked_again_at_chance():
+    ratios = uniform_null(lambda one, other: concentration((one + other) / 2), 512, 16, repeats=60)
+    theirs = null_concentration(512, 16, repeats=60)
+    assert abs(ratios.mean() - theirs.mean()) < 5 * (ratios.std() + theirs.std()) / 60**0.5
+    for again, chance in ((peak_again, 1), (gini_again, 0)):
+        null = uniform_null(again, 64, 16, repeats=200)
+        assert abs(null.mean() - chance) < 5 * null.std() / 200**0.5
 
 
 # ---- alike?
