@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PENALTIES', 'partition', 'kept_means', 'contents', 'ridge', 'explained', 'rebuilt', 'read']
 
-# %% ../../../nbs/lib/studies/position_preference/mixer_probe.ipynb #33bca1ba
+# %% ../../../nbs/lib/studies/position_preference/mixer_probe.ipynb #85ede9eb
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,7 +19,7 @@ from ...gradient_norms import Observed
 from ...maskalign import count_kept
 from ..maskalign.measures import Seen, look
 
-# %% ../../../nbs/lib/studies/position_preference/mixer_probe.ipynb #fa48de13
+# %% ../../../nbs/lib/studies/position_preference/mixer_probe.ipynb #b6ee0774
 def partition(
     tokens: int,  # of an image
     ratio: float,  # share that a mask drops
@@ -28,11 +28,11 @@ def partition(
     """Masks that together drop every patch once; the last may drop fewer."""
     dropped = tokens - count_kept(tokens, ratio)
     if not dropped:
-        raise ValueError(f"ratio {ratio} of {tokens} tokens drops none; expected at least {1 / tokens:.4g}")
+        raise ValueError(f"ratio {ratio} drops no patch, so that there is none to rebuild; expected more, such as 0.25")
     order = torch.randperm(tokens, generator=generator(seed, 0, "probe"))
     return [part.sort().values for part in order.split(dropped)]
 
-# %% ../../../nbs/lib/studies/position_preference/mixer_probe.ipynb #f7bb67b8
+# %% ../../../nbs/lib/studies/position_preference/mixer_probe.ipynb #34c5bfd8
 @torch.no_grad()
 def kept_means(
     observed: Observed,
@@ -52,7 +52,7 @@ def kept_means(
     of = [patches(keep.expand(len(seen.y), -1)) if masked else whole[:, keep] for keep in keeps]
     return torch.stack([tokens.mean(1) for tokens in of]).cpu()
 
-# %% ../../../nbs/lib/studies/position_preference/mixer_probe.ipynb #a7fea7c5
+# %% ../../../nbs/lib/studies/position_preference/mixer_probe.ipynb #2672b9f7
 def contents(
     observed: Observed,
     dataset: Dataset,
@@ -69,7 +69,7 @@ def contents(
     }
     return {name: values.cpu() for name, values in found.items()}
 
-# %% ../../../nbs/lib/studies/position_preference/mixer_probe.ipynb #78f3be0f
+# %% ../../../nbs/lib/studies/position_preference/mixer_probe.ipynb #2cf158ba
 PENALTIES = np.logspace(0, 6, 7)
 
 
@@ -95,7 +95,7 @@ def explained(
     both = (said * true).sum()
     return (both * both.abs() / (said.square().sum() * true.square().sum()).clamp(min=1e-300)).item()
 
-# %% ../../../nbs/lib/studies/position_preference/mixer_probe.ipynb #d2666589
+# %% ../../../nbs/lib/studies/position_preference/mixer_probe.ipynb #8de4fecd
 def rebuilt(
     observed: Observed,
     dataset: Dataset,
@@ -119,7 +119,7 @@ def rebuilt(
             found[name][view] = explained(said, there)
     return found
 
-# %% ../../../nbs/lib/studies/position_preference/mixer_probe.ipynb #f233d1f7
+# %% ../../../nbs/lib/studies/position_preference/mixer_probe.ipynb #fc8e8e94
 def read(
     means: Tensor,  # (masks, b, d)
     true: dict[str, Tensor],  # content -> (b, n, channels)
