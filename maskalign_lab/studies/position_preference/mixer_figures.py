@@ -6,7 +6,7 @@
 __all__ = ['Rows', 'RESPONSES', 'DOSED', 'UNMASKED', 'LADDERS', 'FIGURE', 'dose_table', 'draw_doses', 'labels_of', 'dose_figure',
            'leak_and_gap', 'beside', 'leak', 'mixer_findings']
 
-# %% ../../../nbs/lib/studies/position_preference/mixer_figures.ipynb #15007c6d
+# %% ../../../nbs/lib/studies/position_preference/mixer_figures.ipynb #0e82384a
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -24,7 +24,7 @@ from .gap_quality import half_of
 from .mixer_arms import ALL, DEPTHS, NEARBY, NONE, RADII
 from ...workbench.plots import PALETTE, QUIET, theme
 
-# %% ../../../nbs/lib/studies/position_preference/mixer_figures.ipynb #0efbac37
+# %% ../../../nbs/lib/studies/position_preference/mixer_figures.ipynb #faf76be5
 Rows = Sequence[dict[str, Any]]
 RESPONSES = {
     "restored": "influence restored",
@@ -47,7 +47,7 @@ def dose_table(rows: Rows) -> pd.DataFrame:  # a line for each arm that was trai
     table = {metric: [mean(metric, arm) for arm in there] for metric in metrics if found[metric]}
     return pd.DataFrame(table, index=pd.Index(there, name="arm"))
 
-# %% ../../../nbs/lib/studies/position_preference/mixer_figures.ipynb #c8a402aa
+# %% ../../../nbs/lib/studies/position_preference/mixer_figures.ipynb #3bb7dd06
 def draw_doses(
     axis: Axes,
     values: Mapping[str, Mapping[int, float]],  # arm -> seed -> response
@@ -69,7 +69,7 @@ def draw_doses(
         full = [np.mean(list(unmasked[arm].values())) for arm in shown]
         axis.plot([ladder[arm] for arm in shown], full, "x", color=QUIET, ms=7, mew=1.5, label="all patches there")
 
-# %% ../../../nbs/lib/studies/position_preference/mixer_figures.ipynb #ff02d661
+# %% ../../../nbs/lib/studies/position_preference/mixer_figures.ipynb #21a9420f
 LADDERS = {"radius of the mixer's attention": RADII, "blocks of the mixer": DEPTHS}  # label of the axis -> arm -> dose
 
 
@@ -77,7 +77,7 @@ def labels_of(ladder: Mapping[str, int]) -> list[str]:
     """The doses as they are written below the axis."""
     return [*map(str, list(ladder.values())[:-1]), "all" if ladder is RADII else str(max(ladder.values()))]
 
-
+# %% ../../../nbs/lib/studies/position_preference/mixer_figures.ipynb #a60c0909
 def dose_figure(rows: Rows) -> Figure | None:  # None: no dose was measured
     """Every response to both kinds of dose."""
     found = {metric: by_seed(rows, metric) for metric in (*RESPONSES, *UNMASKED.values())}
@@ -98,7 +98,7 @@ def dose_figure(rows: Rows) -> Figure | None:  # None: no dose was measured
     figure.legend(list(marks.values()), list(marks), loc="outside lower center", ncols=3)
     return figure
 
-# %% ../../../nbs/lib/studies/position_preference/mixer_figures.ipynb #9e1d26bf
+# %% ../../../nbs/lib/studies/position_preference/mixer_figures.ipynb #6f219a1b
 FIGURE = "02_mixer"
 
 
@@ -120,7 +120,7 @@ def leak(rows: Rows, what: str) -> Finding:
     question = f"How much more of the dropped patches' {what} can be rebuilt with the mixer than without one?"
     return of_pairs(question, difference(rows, ALL.name, NONE.name, f"rebuilt {what}"), +1, FIGURE, "%", 2)
 
-# %% ../../../nbs/lib/studies/position_preference/mixer_figures.ipynb #b2ad3d45
+# %% ../../../nbs/lib/studies/position_preference/mixer_figures.ipynb #b41ac3c1
 def mixer_findings(rows: Rows) -> list[Callable[[], Finding]]:
     """What a table of findings shows of the mixer's leak."""
     silent, nearly = NEARBY[0].name, NEARBY[-1].name
