@@ -194,12 +194,14 @@ def attend(
     k: Tensor,  # (b, heads, n, head_dim)
     v: Tensor,  # (b, heads, n, head_dim)
     dropout: float = 0.0,  # share of the attention that is dropped, from torch's global generator
+    sees: Tensor | None = None,  # (n, n) whether a query (row) may look at a key (column); None: at all
 ) -> Tensor:  # (b, heads, n, head_dim)
     """Softmax attention by the kernel that is fastest for this device and dtype."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         logits = (q * q.shape[-1] ** -0.5) @ k.mT  # (b, heads, n, n)
+        logits = logits if sees is None else logits.masked_fill(~sees, -torch.inf)
         return F.dropout(logits.softmax(dim=-1), dropout) @ v
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+    return F.scaled_dot_product_attention(q, k, v, sees, dropout_p=dropout)
 
 # %% ../../nbs/lib/diffusion/layers.ipynb #9d72aec9
 class Attention(nn.Module):
@@ -219,6 +221,7 @@ class Attention(nn.Module):
         tokens: Tensor,  # (b, n, d)
         rope: tuple[Tensor, Tensor] | None = None,  # (n, head_dim) cosines and sines of rotary positions
         seen: list[Tensor] | None = None,  # the output of the qkv map, (b, n, 3 d), is put here
+        sees: Tensor | None = None,  # (n, n) whether a token (row) may look at another (column); None: at all
     ) -> Tensor:  # (b, n, d)
         b, n, d = tokens.shape
         qkv = self.qkv(tokens)
@@ -229,5 +232,5 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         dropout = self.dropout if self.training else 0.0
-        mixed = attend(q.to(v.dtype), k.to(v.dtype), v, dropout)
+        mixed = attend(q.to(v.dtype), k.to(v.dtype), v, dropout, sees)
         return F.dropout(self.proj(mixed.transpose(1, 2).reshape(b, n, d)), dropout)

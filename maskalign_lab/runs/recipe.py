@@ -85,6 +85,12 @@ class SiTConfig(NetworkConfig):
 
     learn_sigma: bool = False  # as in SiT's released weights
     mixer_depth: int = 0  # blocks in front of the mask (MaskAlign), not counted in the depth
+    mixer_radius: int | None = None  # tokens that a patch sees there each way; none: all
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.mixer_radius is not None and self.mixer_radius < 0:
+            raise ValueError(f"network.mixer_radius={self.mixer_radius}: expected at least 0, or none for all tokens")
 
 
 @dataclass(frozen=True)

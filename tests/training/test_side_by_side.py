@@ -30,7 +30,9 @@ from maskalign_lab.training.side_by_side import (
 from maskalign_lab.training.stopping import Guard
 
 SEEDS = (0, 1, 2)
-STACKED = [case for case in CASES if case != ("ahpa", "method.router=bilevel")]
+STACKED = [case for case in CASES if case != ("ahpa", "method.router=bilevel")] + [
+    ("maskalign", "network.mixer_radius=1")
+]
 
 
 def noise(like: Batch, seed: int, step: int) -> Batch:
