@@ -18,21 +18,19 @@ from maskalign_lab.gradient_norms import (
     observe,
     token_gradient_norms,
 )
+from maskalign_lab.measure.decomposition import decompose, fitted
+from maskalign_lab.measure.token_pulls import norms_at, pulls_at
 from maskalign_lab.position_preference import (
     agreement,
     at_times,
     correlations,
-    decompose,
     entropy,
-    fitted,
     gini_again,
-    norms_at,
     parts_at,
     peak_again,
     position_covariance,
     position_share,
     pull_parts,
-    pulls_at,
     uniform_null,
 )
 from maskalign_lab.runs.run import load_run

@@ -8,7 +8,7 @@ from shared.studies import smoke_fixture
 
 from maskalign_lab.base import paths
 from maskalign_lab.gradient_norms import observe
-from maskalign_lab.position_preference import norms_at
+from maskalign_lab.measure.token_pulls import norms_at
 from maskalign_lab.runs.run import load_run
 from maskalign_lab.studies.position_preference.film import Film, scrubber, view, with_whole
 from maskalign_lab.studies.position_preference.opening import open_study

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...gradient_norms import observe
-from ...position_preference import norms_at
+from ...measure.token_pulls import norms_at
 from ...runs.evaluation import quality
 from ...runs.experiments import Arm
 from ...runs.recipe import Recipe

@@ -17,10 +17,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ...gradient_norms import Observed, load_maps
+from ...measure.decomposition import decompose
 from maskalign_lab.position_preference import (
     PARTS,
     correlations,
-    decompose,
     entropy,
     gini_again,
     over_times,
