@@ -156,12 +156,13 @@ def over_depth(
     """Accuracy of a linear probe for the class, and CKNNA with the teacher, at every depth and time."""
     depths = tuple(depths) or tuple(range(1, run.net.depth + 1))
     features, labels = features or run.teacher_view(dataset), class_labels(dataset)
-    teacher, found = gram(features.tokens.float().mean(1)), {"probe": [], "CKNNA": []}
+    place, found = run.net.pos_embed.device, {"probe": [], "CKNNA": []}
+    teacher = gram(features.tokens.float().mean(1).to(place))
     for t in times:
         pooled = pooled_hidden(run, dataset, features, t, depths, seed)
         hits = torch.stack([probe_hits(each, labels, seed) for each in pooled])
         found["probe"].append(list(zip(hits.double().mean(1).tolist(), share_half(hits).tolist())))
-        found["CKNNA"].append([cknna_interval(each, teacher, k) for each in pooled])
+        found["CKNNA"].append([cknna_interval(each.to(place), teacher, k) for each in pooled])
     chance = {"probe": float(np.bincount(dataset.labels).max() / len(dataset)), "CKNNA": 0.0}
     arrays = {name: np.array(rows).transpose(2, 0, 1) for name, rows in found.items()}
     return {name: OverDepth(tuple(times), depths, *of, chance[name]) for name, of in arrays.items()}
