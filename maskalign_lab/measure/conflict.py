@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from ..base.errors import one_of
 from ..base.seeding import generator
-from ..base.statistics import mean_interval
 from ..diffusion.sit import check_depths
 from ..gradient_norms import check_times
 from ..training.methods import Batch, Method, State
@@ -81,11 +80,11 @@ def gradient_cosines(
 def conflict(
     method: Method,
     net: nn.Module,
-    batches: Iterable[Batch],  # two or more, for an interval
+    batches: Iterable[Batch],
     times: Sequence[float],
     depths: Sequence[int],  # blocks, counted from 1
     parts: Sequence[str] = ("alignment",),
-) -> tuple[Tensor, Tensor]:  # (parts, times, depths) mean, half-width of its 95 % interval
-    """Mean cosine over batches."""
+) -> Tensor:  # (parts, times, depths, batches)
+    """The cosines of several batches."""
     found = [gradient_cosines(method, net, batch, times, depths, parts, seed) for seed, batch in enumerate(batches)]
-    return mean_interval(torch.stack(found, -1))
+    return torch.stack(found, -1)
