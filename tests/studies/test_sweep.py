@@ -106,7 +106,7 @@ def test_layers_are_in_the_order_of_their_depth_with_a_mark_where_they_are_align
 @pytest.mark.parametrize(
     ("method", "overrides", "taps"),
     [
-        ("sit", "", Taps(6, 0, 1.0, False, (), "autoencoder", ())),
+        ("sit", "", Taps(6, 0, 1.0, False, (), "clean input", ())),
         ("repa", "", Taps(6, 0, 1.0, False, (2,), "teacher", ())),
         ("repa", "method.depth=(1,4)", Taps(6, 0, 1.0, False, (1, 4), "teacher", ())),
         ("haste", "", Taps(6, 0, 1.0, False, (2,), "teacher", (2, 3))),
