@@ -98,8 +98,8 @@ def _axis_name(label: str) -> dict[str, Any]:
 
 def _cell_axes(panel: HeatMap, numbers: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     (rows, columns), found = panel.axes, []
-    for labels, name in ((panel.columns, columns), (panel.rows, rows)):
-        places, texts = some_labels(labels)
+    for labels, name, most in ((panel.columns, columns, 6), (panel.rows, rows, 14)):
+        places, texts = some_labels(labels, most)
         found.append(FRAME | _axis_name(name) | {"tickvals": places, "ticktext": texts})
     x, y = found[0] | {"range": [-0.5, len(panel.columns) - 0.5]}, found[1] | {"range": [len(panel.rows) - 0.5, -0.5]}
     return x, y if numbers else y | {"showticklabels": False, "title": None}
