@@ -12,8 +12,10 @@ from maskalign_lab.runs.run import load_run, train
 from maskalign_lab.studies.position_preference.depth_film import (
     DepthFilm,
     depth_figure,
+    film_of,
     load_film,
     make_film,
+    make_reader,
     noised_pixels,
     save_film,
     scrubber,
@@ -100,7 +102,7 @@ def test_paper(film):
 def test_pictures_of_one_s_own_are_shown(runs):
     images = runs[0].images("validation", 3)
     own = replace(images, labels=np.full(3, 10), classes=(*images.classes, "mine"), masks=None)
-    film = make_film(runs[:1], times=2, images=40, pictures=own)
+    film = film_of([make_reader(runs[0], [0.0, 1.0], 40)], own)
     assert film.labels == ["mine"] * 3 and np.array_equal(film.clean, own.pixels)
 
 

@@ -26,12 +26,12 @@ SWEEPS = {  # key of the rows -> what it is called, the arms
     "weight": ("weight of the alignment", ("REPA", *(arm.name for arm in WEIGHT_ARMS))),
 }
 
-
+# %% ../../../nbs/lib/studies/position_preference/sweep_figures.ipynb #220fa0b7
 def at_the_end(rows: Rows, arms: Sequence[str]) -> list[Mapping[str, Any]]:
     """The rows of some arms after equal steps."""
     return [row for row in rows if row["budget"] == "steps" and row["arm"] in arms]
 
-
+# %% ../../../nbs/lib/studies/position_preference/sweep_figures.ipynb #3b6c777c
 def swept(
     rows: Rows,
     by: str,  # key of SWEEPS
@@ -59,7 +59,7 @@ def draw_sweep(axis: Axes, values: Mapping[float, Sequence[float]], alone: Seque
         list(values), [np.mean(each) for each in values.values()], "D-", color=PALETTE[0], ms=5, label="REPA, mean"
     )
 
-
+# %% ../../../nbs/lib/studies/position_preference/sweep_figures.ipynb #8afa3e64
 def sweep_figure(rows: Rows) -> Figure | None:  # None: nothing was swept
     """Quality over the aligned block and over the weight."""
     metrics = {key: name for key, name in METRICS.items() if swept(rows, "aligned", key) or swept(rows, "weight", key)}
@@ -80,7 +80,7 @@ def sweep_figure(rows: Rows) -> Figure | None:  # None: nothing was swept
 # %% ../../../nbs/lib/studies/position_preference/sweep_figures.ipynb #497f103d
 READ = {"probe": "accuracy of a linear\nprobe for the class", "CKNNA": "likeness to the teacher\n(CKNNA)"}
 
-
+# %% ../../../nbs/lib/studies/position_preference/sweep_figures.ipynb #0267a45c
 def layers_of_arms(
     rows: Rows,
     name: str,  # key of READ
@@ -93,7 +93,7 @@ def layers_of_arms(
             found.setdefault(row["arm"], (row.get("aligned"), []))[1].append(row[name])
     return {arm: (aligned, np.array(each)) for arm, (aligned, each) in found.items()}
 
-
+# %% ../../../nbs/lib/studies/position_preference/sweep_figures.ipynb #5078ca57
 def draw_layers(
     axis: Axes,
     found: Mapping[str, tuple[int | None, np.ndarray]],  # from `layers_of_arms`

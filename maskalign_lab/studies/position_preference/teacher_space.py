@@ -36,7 +36,7 @@ TEACHERS = {  # name -> tokens a side
 }
 UNTRAINED = "untrained "
 
-
+# %% ../../../nbs/lib/studies/position_preference/teacher_space.ipynb #7f77e1f3
 def teacher_tokens(
     name: str,  # a teacher's, after "untrained " for the network before it was taught
     dataset: Dataset,
@@ -52,7 +52,7 @@ def teacher_tokens(
 # %% ../../../nbs/lib/studies/position_preference/teacher_space.ipynb #103bb45b
 ASKED = VARIANTS | {"spatial norm": partial(spatial_norm, gamma=0.6)}
 
-
+# %% ../../../nbs/lib/studies/position_preference/teacher_space.ipynb #0bac2a7c
 def space_rows(
     dataset: Dataset,
     teachers: Mapping[str, int] = TEACHERS,  # name -> tokens a side; an oracle is for shapes alone
@@ -79,7 +79,7 @@ HINTS = {
     "RMSC": "contrast of tokens\n(RMSC)",
 }
 
-
+# %% ../../../nbs/lib/studies/position_preference/teacher_space.ipynb #8bb8c028
 def draw_metric(axis: Axes, rows: Sequence[Mapping[str, Any]], metric: str, teachers: Sequence[str]) -> None:
     """One metric of all teachers, from top to bottom."""
     axis.axvline(0, color=INK, lw=0.8)
@@ -90,7 +90,7 @@ def draw_metric(axis: Axes, rows: Sequence[Mapping[str, Any]], metric: str, teac
         axis.errorbar(values, places, xerr=halves, fmt=mark, color=PALETTE[k], ms=5, label=variant, elinewidth=1)
     axis.set_title(HINTS[metric])
 
-
+# %% ../../../nbs/lib/studies/position_preference/teacher_space.ipynb #6672d88d
 def space_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """All metrics of all teachers and variants, with 95 % intervals over images."""
     theme()
