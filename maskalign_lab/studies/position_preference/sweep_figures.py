@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ...measure.courses import METRICS
+from ...measure.depth_figures import NAMES
 from ...runs.rung import BASELINE
 from .sweep_arms import DEPTH_ARMS, TIMES, WEIGHT_ARMS
 from ...workbench.plots import INK, PALETTE, QUIET, theme
@@ -83,7 +84,7 @@ READ = {"probe": "accuracy of a linear\nprobe for the class", "CKNNA": "likeness
 # %% ../../../nbs/lib/studies/position_preference/sweep_figures.ipynb #0267a45c
 def layers_of_arms(
     rows: Rows,
-    name: str,  # key of READ
+    name: str,  # key of NAMES
     arms: Sequence[str],
 ) -> dict[str, tuple[int | None, np.ndarray]]:  # arm -> aligned block or None, (seeds, T, D)
     """A quantity over time and depth for some arms, the shallowest first."""
@@ -113,7 +114,7 @@ def layers_figure(
     arms: Sequence[str] = (BASELINE, *SWEEPS["aligned"][1]),  # drawn, if they have rows
 ) -> Figure | None:  # None: nothing was read from hidden tokens
     """Probe and CKNNA over depth at three times, with the aligned block of every network."""
-    found = {name: of for name in READ if (of := layers_of_arms(rows, name, arms))}
+    found = {name: of for name in NAMES if (of := layers_of_arms(rows, name, arms))}
     if not found:
         return None
     theme()
@@ -122,7 +123,7 @@ def layers_figure(
     for line, (name, of) in zip(axes, found.items(), strict=True):
         for time, axis in enumerate(line):
             draw_layers(axis, of, time)
-        line[0].set_ylabel(READ[name])
+        line[0].set_ylabel(NAMES[name])
     for axis, t in zip(axes[0], TIMES, strict=True):
         axis.set_title(f"t = {t:g}")
     for axis in axes[-1]:
