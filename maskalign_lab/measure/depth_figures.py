@@ -8,7 +8,6 @@ __all__ = ['NAMES', 'draw_run', 'common_times', 'over_depth_figure']
 # %% ../../nbs/lib/measure/depth_figures.ipynb #a01285b8
 from collections.abc import Mapping
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
