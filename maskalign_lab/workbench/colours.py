@@ -35,6 +35,7 @@ QUANTITIES = {
     "attention": Quantity("attention, in uniform shares", "copper"),
     "off": Quantity("off-manifold energy per coordinate", "mako"),
     "distance": Quantity("distance to the data, in their deviations", "rocket"),
+    "held": Quantity("teacher's token that is read (cosine)", "viridis", (0, 1), ((0, "0"), (0.5, "0.5"), (1, "1"))),
     "cosine": Quantity("cosine similarity", "vlag", (-1, 1), ((-1, "−1"), (0, "0"), (1, "1"))),
 }  # fmt: skip
 

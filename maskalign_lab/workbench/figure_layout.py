@@ -12,12 +12,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from .colours import FONT, INK, MISSING, QUIET, Quantity
+from .heat_maps import HeatMap, some_labels
 from .plots import Bars, Curve, Panel, Panels, Picture, Points, TokenMap
 
 # %% ../../nbs/lib/workbench/figure_layout.ipynb #4f2117e6
 WIDTH, LEFT, RIGHT, GAP = 980, 58, 20, 24  # of the figure, its margins, between panels
 TITLE, BAR, CURVE, AXIS = 17, 58, 170, 48  # heights: a line of a title, a colour bar and its words, the curve, its axis
-BELOW = {Picture: 8, TokenMap: BAR, Points: AXIS, Bars: AXIS}  # height of what stands below a panel
+BELOW = {
+    Picture: 8,
+    TokenMap: BAR,
+    HeatMap: AXIS + BAR,
+    Points: AXIS,
+    Bars: AXIS,
+}  # height of what stands below a panel
 
 # %% ../../nbs/lib/workbench/figure_layout.ipynb #25647550
 @dataclass(frozen=True)
@@ -83,11 +90,26 @@ FRAME = {"showline": True, "mirror": True, "linecolor": QUIET, "ticks": "outside
 def _axes_of(panel: Panel, end: float, numbers: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     if isinstance(panel, Bars):
         return NAMES, {"range": [0, 1], "visible": False}
+    if isinstance(panel, HeatMap):
+        return _cell_axes(panel, numbers)
     if not isinstance(panel, Points):
         return {"range": [-0.5, end], "visible": False}, {"range": [end, -0.5], "visible": False}
     common = FRAME | {"range": [-panel.reach, panel.reach]}
-    x, y = (common | {"title": {"text": label, "standoff": 2, "font": {"size": 11.5}}} for label in panel.labels)
+    x, y = (common | _axis_name(label) for label in panel.labels)
     return x, y if numbers else common | {"showticklabels": False}
+
+
+def _axis_name(label: str) -> dict[str, Any]:
+    return {"title": {"text": label, "standoff": 2, "font": {"size": 11.5}}}
+
+
+def _cell_axes(panel: HeatMap, numbers: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    (rows, columns), found = panel.axes, []
+    for labels, name, most in ((panel.columns, columns, 6), (panel.rows, rows, 14)):
+        places, texts = some_labels(labels, most)
+        found.append(FRAME | _axis_name(name) | {"tickvals": places, "ticktext": texts})
+    x, y = found[0] | {"range": [-0.5, len(panel.columns) - 0.5]}, found[1] | {"range": [len(panel.rows) - 0.5, -0.5]}
+    return x, y if numbers else y | {"showticklabels": False, "title": None}
 
 # %% ../../nbs/lib/workbench/figure_layout.ipynb #69f970e6
 def _panel_axes(panels: Panels, at: Place) -> dict[str, Any]:
@@ -129,12 +151,13 @@ def colour_bar(
     quantity: Quantity,  # what the map shows
     i: int,  # which panel it stands below
     at: Place,
+    down: float = 0,  # pixels that it stands lower than below a token map
 ) -> dict[str, Any]:
     """The bar below a map, as plotly wants it."""
     ticks = {"tickvals": [v for v, _ in quantity.ticks], "ticktext": [t for _, t in quantity.ticks]}
     return {
         "orientation": "h", "thickness": 9, "lenmode": "pixels", "len": at.size, "xpad": 0, "ypad": 0,
-        "x": at.left(i) / WIDTH, "xanchor": "left", "y": at.y(at.above(i) + at.size + 7), "yanchor": "top",
+        "x": at.left(i) / WIDTH, "xanchor": "left", "y": at.y(at.above(i) + at.size + 7 + down), "yanchor": "top",
         "outlinewidth": 0, "ticks": "outside", "ticklen": 3, "tickcolor": QUIET, "tickfont": SMALL, "tickangle": 0,
         "title": {"text": quantity.label, "side": "bottom", "font": {"size": 11, "color": "#555555"}},
         **(ticks if quantity.ticks else {"nticks": 4}),
@@ -143,7 +166,9 @@ def colour_bar(
 # %% ../../nbs/lib/workbench/figure_layout.ipynb #38e8515a
 def _grounds(panels: Panels) -> list[dict[str, Any]]:
     square = {"x0": 0, "x1": 1, "y0": 0, "y1": 1, "layer": "below", "line_width": 0, "fillcolor": MISSING}
-    maps = [str(i) if i > 1 else "" for i, panel in enumerate(panels.panels, 1) if isinstance(panel, TokenMap)]
+    maps = [
+        str(i) if i > 1 else "" for i, panel in enumerate(panels.panels, 1) if isinstance(panel, TokenMap | HeatMap)
+    ]
     return [square | {"xref": f"x{i} domain", "yref": f"y{i} domain"} for i in maps]
 
 # %% ../../nbs/lib/workbench/figure_layout.ipynb #ebeb673f

@@ -23,6 +23,7 @@ from PIL import Image
 
 from ..base.errors import one_of
 from .colours import INK, MISSING, PALETTE, QUANTITIES, QUIET, Quantity, colours
+from .heat_maps import HeatMap
 
 # %% ../../nbs/lib/workbench/plots.ipynb #4e24a892
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Bars:
             raise ValueError(f"bars {dict(self.values)}: expected at least one, each between 0 and 1")
 
 # %% ../../nbs/lib/workbench/plots.ipynb #687c09e1
-Panel = Picture | TokenMap | Points | Bars
+Panel = Picture | TokenMap | HeatMap | Points | Bars
 
 
 @dataclass(frozen=True)
@@ -103,20 +104,20 @@ class Panels:
 
 # %% ../../nbs/lib/workbench/plots.ipynb #23bb0822
 def colour_range(
-    panel: TokenMap,
+    panel: TokenMap | HeatMap,
     shown: Sequence[Panel],  # the panels that it is shown with
 ) -> tuple[float, float]:
     """The two ends of a map's colour scale: the quantity's, the map's own, or from 0 to the largest value shown."""
     fixed = QUANTITIES[panel.quantity].range or panel.range
     if fixed:
         return fixed
-    alike = [other for other in shown if isinstance(other, TokenMap) and other.quantity == panel.quantity]
+    alike = [other for other in shown if isinstance(other, TokenMap | HeatMap) and other.quantity == panel.quantity]
     largest = max(other.range[1] if other.range else np.nanmax(other.values, initial=0) for other in alike)
     return 0.0, float(largest) if largest > 0 else 1.0
 
 # %% ../../nbs/lib/workbench/plots.ipynb #8df95570
 def rgb(
-    panel: Picture | TokenMap,
+    panel: Picture | TokenMap | HeatMap,
     range: tuple[float, float] = (0, 1),  # values at the two ends of the colour scale of a map
 ) -> np.ndarray:  # (h, w, 3) uint8
     """A panel as pixels: an image's own, or one pixel per token."""
@@ -208,7 +209,7 @@ def _axes(figure: Figure, left: float, top: float, width: float, height: float) 
 
 # %% ../../nbs/lib/workbench/plots.ipynb #7eeec32d
 def _strip(axes: list[Any], bar: Any, name: str, panels: Sequence[Panel]) -> None:
-    maps = isinstance(panels[0], TokenMap)
+    maps = isinstance(panels[0], TokenMap | HeatMap)
     ends = colour_range(panels[0], panels) if maps else (0, 1)
     for axis, panel in zip(axes, panels, strict=True):
         if isinstance(panel, Points):

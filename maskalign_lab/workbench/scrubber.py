@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from ..base.errors import one_of
 from .figure_widget import Drawing
 from .latest import Latest
-from .plotly_figure import figure, film, update
+from .plotly_figure import CELLS, figure, film, update
 from .plots import Panels, png
 
 # %% ../../nbs/lib/workbench/scrubber.ipynb #1ef8d9ed
@@ -63,11 +63,14 @@ class Scrubber:
     controls: Sequence[Control]  # exactly one is a slider
     strip: Callable[[], Figure]  # the same, still
     token_control: str | None = None  # keyword that gets the clicked token: (row, column) or None
+    cell_controls: tuple[str, str] | None = None  # controls that a click on a heat map moves: to its row, to its column
 
     def __post_init__(self):
         sliders = [control.name for control in self.controls if control.kind == "slider"]
         if len(sliders) != 1:
             raise ValueError(f"a scrubber needs exactly one slider, not {len(sliders)}: {sliders}")
+        for name in self.cell_controls or ():
+            one_of(name, [control.name for control in self.controls], "control of a heat map")
 
     def slider(self) -> Control:
         """The control that is the axis of the film."""
@@ -150,10 +153,14 @@ def _picked(stage: Stage, control: Control, change: dict[str, Any]) -> None:
 # %% ../../nbs/lib/workbench/scrubber.ipynb #504b9b34
 def clickable(
     stage: Stage,
+    found: dict[str, w.Widget],  # by name of the control
 ) -> None:
-    """Let a click on any panel choose a token."""
+    """Let a click on a panel choose a token, and a click on a heat map a cell."""
     for trace in stage.figure.select_traces(lambda trace: trace.type in ("heatmap", "image")):
-        trace.on_click(partial(_clicked, stage))
+        if trace.meta == CELLS and stage.scrubber.cell_controls:
+            trace.on_click(partial(_clicked_cell, stage, found))
+        elif trace.meta != CELLS and stage.scrubber.token_control:
+            trace.on_click(partial(_clicked, stage))
 
 
 def _clicked(stage: Stage, trace: go.Trace, points: Any, _: Any) -> None:
@@ -161,15 +168,20 @@ def _clicked(stage: Stage, trace: go.Trace, points: Any, _: Any) -> None:
         name, token = stage.scrubber.token_control, (round(points.ys[0]), round(points.xs[0]))
         stage.set(**{name: None if stage.state[name] == token else token})
 
+
+def _clicked_cell(stage: Stage, found: dict[str, w.Widget], trace: go.Trace, points: Any, _: Any) -> None:
+    for name, place in zip(stage.scrubber.cell_controls, (points.ys, points.xs), strict=True):
+        if place:
+            found[name].index = round(place[0])
+
 # %% ../../nbs/lib/workbench/scrubber.ipynb #65de6ebc
 def live(
     scrubber: Scrubber,
 ) -> w.Widget:
     """Controls above, the figure, errors below."""
     stage = Stage(scrubber)
-    if scrubber.token_control:
-        clickable(stage)
     found, axis = pickers(stage), scrubber.slider()
+    clickable(stage, found)
     play = w.Play(value=axis.default, max=len(axis.values) - 1, interval=250)
     w.jslink((play, "value"), (found[axis.name], "index"))
     others = [control for control in scrubber.controls if control is not axis]

@@ -14,7 +14,10 @@ from maskalign_lab.base.statistics import (
     cknna,
     effective_rank,
     four_digits,
+    gram,
+    gram_cknna,
     hsic,
+    jackknife,
     linear_probe,
     mean_interval,
     radial_spectrum,
@@ -82,6 +85,32 @@ def test_an_interval_over_groups_is_that_of_their_means():
     mean, (low, high) = few
     assert mean == 2 and 0 <= low < 2 < high <= 4
     assert bootstrap_by_group(np.ones(4), np.zeros(4)) == (1, (1, 1))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(5, 60), st.integers(0, 99))
+def test_a_jackknife_of_a_mean_is_the_interval_of_a_mean(n, seed):
+    """Exactly, where every sample is a group; and every group is left out once."""
+    values, seen = torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), []
+
+    def mean(rows):
+        seen.append(set(range(n)) - set(rows.tolist()))
+        return values[rows].mean().item()
+
+    found, half = jackknife(mean, n, groups=n, seed=seed)
+    assert found == pytest.approx(values.mean().item()) and half == pytest.approx(mean_interval(values)[1].item())
+    seen.clear()
+    jackknife(mean, n, groups=5, seed=seed)
+    assert seen[-1] == set() and sorted(i for gone in seen for i in gone) == list(range(n))
+
+
+def test_cknna_of_gram_matrices_is_that_of_features():
+    a, b = torch.randn(2, 30, 4, generator=torch.Generator().manual_seed(0))
+    assert gram_cknna(gram(a), gram(b), 5) == cknna(a, b, 5)
+    rows = torch.arange(20)
+    assert gram_cknna(gram(a)[rows][:, rows], gram(b)[rows][:, rows], 5) == pytest.approx(cknna(a[:20], b[:20], 5))
+    with pytest.raises(ValueError, match="30 and 20 features"):
+        gram_cknna(gram(a), gram(b[:20]), 5)
 
 
 @pytest.mark.parametrize(("value", "shown"), [(0.123456, 0.1235), (-98765.4, -98770.0), (3e-7, 3e-7), (0.0, 0.0)])

@@ -82,18 +82,20 @@ def noised_pixels(
 def make_film(
     studied: Sequence[Observed],  # networks trained on the same dataset
     scale: Scale = Scale(),
+    pictures: Dataset | None = None,  # images of one's own to choose from; None: held-out ones, one of a class
+    surveys: list[Survey] | None = None,  # of the networks, if they have been made
 ) -> Film:
     """Precompute the scrubber's images, norms and maps."""
     run = studied[0].run
     images = run.survey_images(scale.images)
-    surveys = [survey_of(each, images, scale) for each in studied]
+    surveys = surveys or [survey_of(each, images, scale) for each in studied]
     times = surveys[0].times
-    shown = images.subset(np.unique(images.labels, return_index=True)[1][: scale.shown])
+    shown = pictures or images.subset(np.unique(images.labels, return_index=True)[1][: scale.shown])
     return Film(
         runs=[each.name for each in studied],
         times=times,
-        labels=[images.classes[label] for label in shown.labels],
-        clean=shown.pixels,
+        labels=[shown.classes[label] for label in shown.labels],
+        clean=shown.pixels[:],
         noised=np.stack([noised_pixels(run, shown, t) for t in times], axis=1),
         norms=torch.stack([norms_over_t(each, shown, times) for each in studied]).numpy(),
         surveys=surveys,
