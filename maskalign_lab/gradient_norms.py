@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['token_gradients', 'token_gradient_norms', 'projected_gradients', 'pulled_back', 'top_tokens', 'top_share',
-           'concentration', 'null_concentration', 'Observed', 'observe', 'analysis_noise', 'noised_hidden',
-           'observer_loss', 'fit_observer', 'load_observer', 'Survey', 'check_times', 'gradient_norms_at', 'survey',
-           'save_maps', 'load_maps', 'coverage', 'object_share']
+           'concentration', 'null_concentration', 'Observed', 'observe', 'analysis_noise', 'noised_inputs',
+           'noised_hidden', 'observer_loss', 'fit_observer', 'load_observer', 'Survey', 'check_times',
+           'gradient_norms_at', 'survey', 'save_maps', 'load_maps', 'coverage', 'object_share']
 
 # %% ../nbs/01_gradient_norms.ipynb #de755516
 from collections.abc import Sequence
@@ -83,10 +83,7 @@ def top_share(
 def concentration(
     probability: Tensor,  # (..., n) position probability
 ) -> Tensor:  # (...)
-    """Largest over smallest position probability, infinite if a position is never marked.
-
-    MaskAlign reports about 21 for SiT-XL/2 under full alignment.
-    """
+    """Largest over smallest position probability, infinite if one is never marked. MaskAlign: about 21 (SiT-XL/2)."""
     return probability.amax(-1) / probability.amin(-1)
 
 # %% ../nbs/01_gradient_norms.ipynb #27d1dea3
@@ -98,11 +95,8 @@ def null_concentration(
     seed: int = 0,
 ) -> Tensor:  # (repeats,)
     """Largest over smallest position probability when every image marks its tokens at random."""
-    ratios = []
-    for repeat in range(repeats):
-        random_norms = torch.rand(images, tokens, generator=generator(seed, repeat, "null"))
-        ratios.append(concentration(top_tokens(random_norms, share).float().mean(0)))
-    return torch.stack(ratios)
+    surveys = (torch.rand(images, tokens, generator=generator(seed, repeat, "null")) for repeat in range(repeats))
+    return torch.stack([concentration(top_tokens(norms, share).float().mean(0)) for norms in surveys])
 
 # %% ../nbs/01_gradient_norms.ipynb #8ee22925
 @dataclass
@@ -141,6 +135,22 @@ def analysis_noise(
     return torch.randn(x.shape, generator=generator(0, step, name)).to(x)
 
 # %% ../nbs/01_gradient_norms.ipynb #8e63ec9d
+def noised_inputs(
+    run: "Run",  # noqa: F821
+    dataset: Dataset,
+    index: np.ndarray,  # which images
+    t: Tensor,  # (b,) times in [0, 1]
+    step: int,  # keys the noise
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # x_t (b, c, h, w), t (b,), labels (b,), noised class tokens (b, z)
+    """What a network is shown of some images: with their true labels and, in REG, the noised class token."""
+    x, cls = run.inputs(dataset, index), run.class_tokens(dataset)
+    t, y = t.to(x), torch.as_tensor(dataset.labels[index], device=x.device)
+    x_t = interpolate(x, analysis_noise(x, step), t)
+    if cls is None:
+        return x_t, t, y, None
+    return x_t, t, y, interpolate(cls[index], analysis_noise(cls[index], step, "analysis class noise"), t)
+
+# %% ../nbs/01_gradient_norms.ipynb #4f8bc16b
 @torch.no_grad()
 def noised_hidden(
     run: "Run",  # noqa: F821
@@ -150,14 +160,9 @@ def noised_hidden(
     t: Tensor,  # (b,) times in [0, 1]
     step: int,  # keys the noise
 ) -> Tensor:  # (b, n, d) patches; a class token is left out
-    """Hidden tokens of noised images at a depth, conditioned on the true labels and, in REG, on the noised class token."""
-    x, cls = run.inputs(dataset, index), run.class_tokens(dataset)
-    t, y = t.to(x), torch.as_tensor(dataset.labels[index], device=x.device)
-    x_t = interpolate(x, analysis_noise(x, step), t)
-    if cls is None:
-        return run.net.hidden(x_t, t, y, depth)
-    cls_t = interpolate(cls[index], analysis_noise(cls[index], step, "analysis class noise"), t)
-    return run.net.hidden(x_t, t, y, depth, cls_t)[:, 1:]
+    """Hidden tokens of noised images at a depth."""
+    x_t, t, y, cls_t = noised_inputs(run, dataset, index, t, step)
+    return run.net.hidden(x_t, t, y, depth, cls_t)[:, int(cls_t is not None) :]
 
 # %% ../nbs/01_gradient_norms.ipynb #11039f9b
 def observer_loss(
@@ -244,8 +249,7 @@ def survey(
     """Mean norm and position probability at each time."""
     check_times(times)
     images = min(images, len(dataset))
-    norms = torch.zeros(len(times), observed.net.side**2)
-    counts = torch.zeros_like(norms)
+    norms, counts = torch.zeros(2, len(times), observed.net.side**2)
     for row, t in enumerate(times):
         for index in np.split(np.arange(images), range(batch_size, images, batch_size)):
             g = gradient_norms_at(observed, dataset, features, index, t)

@@ -18,10 +18,11 @@ from maskalign_lab.gradient_norms import (
     top_tokens,
 )
 from maskalign_lab.measure.wording import between
+from maskalign_lab.position_preference import gini_again, peak_again
 from maskalign_lab.runs.studied_runs import studied_runs
 from maskalign_lab.studies.gradient_norms.findings import finding, share_rows
 from maskalign_lab.studies.gradient_norms.opening import open_study
-from maskalign_lab.studies.gradient_norms.unevenness import TIMES, gini_again, peak_again, unevenness
+from maskalign_lab.studies.gradient_norms.unevenness import TIMES, unevenness
 from maskalign_lab.training.repa import projector
 
 

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...gradient_norms import observe
+from ...position_preference import norms_at
 from ...runs.evaluation import quality
 from ...runs.experiments import Arm
 from ...runs.recipe import Recipe
 from ...runs.run import Run
 from ...runs.rung import BASELINE, table_preset
-from .unevenness import TIMES, norms_at, unevenness
+from .unevenness import TIMES, unevenness
 from ..maskalign.arms import as_authors
 from ...training.methods import innermost
 
