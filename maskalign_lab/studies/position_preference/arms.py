@@ -4,22 +4,21 @@
 
 # %% auto #0
 __all__ = ['STUDENTS', 'CHANGES', 'MASKED', 'ARMS', 'BY_NAME', 'SMOKE', 'FEW', 'SCALES', 'named_teacher', 'arm_of', 'Scale',
-           'measure_causes']
+           'measure_causes', 'cause_rows']
 
 # %% ../../../nbs/lib/studies/position_preference/arms.ipynb #8fef447e
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from .causes import PLAIN, TEACHERS, cases_of
-
 from ...runs.evaluation import quality
-from ...runs.experiments import Arm
+from ...runs.experiments import Arm, run_arms
 from ...runs.recipe import Recipe
 from ...runs.run import Run
-from ...runs.rung import BASELINE, table_preset
-from ...training.methods import innermost
+from ...runs.rung import BASELINE, table_preset, table_seeds
+from .causes import PLAIN, TEACHERS, cases_of
 
 # %% ../../../nbs/lib/studies/position_preference/arms.ipynb #658f5fcf
 STUDENTS = {"REPA": "repa", "MaskAlign": "maskalign"}
@@ -104,6 +103,17 @@ def measure_causes(
     readers: Sequence[str] = tuple(TEACHERS),  # teachers that read a network which was not aligned
 ) -> dict[str, Any]:  # plain values
     """Velocity loss, the judge's word on samples, and the position maps of one network in all its cases."""
-    found = quality(run, measured, samples)
-    early = run.step < run.recipe.training.steps and not hasattr(innermost(run.method), "projectors")
-    return found if early else found | cases_of(run, images, fitted, readers)
+    return quality(run, measured, samples) | cases_of(run, images, fitted, readers)
+
+
+def cause_rows(
+    arms: Sequence[Arm],
+    count: int,  # seeds
+    recipe_of: Callable[[Arm, int], Recipe],
+    measure: Callable[[Run], dict[str, Any]],
+    known: Sequence[dict[str, Any]] = (),  # rows that need not be trained again
+    keep: Path | None = None,  # a JSON file that every new row is added to
+    device: str = "auto",
+) -> list[dict[str, Any]]:
+    """The rows of the arms: known ones, and the others trained and measured now."""
+    return run_arms(arms, table_seeds(count), recipe_of, None, measure, known, keep, device)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PLAIN', 'TEACHERS', 'DIGITS', 'ON_TORUS', 'teacher_label', 'with_teacher', 'read_depth', 'read', 'untrained',
-           'attention_cut', 'pulls_at', 'rounded', 'centred_log', 'position_maps', 'spread_map', 'case',
-           'aligned_cases', 'read_cases', 'readers_of', 'cases_of']
+           'attention_cut', 'rounded', 'mean_map', 'position_maps', 'spread_map', 'case', 'aligned_cases', 'read_cases',
+           'readers_of', 'cases_of']
 
 # %% ../../../nbs/lib/studies/position_preference/causes.ipynb #b05c5ed3
 from collections.abc import Iterator, Sequence
@@ -18,16 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ...data.datasets import Dataset
-from maskalign_lab.gradient_norms import (
-    Observed,
-    coverage,
-    fit_observer,
-    noised_hidden,
-    observe,
-    projected_gradients,
-    token_gradient_norms,
-    top_tokens,
-)
+from ...gradient_norms import Observed, coverage, fit_observer, observe, top_tokens
+from ...position_preference import parts_at
 from ...runs.building import build
 from ...runs.run import Run
 from ..gradient_norms.unevenness import TIMES
@@ -92,24 +84,6 @@ def attention_cut(net: nn.Module) -> Iterator[None]:
         for handle in handles:
             handle.remove()
 
-# %% ../../../nbs/lib/studies/position_preference/causes.ipynb #b830919b
-def pulls_at(
-    observed: Observed,
-    dataset: Dataset,
-    features: Tensor,  # (n, tokens, z) the teacher's view of the dataset
-    index: np.ndarray,  # which images
-    t: float,
-) -> Tensor:  # (2, b, tokens), on the CPU
-    """Norm of the pull and sine of the angle that is left, of some images at one time."""
-    times = torch.full((len(index),), float(t))
-    hidden = noised_hidden(observed.run, observed.depth, dataset, index, times, step=int(index[0]))
-    aims = features[index].to(hidden)
-    norms = token_gradient_norms(observed.projector, hidden, aims)
-    with torch.no_grad():
-        projected = observed.projector(hidden)
-        sines = projected_gradients(projected, aims).norm(dim=-1) * projected.norm(dim=-1)
-    return torch.stack([norms, sines]).cpu()
-
 # %% ../../../nbs/lib/studies/position_preference/causes.ipynb #ed5bcdf0
 DIGITS = 3  # behind the point: chance moves a position by 0.005 with 2,048 images
 
@@ -119,29 +93,24 @@ def rounded(maps: Tensor) -> list:
     return np.round(maps.double().numpy(), DIGITS).tolist()
 
 
-def centred_log(
-    values: Tensor,  # (..., b, n) positive
+def mean_map(
+    logs: Tensor,  # (..., b, n)
 ) -> Tensor:  # (..., n)
-    """Mean logarithm over images, less its mean over positions."""
-    logs = values.clamp(min=1e-12).log().mean(-2)
-    return logs - logs.mean(-1, keepdim=True)
+    """The mean over images, less its mean over positions."""
+    means = logs.mean(-2)
+    return means - means.mean(-1, keepdim=True)
 
 
 def position_maps(
     observed: Observed,
     dataset: Dataset,
-    batch_size: int = 512,
 ) -> dict[str, list]:
-    """Probability to be marked and mean log norm at TIMES, of two halves of the images; mean log sine of all."""
-    features, batches = observed.features(dataset), range(batch_size, len(dataset), batch_size)
-    of = lambda t: [
-        pulls_at(observed, dataset, features, index, t) for index in np.split(np.arange(len(dataset)), batches)
-    ]  # noqa: E731
-    norms, sines = torch.stack([torch.cat(of(t), 1) for t in TIMES], 1)  # (T, b, n) each
-    halves = norms.chunk(2, 1)
+    """Probability to be marked and mean log norm at TIMES, of two halves of the images; the angle's part of all."""
+    parts = parts_at(observed, dataset, TIMES)  # (T, 3, b, n)
+    halves = parts.sum(1).chunk(2, 1)
     marks = torch.stack([top_tokens(half).float().mean(1) for half in halves])  # (2, T, n)
-    logs = torch.stack([centred_log(half) for half in halves])  # (2, T, n)
-    return {"marks": rounded(marks), "logs": rounded(logs), "sines": rounded(centred_log(sines))}
+    logs = torch.stack([mean_map(half) for half in halves])  # (2, T, n)
+    return {"marks": rounded(marks), "logs": rounded(logs), "angles": rounded(mean_map(parts[:, 0]))}
 
 # %% ../../../nbs/lib/studies/position_preference/causes.ipynb #0ad6a7b6
 def spread_map(
@@ -150,7 +119,7 @@ def spread_map(
     """Mean log sine of the angle between features and their mean direction at each position, less its mean."""
     units = nn.functional.normalize(features.float(), dim=-1)
     cosine = (units * nn.functional.normalize(units.mean(0), dim=-1)).sum(-1)
-    return centred_log((1 - cosine.square()).clamp(min=0).sqrt())
+    return mean_map((1 - cosine.square()).clamp(min=1e-12).log() / 2)
 
 # %% ../../../nbs/lib/studies/position_preference/causes.ipynb #21eaa6de
 def case(student: str, observed: Observed, dataset: Dataset) -> dict[str, Any]:
