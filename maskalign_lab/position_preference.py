@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'Shown', 'WRT', 'pull_parts', 'at_times', 'parts_at', 'position_share', 'position_covariance', 'peak_again',
-           'gini_again', 'entropy', 'correlations', 'agreement', 'over_times', 'shown_losses', 'input_pulls',
-           'parameter_pulls', 'pulls_at', 'norms_at', 'check_grid', 'coded', 'inverse', 'fitted', 'decompose']
+           'gini_again', 'entropy', 'uniform_null', 'correlations', 'agreement', 'over_times', 'shown_losses',
+           'input_pulls', 'parameter_pulls', 'pulls_at', 'norms_at', 'check_grid', 'coded', 'inverse', 'fitted',
+           'decompose']
 
 # %% ../nbs/02_position_preference.ipynb #9dbaa294
 from collections.abc import Callable, Mapping, Sequence
@@ -19,9 +20,17 @@ from torch.func import functional_call, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .base.errors import one_of
+from .base.resampling import permutation_null
 from .data.datasets import Dataset
 from .diffusion.layers import patchify
-from .gradient_norms import Observed, gradient_norms_at, noised_hidden, noised_inputs, projected_gradients
+from maskalign_lab.gradient_norms import (
+    Observed,
+    gradient_norms_at,
+    noised_hidden,
+    noised_inputs,
+    projected_gradients,
+    top_tokens,
+)
 from .training.repa import cosine_alignment
 
 # %% ../nbs/02_position_preference.ipynb #39a5ceba
@@ -113,6 +122,19 @@ def entropy(
     """The entropy of a map as a distribution over positions, in units of the largest possible one."""
     shares = maps / maps.sum(-1, keepdim=True)
     return torch.special.entr(shares).sum(-1) / np.log(maps.shape[-1])
+
+# %% ../nbs/02_position_preference.ipynb #a96f8569
+def uniform_null(
+    statistic: Callable[..., Tensor],  # of the position probabilities (n,) of two halves of the images
+    images: int,  # in both halves
+    tokens: int,  # positions
+    share: float = 0.1,  # marked per image
+    repeats: int = 100,
+    seed: int = 0,
+) -> Tensor:  # (repeats, ...)
+    """A statistic of two halves when every image marks its tokens uniformly at random."""
+    marks = top_tokens(torch.arange(float(tokens)), share).float().expand(images, -1)
+    return permutation_null(statistic, *marks.chunk(2), repeats=repeats, seed=seed)
 
 # %% ../nbs/02_position_preference.ipynb #79c5c336
 def correlations(

@@ -34,6 +34,7 @@ from ..runs.run import Run, load_run, train
 from ..runs.scale_search import search_file, search_rows
 from .ahpa.opening import make_oracle, make_routers
 from .maskalign.measures import record
+from .position_preference.surveys import save_parts, survey_parts
 from ..training.methods import innermost
 from ..workbench.plots import loss_per_t, sample_grid, save_png
 
@@ -77,7 +78,7 @@ def map_steps(steps: list[int], rows: int = 4) -> list[int]:
 
 # %% ../../nbs/lib/studies/shipped_runs.ipynb #e60a6220
 def make_maps(run: Path, out: Path, images: int = 4096) -> None:
-    """Survey the chosen checkpoints of a run and store maps, and what a mask does to them, where it ships."""
+    """Survey the chosen checkpoints of a run and store maps, the last one's in parts, and what a mask does, where it ships."""
     surveys, records = {}, []
     for step in map_steps(steps_of(run)):
         observed = observe(load_run(run, step))
@@ -89,6 +90,7 @@ def make_maps(run: Path, out: Path, images: int = 4096) -> None:
         half = {k: v.half() for k, v in observed.projector.state_dict().items()}
         write_atomic(Path(out) / f"observer-{observed.depth}.safetensors", save(half))
     save_maps(Path(out) / "maps.safetensors", surveys)
+    save_parts(survey_parts(observed, dataset, TIMES), Path(out) / "parts.safetensors")
     write_atomic(Path(out) / "masking.json", json.dumps(records, indent=1) + "\n")
 
 # %% ../../nbs/lib/studies/shipped_runs.ipynb #a0d631e0

@@ -30,6 +30,7 @@ QUANTITIES = {
                             ((0.1, "0.1 uniform"), (0.4, "0.4"), (0.8, "0.8"))),
     "loss": Quantity("loss of a token", "cividis"),
     "error": Quantity("error of a token (root mean square)", "rocket", (0, 1), ((0, "0"), (0.5, "0.5"), (1, "1"))),
+    "excess": Quantity("log, less the mean token's", "RdBu_r"),
     "influence": Quantity("influence", "mako"),
     "attention": Quantity("attention, in uniform shares", "copper"),
     "off": Quantity("off-manifold energy per coordinate", "mako"),

@@ -25,13 +25,19 @@ class Place:
     """Where things are in the figure, in pixels from its upper left corner."""
 
     size: float  # of a panel
-    top: float  # of the panels
+    top: float  # of the first row of panels
+    columns: int  # panels in a row
+    pitch: float  # from one row to the next
     curve: float  # upper edge of the curve
     height: float  # of the figure
 
     def left(self, i: int) -> float:
         """Left edge of panel i."""
-        return LEFT + i * (self.size + GAP)
+        return LEFT + i % self.columns * (self.size + GAP)
+
+    def above(self, i: int) -> float:
+        """Upper edge of panel i."""
+        return self.top + i // self.columns * self.pitch
 
     def y(self, pixels: float) -> float:
         """The same height as plotly counts it: from 0 at the bottom to 1 at the top."""
@@ -53,11 +59,12 @@ def place(
     panels: Panels,
 ) -> Place:
     """The arithmetic of the layout: square panels as wide as fit, at most 240 pixels."""
-    n = len(panels.panels)
+    n = panels.per_row or len(panels.panels)
     size = min(240, (WIDTH - LEFT - RIGHT - GAP * (n - 1)) / n)
     top = 14 + TITLE * max(wrapped(panel.title, size).count("<br>") + 1 for panel in panels.panels)
-    below = top + size + max(BELOW[type(panel)] for panel in panels.panels)
-    return Place(size, top, below + 36, below + 36 + CURVE + AXIS if panels.curve else below)
+    pitch = top + size + max(BELOW[type(panel)] for panel in panels.panels)
+    below = -(-len(panels.panels) // n) * pitch
+    return Place(size, top, n, pitch, below + 36, below + 36 + CURVE + AXIS if panels.curve else below)
 
 # %% ../../nbs/lib/workbench/figure_layout.ipynb #2b7d32bf
 def grid_side(
@@ -85,10 +92,10 @@ def _axes_of(panel: Panel, end: float, numbers: bool) -> tuple[dict[str, Any], d
 # %% ../../nbs/lib/workbench/figure_layout.ipynb #69f970e6
 def _panel_axes(panels: Panels, at: Place) -> dict[str, Any]:
     end, axes = grid_side(panels) - 0.5, {}
-    down = [at.y(at.top + at.size), at.y(at.top)]
     for i, panel in enumerate(panels.panels):
         across = [at.left(i) / WIDTH, (at.left(i) + at.size) / WIDTH]
-        x, y = _axes_of(panel, end, numbers=i == 0)
+        down = [at.y(at.above(i) + at.size), at.y(at.above(i))]
+        x, y = _axes_of(panel, end, numbers=i % at.columns == 0)
         axes[f"xaxis{i + 1}"] = {"domain": across, "anchor": f"y{i + 1}", "fixedrange": True, **x}
         axes[f"yaxis{i + 1}"] = {"domain": down, "anchor": f"x{i + 1}", "fixedrange": True, **y}
     return axes
@@ -111,7 +118,7 @@ def titles(
 ) -> list[dict[str, Any]]:
     """The titles of panels and curve, as plotly's annotations."""
     words = [{"text": wrapped(panel.title, at.size), "xanchor": "center", "x": (at.left(i) + at.size / 2) / WIDTH,
-              "y": at.y(at.top - 5)} for i, panel in enumerate(panels.panels)]  # fmt: skip
+              "y": at.y(at.above(i) - 5)} for i, panel in enumerate(panels.panels)]  # fmt: skip
     if panels.curve:
         words.append({"text": panels.curve.title, "x": LEFT / WIDTH, "y": at.y(at.curve - 8), "xanchor": "left"})
     common = {"xref": "paper", "yref": "paper", "showarrow": False, "yanchor": "bottom", "font": {"size": 13}}
@@ -127,7 +134,7 @@ def colour_bar(
     ticks = {"tickvals": [v for v, _ in quantity.ticks], "ticktext": [t for _, t in quantity.ticks]}
     return {
         "orientation": "h", "thickness": 9, "lenmode": "pixels", "len": at.size, "xpad": 0, "ypad": 0,
-        "x": at.left(i) / WIDTH, "xanchor": "left", "y": at.y(at.top + at.size + 7), "yanchor": "top",
+        "x": at.left(i) / WIDTH, "xanchor": "left", "y": at.y(at.above(i) + at.size + 7), "yanchor": "top",
         "outlinewidth": 0, "ticks": "outside", "ticklen": 3, "tickcolor": QUIET, "tickfont": SMALL, "tickangle": 0,
         "title": {"text": quantity.label, "side": "bottom", "font": {"size": 11, "color": "#555555"}},
         **(ticks if quantity.ticks else {"nticks": 4}),

@@ -94,11 +94,12 @@ class Curve:
 # %% ../../nbs/lib/workbench/plots.ipynb #cdedce3c
 @dataclass(frozen=True)
 class Panels:
-    """One view: a row of square panels and a curve below them."""
+    """One view: rows of square panels and a curve below them."""
 
     panels: tuple[Panel, ...]
     curve: Curve | None = None
     token: tuple[int, int] | None = None  # (row, column), outlined on every panel
+    per_row: int | None = None  # panels side by side; None: all of them
 
 # %% ../../nbs/lib/workbench/plots.ipynb #23bb0822
 def colour_range(

@@ -25,6 +25,16 @@ def other_runs(page):
     choose(page, "reg-shapes")
 
 
+def other_sides(page):
+    """Two networks that stand the other way round, another image, and another token."""
+    choose(page, "square")
+    _, before = choose(page, "sit-shapes")
+    x, y = page.evaluate(PLACE)
+    page.mouse.move(x - 2, y)
+    _, after = changed_by(page, lambda: page.mouse.click(x, y))
+    assert len(before) == 8 and before == after  # maps stay, the token and its curve change
+
+
 def other_targets(page):
     """Another prediction, another loss and patch, and the toy in another dimension."""
     choose(page, "v")
@@ -94,6 +104,18 @@ STUDIES = [
             (smoke(dataset="shpaes"), "Did you mean 'shapes'"),
             (smoke(overrides="method.depth=9"), "depth 9 is outside the network"),
             (smoke(overrides="network.patch_size=8"), "grid"),
+            (smoke(overrides="method.dpeth=2"), "Did you mean 'method.depth'"),
+        ),
+    ),
+    Study(
+        "02_position_preference",
+        ("filmstrip", "parts", "agreement"),
+        ("0.50", "0.60"),
+        other_sides,
+        (
+            ({"run": "repa-shaeps"}, "no run 'repa-shaeps'"),
+            (smoke(dataset="shpaes"), "Did you mean 'shapes'"),
+            (smoke(overrides="method.depth=9"), "depth 9 is outside the network"),
             (smoke(overrides="method.dpeth=2"), "Did you mean 'method.depth'"),
         ),
     ),

@@ -99,4 +99,5 @@ def test_shipped_runs_are_what_their_recipes_say():
         assert json.loads((path.parent / "facts.json").read_text())["data_digest"] == digests[recipe.data]
         assert identity(recipe) == identity(shipped_recipe(path.parent.name))
         assert (path.parent / "card.md").exists() and (path.parent / "loss.png").exists()
-        assert (path.parent / "maps.safetensors").exists() is (recipe in pixels)
+        for name in ("maps", "parts"):  # of studies 01 and 02, which compare the runs on pixels
+            assert (path.parent / f"{name}.safetensors").exists() is (recipe in pixels)

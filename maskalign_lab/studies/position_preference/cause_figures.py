@@ -41,7 +41,7 @@ def draw_cell(axis: Axes, cases: Sequence[Case], at: int, norm: Normalize) -> No
     axis.spines[:].set_visible(False)
     if not cases:
         return
-    axis.imshow(shown_map(cases, at), cmap=QUANTITIES["probability"].scale, norm=norm)
+    axis.imshow(shown_map(cases, at).numpy(), cmap=QUANTITIES["probability"].scale, norm=norm)
     axis.set_xlabel(f"{np.mean([peak_of(case, at) for case in cases]):.2f}", fontsize=8, labelpad=1)
 
 # %% ../../../nbs/lib/studies/position_preference/cause_figures.ipynb #93c641e2
