@@ -51,7 +51,7 @@ def with_teacher(run: Run, name: str) -> Run:
     recipe = replace(run.recipe, data=replace(run.recipe.data, teacher=name))
     return replace(run, recipe=recipe, facts=replace(run.facts, teacher_digest=""))
 
-
+# %% ../../../nbs/lib/studies/position_preference/causes.ipynb #9e0a1634
 def read_depth(run: Run) -> int:
     """The depth whose tokens are read: where the run is aligned, or a third of its blocks."""
     method = innermost(run.method)
@@ -100,7 +100,7 @@ def mean_map(
     means = logs.mean(-2)
     return means - means.mean(-1, keepdim=True)
 
-
+# %% ../../../nbs/lib/studies/position_preference/causes.ipynb #3ea11feb
 def position_maps(
     observed: Observed,
     dataset: Dataset,
@@ -128,7 +128,7 @@ def case(student: str, observed: Observed, dataset: Dataset) -> dict[str, Any]:
     found = {"student": student, "teacher": teacher_label(teacher), "spread": rounded(spread)}
     return found | position_maps(observed, dataset)
 
-
+# %% ../../../nbs/lib/studies/position_preference/causes.ipynb #e8199e00
 def aligned_cases(run: Run, dataset: Dataset, steps: int) -> list[dict[str, Any]]:
     """A network that was aligned, as it is and, if it is shown patches alone, with its attention cut."""
     name = {"repa": "REPA", "maskalign": "MaskAlign"}.get(run.recipe.method.name, run.recipe.method.name)
@@ -138,7 +138,7 @@ def aligned_cases(run: Run, dataset: Dataset, steps: int) -> list[dict[str, Any]
             found.append(case(f"{name}, attention cut", read(run, steps), dataset))
     return found
 
-
+# %% ../../../nbs/lib/studies/position_preference/causes.ipynb #e5d1322b
 def read_cases(run: Run, dataset: Dataset, steps: int, teachers: Sequence[str]) -> list[dict[str, Any]]:
     """A network that was not aligned, before and after its training, through a projector for each teacher."""
     found = []
