@@ -145,10 +145,11 @@ def noised_inputs(
     """What a network is shown of some images: with their true labels and, in REG, the noised class token."""
     x, cls = run.inputs(dataset, index), run.class_tokens(dataset)
     t, y = t.to(x), torch.as_tensor(dataset.labels[index], device=x.device)
-    x_t = interpolate(x, analysis_noise(x, step), t)
+    path = run.recipe.objective.interpolant
+    x_t = interpolate(x, analysis_noise(x, step), t, path)
     if cls is None:
         return x_t, t, y, None
-    return x_t, t, y, interpolate(cls[index], analysis_noise(cls[index], step, "analysis class noise"), t)
+    return x_t, t, y, interpolate(cls[index], analysis_noise(cls[index], step, "analysis class noise"), t, path)
 
 # %% ../nbs/01_gradient_norms.ipynb #4f8bc16b
 @torch.no_grad()

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TINY', 'TEACHERS', 'LOADERS', 'Features', 'prepare', 'Teacher', 'check_attention', 'build_vit', 'tiny_teacher',
-           'load_tiny', 'load_timm', 'split_timm', 'weights_digest', 'create_vit', 'tiny_folder', 'load_own',
-           'check_grid', 'load_teacher']
+           'load_tiny', 'read_card', 'load_timm', 'split_timm', 'weights_digest', 'create_vit', 'tiny_folder',
+           'load_own', 'kind_of', 'check_grid', 'load_teacher']
 
 # %% ../../nbs/lib/encoders/teachers.ipynb #6ff2cecf
 import hashlib
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..base.errors import nearest, one_of
 from ..base.paths import data, home_of
 from ..diffusion.taps import attention_logits, qkv_names, taps
+from .teacher_variants import split_variant, vary
 from .weights import unavailable, weights_file
 
 # %% ../../nbs/lib/encoders/teachers.ipynb #8e096548
@@ -146,13 +147,18 @@ def load_tiny(
             raise FileNotFoundError(
                 f"teacher {name!r}: no {folder / part}. `maskalign-lab teach DATASET --out {folder}` makes it"
             )
-    card = json.loads((folder / "card.json").read_text())
+    card = read_card(folder)
     teacher = tiny_teacher((folder / "teacher.safetensors").read_bytes(), card["network"], name)
     if teacher.digest != card["weights"]:
         raise ValueError(
             f"teacher {name!r}: the weights are {teacher.digest}, its card is of {card['weights']}; teach it again"
         )
     return teacher
+
+
+def read_card(folder: Path) -> dict:
+    """What is told about a teacher beside its weights."""
+    return json.loads((folder / "card.json").read_text())
 
 # %% ../../nbs/lib/encoders/teachers.ipynb #70eb3ddc
 def load_timm(
@@ -225,7 +231,7 @@ def create_vit(
 
 # %% ../../nbs/lib/encoders/teachers.ipynb #099cee84
 TINY = {"tiny": "shapes", "tiny-4x4": "shapes-4x4"}  # folders of data/teacher by name
-TEACHERS = (*TINY, "tiny:PATH", "timm:MODEL", "timm:MODEL@PATH", "oracle", "oracle:DIAL=NUMBER")
+TEACHERS = (*TINY, "tiny:PATH", "tiny?VARIANT", "timm:MODEL", "timm:MODEL@PATH", "oracle", "oracle:DIAL=NUMBER")
 
 
 def tiny_folder(
@@ -236,8 +242,15 @@ def tiny_folder(
 
 
 def load_own(name: str, size: int, grid: int | None) -> Teacher:
-    """A tiny teacher that ships, or one from a folder: "tiny:PATH"."""
-    return load_tiny(name, tiny_folder(name))
+    """A tiny teacher that ships, or one from a folder: "tiny:PATH"; behind "?" one of `teacher_variants.VARIANTS`."""
+    taught, variant = split_variant(name)
+    teacher, folder = load_tiny(name, tiny_folder(taught)), tiny_folder(taught)
+    return vary(teacher, variant, read_card(folder)) if variant else teacher
+
+
+def kind_of(name: str) -> str:
+    """Which loader a name asks for."""
+    return "tiny" if name.partition("?")[0] in TINY else name.partition(":")[0]
 
 
 LOADERS: dict[str, Callable[[str, int, int | None], Teacher]] = {"tiny": load_own, "timm": load_timm}
@@ -257,19 +270,20 @@ def check_grid(
 
 # %% ../../nbs/lib/encoders/teachers.ipynb #6d4d7008
 def load_teacher(
-    name: str,  # "tiny", "tiny:PATH", "timm:MODEL", or one with a loader of its own
+    name: str,  # "tiny", "tiny:PATH", "tiny-4x4?centred", "timm:MODEL", or one with a loader of its own
     size: int = 32,  # pixels a side of the images
     device: str | torch.device = "cpu",
     grid: int | None = None,  # tokens a side that are wanted; None takes what the teacher gives
 ) -> Teacher:  # on the device
     """The frozen teacher that `name` stands for.
 
-    "tiny" and "tiny-4x4" ship, "tiny:PATH" is a folder made by `maskalign-lab teach`. Their
-    grid is fixed, and images of another size are resized to theirs. "timm:MODEL" takes any grid, and its weights from the hub,
-    "timm:MODEL@PATH" from a file. Raises `ValueError` for an unknown name and for a grid that the teacher does not have,
-    `FileNotFoundError` for a folder without a teacher, `OSError` if published weights cannot be had.
+    "tiny" and "tiny-4x4" ship, "tiny:PATH" is a folder made by `maskalign-lab teach`; "tiny?VARIANT", such as
+    "tiny-4x4?centred", is one of them with one thing taken away, see `teacher_variants`. Their grid is fixed, and images of
+    another size are resized to theirs. "timm:MODEL" takes any grid, and its weights from the hub, "timm:MODEL@PATH" from a file.
+    Raises `ValueError` for an unknown name and for a grid that the teacher does not have, `FileNotFoundError` for a folder
+    without a teacher, `OSError` if published weights cannot be had.
     """
-    kind = "tiny" if name in TINY else name.partition(":")[0]
+    kind = kind_of(name)
     if kind == "oracle":
         raise ValueError(f"teacher {name!r} is no network: its features come from the generator; use dataset_features")
     if kind not in LOADERS or name in ("tiny:", "timm:", "timm"):

@@ -17,13 +17,15 @@ from ..base.paths import data, home_of
 from ..data import photos, shapes
 from ..data.datasets import DATASETS, DEFAULT_LENGTH, HELD_OUT_DIGITS, LISTINGS, STREAMS
 from ..data.oracle import Oracle, oracle_of
+from ..encoders.teacher_variants import split_variant
 from maskalign_lab.encoders.teachers import (
-    TINY,
     Teacher,
     build_vit,
     check_grid,
     create_vit,
+    kind_of,
     load_teacher,
+    read_card,
     split_timm,
     tiny_folder,
 )
@@ -72,13 +74,13 @@ def expected_teacher(
     side: int,  # tokens a side of the network
 ) -> Teacher:
     """A teacher without numbers."""
-    kind = "tiny" if name in TINY else name.partition(":")[0]
+    kind = kind_of(name)
     with torch.device("meta"):
         if kind == "timm":
             model, _, _ = split_timm(name)
             teacher = Teacher(create_vit(model, pretrained=False), name, side, "")
         elif kind == "tiny":
-            network = json.loads((tiny_folder(name) / "card.json").read_text())["network"]
+            network = read_card(tiny_folder(split_variant(name)[0]))["network"]
             teacher = Teacher(build_vit(**network), name, network["size"] // network["patch_size"], "")
         else:
             teacher = load_teacher(name, size, grid=side)

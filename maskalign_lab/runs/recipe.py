@@ -47,7 +47,7 @@ class DataConfig:
     n: int | None = None  # training images; None takes all
     classes: tuple[str, ...] = ()  # of images in files, by name; empty: all
     crop: str = "fit"  # of images in files: fit | adm, see `image_files`
-    teacher: str = "tiny"  # tiny | tiny:PATH | oracle[:DIALS] | timm:MODEL[@PATH]; used by methods that align
+    teacher: str = "tiny"  # tiny[?VARIANT] | tiny:PATH | oracle[:DIALS] | timm:MODEL[@PATH]; used by methods that align
     autoencoder: str = ""  # tiny | tiny:PATH | a diffusers folder or name, whose latents are learned; empty: pixels
     precision: str = "exact"  # of what is cached of the images: exact | half | int8, see `teacher_features`
 

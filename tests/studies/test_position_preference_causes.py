@@ -1,0 +1,329 @@
+"""Study 02, where a position map comes from: every cause is taken away alone, and tables of known maps say what was put in."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from maskalign_lab.data.datasets import load_dataset
+from maskalign_lab.data.oracle import token_means
+from maskalign_lab.diffusion.interpolants import interpolate
+from maskalign_lab.encoders.teacher_variants import moved_order
+from maskalign_lab.gradient_norms import analysis_noise, noised_inputs, observe
+from maskalign_lab.measure.findings import findings_table
+from maskalign_lab.measure.wording import NotTrained
+from maskalign_lab.position_preference import parts_at
+from maskalign_lab.runs.recipe import identity, override
+from maskalign_lab.runs.run import load_run, train
+from maskalign_lab.studies.gradient_norms import arms as study_01
+from maskalign_lab.studies.gradient_norms.unevenness import TIMES
+from maskalign_lab.studies.position_preference import causes, grid
+from maskalign_lab.studies.position_preference.arms import ARMS, BY_NAME, SCALES, cause_rows, measure_causes
+from maskalign_lab.studies.position_preference.cause_figures import COLUMNS, PATHS, cause_figure, laid_out
+from maskalign_lab.studies.position_preference.cause_findings import (
+    cause_findings,
+    cause_table,
+    cell,
+    explained,
+    follows,
+    likeness,
+    log_peak,
+)
+from maskalign_lab.studies.position_preference.causes import PLAIN, TEACHERS, attention_cut, untrained, with_teacher
+
+FEW = "training.steps=3 training.warmup=1 data.n=64"
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MASKALIGN_LAB_CACHE", str(folder := tmp_path_factory.mktemp("cache")))
+        yield folder
+
+
+def trained(cache, name, overrides=""):
+    recipe = SCALES["smoke"].recipe_of("smoke", "shapes", f"{FEW} {overrides}")(BY_NAME[name], 0)
+    return load_run(train(recipe, cache / f"{name}{overrides}".replace(" ", "-"), "cpu", print_every=0))
+
+
+@pytest.fixture(scope="module")
+def sit(cache):
+    return trained(cache, "SiT")
+
+
+@pytest.fixture(scope="module")
+def repa(cache):
+    return trained(cache, "REPA")
+
+
+def told(map_, teacher="as taught", student="REPA", change="", seed=0, **others):
+    """A case whose maps are the same in both halves and at all times."""
+    map_ = torch.as_tensor(map_, dtype=torch.float32)
+    logs = (map_ - map_.mean()).expand(2, len(TIMES), -1)
+    case = grid.Case(student, teacher, change, seed, logs.softmax(-1), logs, logs[0], map_, None)
+    return case._replace(**others)
+
+
+# ---- the arms
+
+
+def test_arms_that_another_study_trains_too_are_the_same_trainings():
+    """So that they are found in the cache, and not trained twice."""
+    mine, theirs = (module.SCALES["laptop"].recipe_of("laptop", "shapes") for module in (causes_arms(), study_01))
+    shared = {arm.name: arm for arm in study_01.ARMS}
+    for name in ("SiT", "REPA", "REPA, oracle", "MaskAlign"):
+        assert identity(mine(BY_NAME[name], 5)) == identity(theirs(shared[name], 5))
+    assert len({identity(mine(arm, 5)) for arm in ARMS}) == len(ARMS)
+
+
+def causes_arms():
+    from maskalign_lab.studies.position_preference import arms
+
+    return arms
+
+
+def test_an_arm_changes_one_thing():
+    recipe_of = SCALES["laptop"].recipe_of("laptop", "shapes")
+    plain = recipe_of(BY_NAME["REPA"], 5)
+    for name, change in {
+        "REPA, permuted": "data.teacher=tiny-4x4?permuted",
+        "REPA, oracle with position": "data.teacher=oracle:position=0.3",
+        "REPA, torus": "data.variant=torus",
+        "REPA, vp path": "objective.interpolant=vp",
+        "REPA, logit-normal times": "objective.time_law=logit-normal",
+    }.items():
+        assert recipe_of(BY_NAME[name], 5) == override(plain, change), name
+
+
+def test_a_teacher_of_ones_own_has_the_same_variants():
+    recipe_of = SCALES["laptop"].recipe_of("laptop", "digits", "data.teacher=tiny:/mine")
+    assert recipe_of(BY_NAME["MaskAlign, centred"], 5).data.teacher == "tiny:/mine?centred"
+    told = [arm.name for arm in SCALES["laptop"].told("digits")]
+    assert "REPA, random" in told and not any("oracle" in name or "torus" in name for name in told)
+    assert SCALES["laptop"].told("shapes") == ARMS
+
+
+# ---- what is taken away
+
+
+def test_a_permuted_teacher_says_the_same_elsewhere(sit):
+    pictures = sit.survey_images(16)
+    plain, moved = (with_teacher(sit, name).teacher_view(pictures) for name in ("tiny", "tiny?permuted"))
+    assert torch.equal(moved.tokens, plain.tokens[:, moved_order(64)]) and torch.equal(moved.cls, plain.cls)
+    assert sit.recipe.data.teacher == "tiny"  # the run itself is as it was
+
+
+def test_a_centred_teacher_differs_between_positions_by_no_more_than_chance(sit):
+    pictures = sit.survey_images(600)
+    for name, low, high in (("tiny", 5, np.inf), ("tiny?centred", 0, 2)):
+        tokens = with_teacher(sit, name).teacher_view(pictures).tokens.float()
+        chance = tokens.var(0).mean() / len(tokens)  # less, if tokens of an image are alike
+        assert low < tokens.mean(0).var(0).mean() / chance < high, name
+
+
+def test_a_torus_covers_all_positions_alike():
+    """Each of 16 means is within 4 standard errors of their mean; on the plane the middle is far out."""
+    for placement, near in (("torus", True), ("uniform", False)):
+        covered = token_means(load_dataset("shapes", n=3000, seed=1, placement=placement).masks, 4)
+        errors = (covered.mean(0) - covered.mean()) / (covered.std(0) / len(covered) ** 0.5)
+        assert (np.abs(errors).max() < 4) == near
+
+
+def test_the_untrained_network_is_the_one_that_training_began_from(sit):
+    first = untrained(sit)
+    assert first.step == 0 and sit.step == 3
+    again = untrained(trained_elsewhere := replace(sit))
+    for one, other in zip(first.net.parameters(), again.net.parameters(), strict=True):
+        assert torch.equal(one, other) and not one.requires_grad
+    moved = [not torch.equal(a, b) for a, b in zip(first.net.parameters(), trained_elsewhere.net.parameters())]
+    assert any(moved)
+
+
+def hidden_with_another_corner(run):
+    """Hidden tokens of an image, and of one that differs in its first patch."""
+    pictures, index = run.survey_images(2), np.arange(2)
+    x_t, t, y, _ = noised_inputs(run, pictures, index, torch.full((2,), 0.3), 0)
+    other = x_t.clone()
+    other[:, :, : run.net.patch_size, : run.net.patch_size] += 1
+    return (run.net.hidden(x, t, y, 2)[:, 1:] for x in (x_t, other))
+
+
+def test_without_attention_a_token_depends_on_its_own_patch(repa):
+    one, other = hidden_with_another_corner(repa)
+    assert not torch.allclose(one, other)
+    with attention_cut(repa.net):
+        cut, also = hidden_with_another_corner(repa)
+    assert torch.equal(cut, also) and not torch.allclose(cut, one)
+    assert torch.equal(next(hidden_with_another_corner(repa)), one)  # and is put back
+    assert torch.equal(*hidden_with_another_corner(untrained(repa)))
+
+
+@pytest.mark.parametrize("path", ["cosine", "vp"])
+def test_a_network_is_shown_the_path_that_it_was_trained_on(repa, path):
+    changed = replace(repa, recipe=override(repa.recipe, f"objective.interpolant={path}"))
+    pictures, index, t = repa.survey_images(4), np.arange(4), torch.tensor([0.1, 0.4, 0.6, 0.9])
+    shown, straight = (noised_inputs(run, pictures, index, t, 3)[0] for run in (changed, repa))
+    x = repa.inputs(pictures, index)
+    assert torch.equal(shown, interpolate(x, analysis_noise(x, 3), t, path)) and not torch.allclose(shown, straight)
+
+
+# ---- maps
+
+
+def test_maps_are_those_of_the_pull(repa):
+    pictures, observed = repa.survey_images(40), observe(repa)
+    maps = {name: torch.tensor(value) for name, value in causes.position_maps(observed, pictures).items()}
+    norms = parts_at(observed, pictures, TIMES).sum(1).exp()  # (T, b, n)
+    assert maps["marks"].shape == maps["logs"].shape == (2, len(TIMES), 64) and maps["angles"].shape == (len(TIMES), 64)
+    half = norms[:, :20].log().mean(1)
+    torch.testing.assert_close(maps["logs"][0], half - half.mean(-1, keepdim=True), rtol=0, atol=6e-4)
+    count = torch.zeros(len(TIMES), 64).scatter_add_(
+        1, norms[:, 20:].topk(6).indices.flatten(1), torch.ones(len(TIMES), 120)
+    )
+    torch.testing.assert_close(maps["marks"][1], count / 20, rtol=0, atol=6e-4)
+
+
+def test_spread_is_about_the_mean_direction_of_each_position():
+    features = torch.zeros(4, 3, 2)
+    features[:, 0] = torch.tensor([1.0, 0.0])  # no spread
+    features[:, 1] = torch.tensor([[1.0, 0.1], [1.0, -0.1]] * 2)
+    features[:, 2] = torch.tensor([[1.0, 1.0], [1.0, -1.0]] * 2)
+    found = causes.spread_map(features)
+    assert found[0] < found[1] < found[2] and found.sum().abs() < 1e-5
+    torch.testing.assert_close(causes.spread_map(7 * features), found)
+
+
+def test_a_row_is_plain_and_small(cache, sit, repa):
+    row = measure_causes(repa, 32, 16, 0, 2)
+    assert json.loads(json.dumps(row)) == row
+    assert [each["student"] for each in row["cases"]] == ["REPA", "REPA, attention cut"]
+    read = measure_causes(sit, 32, 16, 0, 2, (PLAIN, "permuted"))["cases"]
+    assert [(each["student"], each["teacher"]) for each in read] == [
+        (student, teacher) for teacher in (PLAIN, "permuted") for student in ("untrained", "SiT")
+    ]
+
+
+def test_masked_networks_have_maps_too(cache):
+    (only,) = measure_causes(trained(cache, "MaskAlign, oracle"), 32, 16, 0, 2)["cases"]
+    assert (only["student"], only["teacher"]) == ("MaskAlign", "oracle")
+
+
+def test_readers_are_those_that_know_the_images(sit):
+    assert causes.readers_of(sit, tuple(TEACHERS)) == list(TEACHERS)
+    elsewhere = replace(sit, recipe=override(sit.recipe, "data.name=digits"))
+    assert not any("oracle" in label for label in causes.readers_of(elsewhere, tuple(TEACHERS)))
+    torus = replace(sit, recipe=override(sit.recipe, "data.variant=torus"))
+    assert causes.readers_of(torus, tuple(TEACHERS)) == list(causes.ON_TORUS)
+
+
+# ---- known tables
+
+
+@pytest.fixture(scope="module")
+def known():
+    return grid.known_rows(3)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.floats(0.1, 1), st.floats(0.1, 1), st.floats(0.1, 1))
+def test_shares_are_those_that_were_put_in(content, teacher, student):
+    """Twice as large an effect has four times the variance, beside the other effects."""
+    cases = grid.cases_in(grid.known_rows(1, 0.01, content, teacher, student))
+    found, unit = (
+        grid.variance_shares(cases, 1),
+        grid.variance_shares(grid.cases_in(grid.known_rows(1, 0.01, 1, 1, 1)), 1),
+    )
+    assert sum(found.values()) == pytest.approx(1)
+    ratio = found["teacher"] / unit["teacher"]
+    assert ratio / (found["student"] / unit["student"]) == pytest.approx((teacher / student) ** 2, rel=0.15)
+    assert abs(found["path"]) < 0.01 and abs(found["together"]) < 0.02 and 0 < found["chance"] < 0.05
+
+
+def test_content_is_what_lies_along_the_coverage():
+    coverage = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    direction = (coverage - 1.5).double()
+    assert grid.along(2 * direction, coverage) == pytest.approx((4 * direction.square()).mean().item())
+    assert grid.along(torch.tensor([1.0, -1.0, -1.0, 1.0]).double(), coverage) == pytest.approx(0)
+    assert grid.along(direction, None) == 0
+
+
+def test_chance_has_no_share_but_its_own():
+    cases = grid.cases_in(grid.known_rows(1, 0.5, 0, 0, 0))
+    found = np.mean([list(grid.variance_shares(cases, at).values()) for at in range(len(TIMES))], 0)
+    assert found[-1] > 0.6 and np.abs(found[:-1]).max() < 0.35
+
+
+def test_a_map_follows_its_teacher_or_stays():
+    random, order = np.random.default_rng(0), moved_order(16)
+    map_ = torch.from_numpy(random.standard_normal(16)).float()
+    plain, moved, still = told(map_), told(map_[order], "permuted"), told(map_, "permuted")
+    assert likeness(moved, plain, order) == pytest.approx(1, abs=1e-5) and abs(likeness(moved, plain)) < 0.9
+    assert likeness(still, plain) == pytest.approx(1, abs=1e-5) and abs(likeness(still, plain, order)) < 0.9
+
+
+def test_an_even_map_has_no_peak_and_a_favourite_is_asked_of_other_images():
+    even = told(torch.zeros(16))
+    assert log_peak(even) == pytest.approx(0, abs=1e-6)
+    marks = torch.full((2, len(TIMES), 16), 0.1)
+    marks[0, :, 3], marks[1, :, 5] = 0.9, 0.9  # each half has another favourite
+    assert log_peak(even._replace(marks=marks)) < 0
+
+
+def test_findings_of_a_known_table(known):
+    text = findings_table(cause_findings(known)).data
+    assert text.count("\n| ") == 10 and "(3 seeds)" in text and "02_causes" in text
+    content = explained(known, "content", "?")
+    assert content.verdict == "higher (3 seeds)" and 40 < float(content.effect.split()[0]) < 75
+
+
+def test_a_likeness_is_held_against_shuffled_positions():
+    """Seeds that agree on two maps say nothing of whether the maps belong together."""
+    rows = grid.known_rows(3, 0.01, content=0, student=0)
+    moved, left = follows(rows, True), follows(rows, False)
+    assert moved.effect.startswith("+1.00") and moved.verdict == "higher (3 seeds)"
+    assert left.effect.startswith("+.2") and left.verdict == "undecided (3 seeds)"
+    assert 0.2 < float(left.effect.rpartition(" ")[2].strip(")")) < 0.6
+    assert follows([row for row in rows if not row["seed"]], True).verdict == "undecided (1 seed)"
+
+
+def test_what_was_not_trained_is_left_out(known):
+    few = [row for row in known if row["arm"] in ("SiT", "REPA")]
+    with pytest.raises(NotTrained, match="permuted"):
+        follows(few, True)
+    with pytest.raises(NotTrained, match="torus"):
+        cell(few, "REPA", "oracle", "torus")
+    text = findings_table(cause_findings(few)).data
+    assert "moved along" not in text and "Without training?" in text
+    assert cause_figure([]) is None and cause_figure([{"arm": "SiT", "seed": 5, "budget": "steps"}]) is None
+
+
+def test_the_figure_shows_every_cell(known):
+    laid = laid_out(grid.cases_in(known))
+    assert laid.lines == list(TEACHERS) and tuple(laid.columns) == COLUMNS
+    assert len(laid.cells[0, 2]) == 3 and not laid.cells[1, 7]  # no centred teacher on the torus
+    assert all(len(laid.cells[len(TEACHERS), place]) == 3 for place in range(len(PATHS)))
+    figure = cause_figure(known, 1.0)
+    titles = [axis.get_title() for axis in figure.findobj(lambda each: hasattr(each, "get_title"))]
+    assert {title for *_, title in COLUMNS} <= set(titles)
+    assert len(cause_table(known)) == len({case[:3] for case in grid.cases_in(known)})
+
+
+# ---- all of it
+
+
+def test_the_smallest_grid_end_to_end(cache, tmp_path):
+    scale = SCALES["smoke"]
+    recipe_of = scale.recipe_of("smoke", "shapes", FEW)
+    measure = lambda run: measure_causes(run, 32, 16, 0, 2, scale.readers)  # noqa: E731
+    keep = tmp_path / "rows.json"
+    rows = cause_rows(scale.arms, 2, recipe_of, measure, keep=keep, device="cpu")
+    assert [(row["arm"], row["seed"]) for row in rows] == [(arm.name, seed) for seed in (5, 6) for arm in scale.arms]
+    assert {row["budget"] for row in rows} == {"steps"}
+    again = cause_rows(scale.arms, 2, recipe_of, pytest.fail, json.loads(keep.read_text())["rows"], device="cpu")
+    assert again == rows
+    assert cause_figure(rows) is not None and "With a teacher" not in findings_table(cause_findings(rows)).data
+    assert {"peak, t = 0", "with objects, t = 1", "angle's share, t = 0"} <= set(cause_table(rows).columns)
