@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..data.oracle import oracle_of
 from .experiments import Arm, run_arms
 from .recipe import Recipe
 from .run import Run
@@ -50,8 +51,10 @@ def trainable(
     arms: Sequence[Arm],
     dataset: str,
 ) -> tuple[Arm, ...]:
-    """The arms that can be trained on a data set: an oracle knows shapes alone."""
-    return tuple(arm for arm in arms if dataset == "shapes" or "data.teacher=oracle" not in arm.overrides)
+    """The arms that can be trained on a data set: an oracle, and a placement law such as the torus, are of shapes alone."""
+    told = {arm.name: arm.recipe().data for arm in arms if dataset != "shapes"}
+    bound = {name for name, data in told.items() if oracle_of(data.teacher) or data.variant}
+    return tuple(arm for arm in arms if arm.name not in bound)
 
 # %% ../../nbs/lib/runs/rung.ipynb #4129f02e
 UNSEEN = 5  # the first seed that the search did not look at

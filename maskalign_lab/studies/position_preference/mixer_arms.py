@@ -43,7 +43,7 @@ class Scale:
 
 
 SCALES = {
-    "smoke": Scale((*ARMS[:3], NEARBY[0], ALL), 2, 16, 8, 32),
+    "smoke": Scale((*ARMS[:3], NEARBY[0], ALL), 0, 16, 8, 32),
     "laptop": Scale(),
     "gpu": Scale(seeds=8, judged=1000, probed=4096),
     "paper": Scale(seeds=5, judged=5000, probed=4096),

@@ -20,7 +20,7 @@ from ...runs.evaluation import quality
 from ...runs.experiments import Arm
 from ...runs.recipe import Recipe
 from ...runs.run import Run
-from ...runs.rung import BASELINE, table_preset
+from ...runs.rung import BASELINE, recipes_of
 from ...training.methods import innermost
 from ...training.repa import REPA
 
@@ -55,13 +55,11 @@ class Scale:
 
     def recipe_of(self, preset: str, dataset: str, overrides: str = "") -> Callable[[Arm, int], Recipe]:
         """What `run_arms` asks for: arm and seed -> recipe. Overrides of the method are for REPA's arms alone."""
-        others = " ".join(item for item in overrides.split() if not item.startswith("method."))
-        given = lambda arm: overrides if arm.method == "repa" else others  # noqa: E731
-        return lambda arm, seed: arm.recipe(table_preset(preset), dataset, seed, f"{self.overrides} {given(arm)}")
+        return recipes_of(preset, dataset, self.overrides, overrides, "repa")
 
 # %% ../../../nbs/lib/studies/position_preference/sweep_arms.ipynb #bd3db8c5
 SCALES = {
-    "smoke": Scale("training.cooldown=0 training.steps=8 data.n=128", 2, ARMS[:3], 64, 16, 8),
+    "smoke": Scale("training.cooldown=0 training.steps=8 data.n=128", 0, ARMS[:3], 64, 16, 8),
     "laptop": Scale(),
     "gpu": Scale(seeds=5, probed=2000, judged=1000),
     "paper": Scale("training.steps=400000", 5, probed=5000, measured=2048, judged=5000),
