@@ -6,7 +6,7 @@
 __all__ = ['RANDOM', 'POSITIONS', 'NORM', 'random_scores', 'of_others', 'least_first', 'greedy', 'rank', 'averaged', 'remove_all',
            'beside', 'of_ceiling']
 
-# %% ../../nbs/lib/measure/rankings.ipynb #890b1634
+# %% ../../nbs/lib/measure/rankings.ipynb #7cb74782
 from collections.abc import Sequence
 
 import torch
@@ -19,7 +19,7 @@ from .deletion import Removed, answers_along, levels_of, remove_by, replaced
 from .questions import Noised, Question
 from .verdicts import Paired, paired
 
-# %% ../../nbs/lib/measure/rankings.ipynb #c33db8e5
+# %% ../../nbs/lib/measure/rankings.ipynb #a3b3b6df
 def random_scores(
     images: int,
     tokens: int,  # of an image
@@ -35,7 +35,7 @@ def of_others(
     """The mean scores of all other images."""
     return (scores.sum(0) - scores) / (len(scores) - 1)
 
-# %% ../../nbs/lib/measure/rankings.ipynb #95cb7d9e
+# %% ../../nbs/lib/measure/rankings.ipynb #2eff8ba6
 def least_first(
     question: Question,
     noised: Noised,
@@ -59,7 +59,7 @@ def greedy(question: Question, noised: Noised) -> Removed:
     orders = least_first(question, noised, True).flip(1), least_first(question, noised, False)
     return Removed(tuple(levels), *(answers_along(question, noised, order, levels) for order in orders))
 
-# %% ../../nbs/lib/measure/rankings.ipynb #f2ff3118
+# %% ../../nbs/lib/measure/rankings.ipynb #5dd29592
 RANDOM, POSITIONS, NORM = "random", "positions", "norm"
 
 
@@ -93,7 +93,7 @@ def remove_all(
         RANDOM: averaged(chance)
     }
 
-# %% ../../nbs/lib/measure/rankings.ipynb #956124bd
+# %% ../../nbs/lib/measure/rankings.ipynb #43a3ab26
 def beside(
     removed: dict[str, Removed],
     name: str,

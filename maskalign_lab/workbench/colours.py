@@ -32,6 +32,7 @@ QUANTITIES = {
     "error": Quantity("error of a token (root mean square)", "rocket", (0, 1), ((0, "0"), (0.5, "0.5"), (1, "1"))),
     "influence": Quantity("influence", "mako"),
     "attention": Quantity("attention, in uniform shares", "copper"),
+    "attribution": Quantity("what a token adds to the answer", "vlag"),
     "off": Quantity("off-manifold energy per coordinate", "mako"),
     "distance": Quantity("distance to the data, in their deviations", "rocket"),
     "cosine": Quantity("cosine similarity", "vlag", (-1, 1), ((-1, "−1"), (0, "0"), (1, "1"))),
