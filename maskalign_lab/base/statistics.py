@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['effective_rank', 'radial_spectrum', 'mean_interval', 'share_half', 'bootstrap_by_group', 'jackknife', 'significant',
-           'four_digits', 'linear_probe', 'hsic', 'neighbours', 'gram', 'gram_cknna', 'cknna']
+           'four_digits', 'fit_linear_probe', 'linear_probe', 'hsic', 'neighbours', 'gram', 'gram_cknna', 'cknna']
 
 # %% ../../nbs/lib/base/statistics.ipynb #ca6aa6f9
 from collections.abc import Callable
@@ -12,7 +12,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from .seeding import generator, rng
 
@@ -102,25 +103,37 @@ def four_digits(value: float) -> float:
     return significant(value, 4)
 
 # %% ../../nbs/lib/base/statistics.ipynb #427e9a0d
-def linear_probe(
+def fit_linear_probe(
     train: Tensor,  # (n, d)
     labels: Tensor,  # (n,) class indices
-    test: Tensor,  # (m, d)
-) -> Tensor:  # (m,) predicted classes
+) -> nn.Linear:  # d -> classes, takes features as they are
     """Multinomial logistic regression on standardised features, fitted by L-BFGS from zero."""
     mean, std = train.mean(0), train.std(0) + 1e-6
-    train, test = (train - mean) / std, (test - mean) / std
+    scaled = (train - mean) / std
     weight = torch.zeros(train.shape[1] + 1, int(labels.max()) + 1, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(train @ weight[:-1] + weight[-1], labels) + 1e-3 * weight[:-1].square().sum()
+        loss = F.cross_entropy(scaled @ weight[:-1] + weight[-1], labels) + 1e-3 * weight[:-1].square().sum()
         loss.backward()
         return loss
 
-    optimizer.step(closure)
-    return (test @ weight[:-1] + weight[-1]).argmax(1).detach()
+    with torch.enable_grad():
+        optimizer.step(closure)
+    probe = skip_init(nn.Linear, *weight[:-1].shape).requires_grad_(False)  # leaves the global stream where it is
+    slope = weight[:-1].detach() / std.unsqueeze(1)
+    probe.weight.copy_(slope.T), probe.bias.copy_(weight[-1].detach() - mean @ slope)
+    return probe
+
+# %% ../../nbs/lib/base/statistics.ipynb #5296ade7
+def linear_probe(
+    train: Tensor,  # (n, d)
+    labels: Tensor,  # (n,) class indices
+    test: Tensor,  # (m, d)
+) -> Tensor:  # (m,) predicted classes
+    """What the classifier that is fitted to some features says of others."""
+    return fit_linear_probe(train, labels)(test).argmax(1)
 
 # %% ../../nbs/lib/base/statistics.ipynb #456cf4c0
 def hsic(

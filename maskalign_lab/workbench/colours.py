@@ -33,6 +33,7 @@ QUANTITIES = {
     "excess": Quantity("log, less the mean token's", "RdBu_r"),
     "influence": Quantity("influence", "mako"),
     "attention": Quantity("attention, in uniform shares", "copper"),
+    "attribution": Quantity("what a token adds to the answer", "vlag"),
     "off": Quantity("off-manifold energy per coordinate", "mako"),
     "distance": Quantity("distance to the data, in their deviations", "rocket"),
     "held": Quantity("teacher's token that is read (cosine)", "viridis", (0, 1), ((0, "0"), (0.5, "0.5"), (1, "1"))),
