@@ -241,7 +241,9 @@ def run_figures(options: Figures) -> int:
 class Make:
     """Make what ships again, from nothing: `make repa-shapes`, `make autoencoder`."""
 
-    name: Positional[str]  # of the run, autoencoder, scale-search, ahpa-routers, ahpa-oracle or position-rankings
+    name: Positional[
+        str
+    ]  # of the run, autoencoder, scale-search, ahpa-routers, ahpa-oracle, position-rankings or position-lenses
     device: str = "auto"  # auto, cpu, cuda, mps
 
 # %% ../nbs/lib/cli.ipynb #3b74ef36

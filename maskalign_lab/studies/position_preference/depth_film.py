@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from torch import Tensor
 
+from ...base.files import write_atomic
 from ...base.statistics import mean_interval
 from ...data.datasets import Dataset, to_pixels
 from ...diffusion.interpolants import interpolate
@@ -149,7 +150,7 @@ def save_film(film: DepthFilm, path: str | Path) -> Path:
     """Write a film."""
     arrays = {name: np.ascontiguousarray(value) for name, value in vars(film).items() if isinstance(value, np.ndarray)}
     words = {name: json.dumps(value) for name, value in vars(film).items() if name not in arrays}
-    save_file(arrays, path, words)
+    write_atomic(path, save(arrays, words))
     return Path(path)
 
 
