@@ -17,12 +17,14 @@ from maskalign_lab.gradient_norms import analysis_noise, noised_inputs, observe
 from maskalign_lab.measure.findings import findings_table
 from maskalign_lab.measure.wording import NotTrained
 from maskalign_lab.position_preference import parts_at
+from maskalign_lab.runs.experiments import run_arms
 from maskalign_lab.runs.recipe import identity, override
 from maskalign_lab.runs.run import load_run, train
+from maskalign_lab.runs.rung import trainable
 from maskalign_lab.studies.gradient_norms import arms as study_01
 from maskalign_lab.studies.gradient_norms.unevenness import TIMES
 from maskalign_lab.studies.position_preference import causes, grid
-from maskalign_lab.studies.position_preference.arms import ARMS, BY_NAME, SCALES, cause_rows, measure_causes
+from maskalign_lab.studies.position_preference.arms import ARMS, BY_NAME, SCALES, measure_causes
 from maskalign_lab.studies.position_preference.cause_figures import COLUMNS, PATHS, cause_figure, laid_out
 from maskalign_lab.studies.position_preference.cause_findings import (
     cause_findings,
@@ -102,9 +104,9 @@ def test_an_arm_changes_one_thing():
 def test_a_teacher_of_ones_own_has_the_same_variants():
     recipe_of = SCALES["laptop"].recipe_of("laptop", "digits", "data.teacher=tiny:/mine")
     assert recipe_of(BY_NAME["MaskAlign, centred"], 5).data.teacher == "tiny:/mine?centred"
-    told = [arm.name for arm in SCALES["laptop"].told("digits")]
+    told = [arm.name for arm in trainable(ARMS, "digits")]
     assert "REPA, random" in told and not any("oracle" in name or "torus" in name for name in told)
-    assert SCALES["laptop"].told("shapes") == ARMS
+    assert trainable(ARMS, "shapes") == ARMS
 
 
 # ---- what is taken away
@@ -320,10 +322,12 @@ def test_the_smallest_grid_end_to_end(cache, tmp_path):
     recipe_of = scale.recipe_of("smoke", "shapes", FEW)
     measure = lambda run: measure_causes(run, 32, 16, 0, 2, scale.readers)  # noqa: E731
     keep = tmp_path / "rows.json"
-    rows = cause_rows(scale.arms, 2, recipe_of, measure, keep=keep, device="cpu")
+    rows = run_arms(scale.arms, (5, 6), recipe_of, None, measure, keep=keep, device="cpu")
     assert [(row["arm"], row["seed"]) for row in rows] == [(arm.name, seed) for seed in (5, 6) for arm in scale.arms]
     assert {row["budget"] for row in rows} == {"steps"}
-    again = cause_rows(scale.arms, 2, recipe_of, pytest.fail, json.loads(keep.read_text())["rows"], device="cpu")
+    again = run_arms(
+        scale.arms, (5, 6), recipe_of, None, pytest.fail, json.loads(keep.read_text())["rows"], device="cpu"
+    )
     assert again == rows
     assert cause_figure(rows) is not None and "With a teacher" not in findings_table(cause_findings(rows)).data
     assert {"peak, t = 0", "with objects, t = 1", "angle's share, t = 0"} <= set(cause_table(rows).columns)

@@ -4,20 +4,19 @@
 
 # %% auto #0
 __all__ = ['STUDENTS', 'CHANGES', 'MASKED', 'ARMS', 'BY_NAME', 'SMOKE', 'FEW', 'SCALES', 'named_teacher', 'arm_of', 'Scale',
-           'measure_causes', 'cause_rows']
+           'measure_causes']
 
 # %% ../../../nbs/lib/studies/position_preference/arms.ipynb #8fef447e
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from ...runs.evaluation import quality
-from ...runs.experiments import Arm, run_arms
+from ...runs.experiments import Arm
 from ...runs.recipe import Recipe
 from ...runs.run import Run
-from ...runs.rung import BASELINE, table_preset, table_seeds
+from ...runs.rung import BASELINE, recipes_of
 from .causes import PLAIN, TEACHERS, cases_of
 
 # %% ../../../nbs/lib/studies/position_preference/arms.ipynb #658f5fcf
@@ -74,20 +73,13 @@ class Scale:
 
     def recipe_of(self, preset: str, dataset: str, overrides: str = "") -> Callable[[Arm, int], Recipe]:
         """What `run_arms` asks for: arm and seed -> recipe. Overrides of the method are for REPA's arms alone."""
-        others = " ".join(item for item in overrides.split() if not item.startswith("method."))
-        given = lambda arm: overrides if arm.method == "repa" else others  # noqa: E731
-        return lambda arm, seed: arm.recipe(table_preset(preset), dataset, seed, f"{self.overrides} {given(arm)}")
-
-    def told(self, dataset: str) -> tuple[Arm, ...]:
-        """The arms that can be trained on a data set: the oracle and the torus are of shapes alone."""
-        bound = lambda arm: "oracle" in arm.name or "torus" in arm.name  # noqa: E731
-        return tuple(arm for arm in self.arms if dataset == "shapes" or not bound(arm))
+        return recipes_of(preset, dataset, self.overrides, overrides, "repa")
 
 # %% ../../../nbs/lib/studies/position_preference/arms.ipynb #e8eaa467
 SMOKE = "training.cooldown=0 training.steps=8 data.n=128"
 FEW = tuple(BY_NAME[name] for name in (BASELINE, "REPA", "REPA, permuted"))
 SCALES = {
-    "smoke": Scale(SMOKE, 2, FEW, 64, 16, 8, 5, (PLAIN, "permuted")),
+    "smoke": Scale(SMOKE, 1, FEW, 64, 16, 8, 5, (PLAIN, "permuted")),
     "laptop": Scale(),
     "gpu": Scale(seeds=5, judged=1000),
     "paper": Scale("training.steps=400000", 5, mapped=8192, judged=5000),
@@ -104,16 +96,3 @@ def measure_causes(
 ) -> dict[str, Any]:  # plain values
     """Velocity loss, the judge's word on samples, and the position maps of one network in all its cases."""
     return quality(run, measured, samples) | cases_of(run, images, fitted, readers)
-
-
-def cause_rows(
-    arms: Sequence[Arm],
-    count: int,  # seeds
-    recipe_of: Callable[[Arm, int], Recipe],
-    measure: Callable[[Run], dict[str, Any]],
-    known: Sequence[dict[str, Any]] = (),  # rows that need not be trained again
-    keep: Path | None = None,  # a JSON file that every new row is added to
-    device: str = "auto",
-) -> list[dict[str, Any]]:
-    """The rows of the arms: known ones, and the others trained and measured now."""
-    return run_arms(arms, table_seeds(count), recipe_of, None, measure, known, keep, device)
