@@ -109,12 +109,13 @@ STUDIES = [
     ),
     Study(
         "02_position_preference",
-        ("filmstrip", "parts", "agreement", "wrt"),
+        tuple("filmstrip parts agreement wrt causes layers over_depth conflict space".split()),
         ("0.50", "0.60"),
         other_sides,
         (
             ({"run": "repa-shaeps"}, "no run 'repa-shaeps'"),
             (smoke(dataset="shpaes"), "Did you mean 'shapes'"),
+            ({"tables": "casues"}, "Did you mean 'causes'"),
             (smoke(overrides="method.depth=9"), "depth 9 is outside the network"),
             (smoke(overrides="method.dpeth=2"), "Did you mean 'method.depth'"),
         ),
