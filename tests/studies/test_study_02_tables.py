@@ -1,0 +1,93 @@
+"""Study 02: which tables are trained, what ships of the lenses, and how rows become figures."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from maskalign_lab.base import paths
+from maskalign_lab.measure.findings import findings_table
+from maskalign_lab.runs.experiments import load_rows
+from maskalign_lab.runs.run import load_run
+from maskalign_lab.runs.rung import UNSEEN
+from maskalign_lab.studies.position_preference import lenses, tables
+from maskalign_lab.studies.position_preference.depth_film import load_film
+from maskalign_lab.studies.position_preference.opening import SHIPPED, TABLES, open_study
+from maskalign_lab.studies.position_preference.summary import MOST, all_findings
+
+RESULTS = paths.data() / "results"
+
+
+def study(**changes):
+    given = {"preset": "laptop", "dataset": "shapes", "device": "cpu", "overrides": "", "out_dir": None, "count": 0}
+    return SimpleNamespace(**given | {"tables": TABLES, "observed": []} | changes)
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """What `run_arms` was asked for."""
+    calls = []
+    monkeypatch.setattr(tables, "run_arms", lambda *given: calls.append(given) or [])
+    return calls
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_without_seeds_what_ships_is_shown(name, trained):
+    shipped = RESULTS / f"{tables.EXPERIMENTS[name].table}_shapes.json"
+    assert tables.table_rows(study(), name) == load_rows(shipped) and not trained
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_seeds_train_the_tables_that_are_named_alone(name, trained, tmp_path):
+    others = tuple(other for other in TABLES if other != name)
+    tables.table_rows(study(count=2, tables=others), name)
+    assert not trained
+    tables.table_rows(study(count=2, out_dir=str(tmp_path)), name)
+    ((arms, seeds, recipe_of, baseline, measure, _, keep, device),) = trained
+    assert list(seeds) == [UNSEEN, UNSEEN + 1] and device == "cpu" and keep.name == f"02_{name}.json"
+    assert baseline == ("SiT" if name == "mixer" else None) and arms[0].name == "SiT"
+    assert all(recipe_of(arm, 5).training.steps == 1000 for arm in arms)
+    assert measure.keywords["samples"] == 500
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_folder_of_pictures_has_no_oracle_no_torus_and_no_judge(name, trained):
+    tables.table_rows(study(count=1, dataset="digits"), name)
+    (arms, _, recipe_of, *_, measure, _, _, _) = trained[0]
+    assert measure.keywords["samples"] == 0
+    assert not any("oracle" in arm.name or "torus" in arm.name for arm in arms)
+
+
+def test_an_unknown_table_is_refused_before_anything_is_loaded():
+    with pytest.raises(ValueError, match="Did you mean 'mixer'"):
+        open_study(tables="mixr")
+    with pytest.raises(ValueError, match="table of study 02"):
+        tables.table_rows(study(), "dose")
+
+
+def test_what_ships_of_the_lenses_is_of_the_runs_that_the_study_opens_with():
+    runs = [SimpleNamespace(run=SimpleNamespace(name=f"{name}-shapes")) for name in SHIPPED]
+    shown = lenses.lenses_of(study(observed=runs))
+    seen, aligned = lenses.seen_in(shown.depth)
+    assert list(seen) == shown.film.runs == [f"{name}-shapes" for name in SHIPPED]
+    assert {row["arm"] for row in shown.conflict} == set(aligned) == set(seen) - {"sit-shapes"}
+    for name, of in seen.items():
+        assert set(of) == {"probe", "CKNNA"} and of["probe"].values.shape == (len(lenses.TIMES), 12), name
+        assert of["probe"].chance == 0.1 and (of["probe"].halves > 0).all()
+    film = load_film(RESULTS / lenses.FILM)
+    assert film.heat.shape == (4, 12, 9) and np.isfinite(film.cosines).all()
+    assert len({row["teacher"] for row in shown.space}) == 6
+
+
+def test_a_conflict_needs_no_more_images_than_it_looks_at():
+    run = load_run("repa-shapes")
+    batches = lenses.few_batches(run, 2)
+    assert len(batches.dataset) == 2 * run.recipe.training.batch_size
+    assert len(batches(1).y) == run.recipe.training.batch_size
+
+
+def test_the_findings_are_ten_at_most_and_say_what_is_missing():
+    nothing = {name: [] for name in TABLES}
+    makes = all_findings(nothing, [])
+    assert len(makes) == sum(MOST.values()) == 10
+    assert "trains them" in findings_table(makes).data
