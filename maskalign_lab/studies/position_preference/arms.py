@@ -82,7 +82,7 @@ SCALES = {
     "smoke": Scale(SMOKE, 1, FEW, 64, 16, 8, 5, (PLAIN, "permuted")),
     "laptop": Scale(),
     "gpu": Scale(seeds=5, judged=1000),
-    "paper": Scale("training.steps=400000", 5, mapped=8192, judged=5000),
+    "paper": Scale("training.steps=400000 training.clip=1.0", 5, mapped=8192, judged=5000),
 }
 
 # %% ../../../nbs/lib/studies/position_preference/arms.ipynb #8fa75d27

@@ -62,7 +62,7 @@ SCALES = {
     "smoke": Scale("training.cooldown=0 training.steps=8 data.n=128", 0, ARMS[:3], 64, 16, 8),
     "laptop": Scale(),
     "gpu": Scale(seeds=5, probed=2000, judged=1000),
-    "paper": Scale("training.steps=400000", 5, probed=5000, measured=2048, judged=5000),
+    "paper": Scale("training.steps=400000 training.clip=1.0", 5, probed=5000, measured=2048, judged=5000),
 }
 
 # %% ../../../nbs/lib/studies/position_preference/sweep_arms.ipynb #9d5b6082
