@@ -329,6 +329,18 @@ def test_the_first_screen_says_its_verdict_in_one_line_as_the_rows_do(shipped):
     assert f"**Verdict.** {headline(findings.better_loss(shipped))}\n" in first
 
 
+def test_what_is_said_of_ratios_and_depths_is_what_the_rows_say(shipped):
+    """Each share that is dropped is worse than a smaller one, decided by loss and distance; depths of the mixer are not told apart."""
+    ladder = ("mixer, no mask", "MaskAlign", "ratio 0.5", "ratio 0.75")
+    for less, more in zip(ladder, ladder[1:]):
+        assert difference(shipped, more, less).verdict(+1).startswith("reproduced"), more
+    for more in ladder[1:]:
+        assert difference(shipped, more, ladder[0], "frechet").verdict(+1).startswith("reproduced"), more
+    for depth in ("mixer of 1", "mixer of 3"):
+        for metric in ("velocity", "frechet", "accuracy"):
+            assert difference(shipped, depth, "MaskAlign", metric).verdict(+1).startswith("undecided"), (depth, metric)
+
+
 def test_the_gap_of_the_pair_that_ships_is_told_from_its_records():
     records = {name: load_records(paths.data() / "runs" / name) for name in ("reg-shapes", "maskalign-shapes")}
     assert "At step 7,000, of one seed, MaskAlign's gap is 14 % of REG's" in findings.gap_note(records)
