@@ -150,11 +150,11 @@ def over_depth(
     times: Sequence[float],
     depths: Sequence[int] = (),  # counted from 1; empty: all
     features: Features | None = None,  # what a teacher says about the images; None: what the run's own says
-    k: int = 10,  # neighbours of CKNNA
+    k: int = 10,  # neighbours of CKNNA; half of the images where they are few
     seed: int = 0,  # of the noise
 ) -> dict[str, OverDepth]:  # "probe", "CKNNA"
     """Accuracy of a linear probe for the class, and CKNNA with the teacher, at every depth and time."""
-    depths = tuple(depths) or tuple(range(1, run.net.depth + 1))
+    depths, k = tuple(depths) or tuple(range(1, run.net.depth + 1)), min(k, len(dataset) // 2)
     features, labels = features or run.teacher_view(dataset), class_labels(dataset)
     place, found = run.net.pos_embed.device, {"probe": [], "CKNNA": []}
     teacher = gram(features.tokens.float().mean(1).to(place))

@@ -282,7 +282,7 @@ def test_findings_of_a_known_table(known):
     assert content.verdict == "higher (3 seeds)" and 40 < float(content.effect.split()[0]) < 75
 
 
-def test_a_likeness_is_held_against_shuffled_positions():
+def test_a_likeness_is_held_against_maps_as_smooth():
     """Seeds that agree on two maps say nothing of whether the maps belong together."""
     rows = grid.known_rows(3, 0.01, content=0, student=0)
     moved, left = follows(rows, True), follows(rows, False)

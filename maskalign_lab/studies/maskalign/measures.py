@@ -53,6 +53,7 @@ def look(
 ) -> Seen:
     """Noise some images at one time; equal seeds give equal noise, whichever run looks."""
     run, view = observed.run, observed.run.teacher_view(dataset)
+    path = run.recipe.objective.interpolant
     x = run.inputs(dataset, index)
     times = torch.full((len(x),), float(t), device=x.device)
     noise = torch.randn(x.shape, generator=generator(seed, int(index[0]), "masking noise")).to(x)
@@ -60,9 +61,9 @@ def look(
     if run.net.class_dim:
         cls = view.cls[index].to(x)
         class_noise = torch.randn(cls.shape, generator=generator(seed, int(index[0]), "masking class noise")).to(x)
-        cls_t, teacher = interpolate(cls, class_noise, times), torch.cat([cls.unsqueeze(1), teacher], 1)
+        cls_t, teacher = interpolate(cls, class_noise, times, path), torch.cat([cls.unsqueeze(1), teacher], 1)
     labels = torch.as_tensor(dataset.labels[index], device=x.device)
-    return Seen(interpolate(x, noise, times), times, labels, cls_t, teacher)
+    return Seen(interpolate(x, noise, times, path), times, labels, cls_t, teacher)
 
 # %% ../../../nbs/lib/studies/maskalign/measures.ipynb #91e6ab7e
 def positions(

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ...base.checkpoints import steps_of
-from ...base.statistics import four_digits, mean_interval
+from ...base.statistics import few_interval, four_digits
 from ...measure.conflict import conflict
 from ...runs.batches import Batches, make_batches
 from ...runs.experiments import Arm
@@ -87,8 +87,8 @@ def conflict_rows(
     row |= {"batch": training.batch_size, "batches": batches, "times": list(times), "depths": list(depths)}
     rows = []
     for part, values in zip(parts, found, strict=True):
-        (mean, half), (whole, width) = mean_interval(values), mean_interval(values.nanmean((0, 1)))
-        per_t, t_half = mean_interval(values.nanmean(1))
+        (mean, half), (whole, width) = few_interval(values), few_interval(values.nanmean((0, 1)))
+        per_t, t_half = few_interval(values.nanmean(1))
         rows.append(row | {"part": part, "cosine": plain(mean), "half": plain(half), "mean": plain(whole)})
         rows[-1] |= {"mean half": plain(width), "per t": plain(per_t), "per t half": plain(t_half)}
     return rows

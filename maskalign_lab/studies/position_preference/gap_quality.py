@@ -72,10 +72,8 @@ def gap_note(rows: Rows) -> str:
     words = ", ".join(f"{count} {word}" for word, count in table["verdict"].value_counts().items())
     most = table[table["part"] == "between"]
     spans = "; ".join(f"{between(of['rho'], '+.2f')} ({among})" for among, of in most.groupby("among", sort=False))
-    favour = f"{(most['rho'] > 0).sum()} of {len(most)} speak for the claim"
-    return (
-        f"{len(table)} correlations of small gaps with good networks: {words}. Between arms rho is {spans}; {favour}."
-    )
+    told = f"{len(table)} correlations of small gaps with good networks: {words}."
+    return f"{told} Between arms rho is {spans}; positive speaks for the claim."
 
 # %% ../../../nbs/lib/studies/position_preference/gap_quality.ipynb #c59ad750
 MARKS = "osD^v"  # one for each round through the palette
@@ -117,7 +115,8 @@ def panels_of(rows: Rows) -> dict[str, Compared]:  # metric -> what is drawn
 
 def titles_of(rows: Rows) -> dict[str, str]:  # metric's name -> "rho -.10 told alike, -.57 all arms"
     """The correlations between arms, for the panels."""
-    table = correlation_table(rows)
+    if not len(table := correlation_table(rows)):
+        return {}
     most = table[table["part"] == "between"].groupby("metric", sort=False)
     return {
         name: "rho " + ", ".join(f"{signed(rho, 2)} {among}" for rho, among in zip(of["rho"], of["among"], strict=True))
@@ -137,7 +136,7 @@ def gap_figure(rows: Rows) -> Figure | None:  # None: no arms to compare
     for axis, (metric, (arms, gaps, values)) in zip(axes, panels.items(), strict=True):
         for name, gap, each in zip(arms, gaps, values, strict=True):
             draw_arm(axis, gap, each, names.index(name), name)
-        axis.set_title(titles[METRICS[metric]], fontsize=9)
+        axis.set_title(titles.get(METRICS[metric], ""), fontsize=9)
         axis.set_xscale("symlog", linthresh=LINEAR)
         axis.set(xlabel="stability gap", ylabel=METRICS[metric])
     figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=5)

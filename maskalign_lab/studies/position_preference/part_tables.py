@@ -117,12 +117,15 @@ def seed_table(
 def wrt_table(
     pulls: Mapping[str, Tensor],  # wrt -> (b, n) log norms, `hidden` among them
 ) -> pd.DataFrame:
-    """Correlation of two kinds of pull with that on hidden tokens: of the mean maps, and within images."""
+    """Correlation of two kinds of pull with that on hidden tokens, of the images that both have: of the mean maps, and within images."""
     rows = []
     for wrt in (wrt for wrt in pulls if wrt != "hidden"):
-        both = [pulls[name].unsqueeze(-2) for name in ("hidden", wrt)]  # (b, 1, n)
+        count = min(len(pulls["hidden"]), len(pulls[wrt]))
+        both = [pulls[name][:count].unsqueeze(-2) for name in ("hidden", wrt)]  # (b, 1, n)
         maps = correlations(*(each.mean(0) for each in both)).item()
-        rows.append({"with hidden": wrt, "maps": maps, "within images": correlations(*both).mean().item()})
+        rows.append(
+            {"with hidden": wrt, "images": count, "maps": maps, "within images": correlations(*both).mean().item()}
+        )
     return pd.DataFrame(rows)
 
 # %% ../../../nbs/lib/studies/position_preference/part_tables.ipynb #8acc59db
@@ -136,14 +139,14 @@ def wrt_figure(
         maps = [each - each.mean() for each in (norms.mean(0), *norms[:3])]
         reach, side = max(each.abs().max().item() for each in maps), int(norms.shape[-1] ** 0.5)
         rows[wrt] = [TokenMap("", each.reshape(side, side).numpy(), "excess", (-reach, reach)) for each in maps]
-    count, single = len(next(iter(pulls.values()))), range(1, len(maps))
-    return filmstrip(rows, [f"mean of {count}", *(f"image {i}" for i in single)], title)
+    return filmstrip(rows, ["mean of images", *(f"image {i}" for i in range(1, len(maps)))], title)
 
 # %% ../../../nbs/lib/studies/position_preference/part_tables.ipynb #5d5e51ff
 def run_shares(surveys: Surveys) -> dict[str, float]:
-    """Shares of the variance of all maps of the log pull; empty for a single run, which leaves nothing to compare."""
+    """Shares of the variance of all maps of the log pull, each of one size; empty for a single run, which leaves nothing to compare."""
     if len(surveys) < 2:
         return {}
     maps = torch.cat([torch.from_numpy(survey.maps.sum(1)) for survey in surveys.values()])  # (runs * T, n)
+    maps = maps / maps.std(-1, keepdim=True).clamp(min=1e-6)
     cases = [(name, float(t)) for name, survey in surveys.items() for t in survey.times]
     return decompose(maps, {"run": [name for name, _ in cases], "t": [t for _, t in cases]})
