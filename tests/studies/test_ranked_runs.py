@@ -6,12 +6,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import spearmanr
 
 from maskalign_lab.base import paths
 from maskalign_lab.gradient_norms import Observed, observe
 from maskalign_lab.measure.attribution import ATTRIBUTIONS
 from maskalign_lab.measure.findings import MOST_ROWS, check_words, findings_table
 from maskalign_lab.measure.rankings import NORM, POSITIONS, RANDOM
+from maskalign_lab.measure.wording import signed
 from maskalign_lab.runs.experiments import load_rows
 from maskalign_lab.runs.run import load_run
 from maskalign_lab.studies import shipped_runs
@@ -28,7 +33,8 @@ def shipped():
 
 def of(method: str) -> Observed:
     """A run of which only the method is known."""
-    return Observed("a", SimpleNamespace(recipe=SimpleNamespace(method=SimpleNamespace(name=method))), None, 4)
+    recipe = SimpleNamespace(method=SimpleNamespace(name=method, mask_ratio=0.25))
+    return Observed("a", SimpleNamespace(recipe=recipe), None, 4)
 
 
 def test_only_networks_that_were_trained_with_masks_are_asked_without_tokens():
@@ -52,13 +58,21 @@ def test_a_row_holds_one_ranking(removal, name):
     for row in rows:
         assert row["images"] == 4 and len(row["levels"]) == len(row["deletion"]) == len(row["insertion half"])
         assert row["deletion"][0] == row["insertion"][0] == rows[0]["deletion"][0]
-    assert rows[-1]["less random"] == [0, 0] and rows[0]["less norm"] == [0, 0]
+    assert rows[-1]["less random"] == [0, 0] and rows[0]["less norm"] == [0, 0] and rows[0]["misaligned"][0] > 0
     assert ("of greedy" in rows[0]) is (removal == "replace") and ("delta" in rows[1]) and ("delta" not in rows[0])
 
 
 def test_the_drop_is_what_all_rankings_lose_in_the_end():
     for row in small():
         assert row["deletion"][0] - row["deletion"][-1] == pytest.approx(row["drop"], abs=2e-3)
+
+
+@settings(max_examples=20, deadline=None)
+@given(order=st.permutations(range(7)))
+def test_rank_correlation_is_spearman_s(order):
+    one, other = torch.arange(7.0).exp()[None], torch.tensor(order)[None].float()
+    known = spearmanr(one[0], other[0]).statistic
+    assert float(ranked_runs.rank_correlation(one, other)) == pytest.approx(known)
 
 
 # ---- figures
@@ -71,7 +85,14 @@ def test_figures_of_what_was_not_measured_are_none():
 def rows_of(gap: float, runs=("a-shapes", "b-shapes")):
     """Rows of two runs in which every ranking but chance has one gap, of a drop of two."""
     curve = {"levels": [0, 8, 16], "deletion": [2.0, 1.0, 0.0], "insertion": [2.0, 1.5, 0.0]}
-    curve |= {"deletion half": [0.1] * 3, "insertion half": [0.1] * 3, "drop": 2.0, "images": 128, "of greedy": 0.5}
+    curve |= {
+        "deletion half": [0.1] * 3,
+        "insertion half": [0.1] * 3,
+        "drop": 2.0,
+        "drop half": 0.1,
+        "images": 128,
+        "of greedy": 0.5,
+    }
     rows = []
     for run in runs:
         for removal, question in (("replace", "alignment"), ("replace", "class"), ("drop", "alignment")):
@@ -79,7 +100,7 @@ def rows_of(gap: float, runs=("a-shapes", "b-shapes")):
                 less = [0.0, 0.0] if ranking == RANDOM else [gap, 0.1]
                 row = {"run": run, "question": question, "t": MIDDLE, "removal": removal, "stand_in": "noise"}
                 others = {f"less {other}": less for other in ranked_runs.OTHERS}
-                rows.append(row | {"ranking": ranking} | curve | others)
+                rows.append(row | {"ranking": ranking, "misaligned": less} | curve | others)
     return rows
 
 
@@ -92,13 +113,14 @@ def test_curves_run_over_shares_that_are_gone_or_there():
     assert len(figure.axes[0].lines) == 1 + len(ranking_figures.DRAWN)
 
 
-def test_gaps_are_drawn_as_shares_of_the_drop_and_greedy_in_proportion():
+def test_gaps_are_drawn_with_their_intervals_and_greedy_in_proportion():
     figure = ranking_figures.gaps_figure(rows_of(0.4))
     names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert names == [name for name in RANKINGS if name != RANDOM] + ["greedy"]
-    places = [container.lines[0].get_xdata()[0] for container in figure.axes[1].containers]
-    assert places == pytest.approx([0.2] * (len(names) - 1))
-    assert figure.axes[1].lines[-1].get_xdata()[0] == pytest.approx(0.4)  # a gap of which every ranking has half
+    (drawn,) = figure.axes[1].containers
+    assert np.allclose(drawn.lines[0].get_xydata(), [(0.4, place) for place in range(len(names) - 1)])
+    assert np.allclose(drawn.lines[2][0].get_segments()[0], [(0.3, 0), (0.5, 0)])
+    assert np.allclose(figure.axes[1].lines[-1].get_xydata(), [(0.8, len(names) - 1)])  # every ranking has half of it
 
 
 def test_maps_of_shares_of_one_drop_have_one_scale():
@@ -119,8 +141,8 @@ def table(rows, **runs):
 @pytest.mark.parametrize(("gap", "word"), [(0.4, "reproduced"), (-0.4, "contradicted"), (0.05, "undecided")])
 def test_a_ranking_that_knows_more_than_chance_is_reproduced(gap, word):
     found = ranking_figures.of_images("?", ranking_figures.row_of(rows_of(gap), "a-shapes", NORM))
-    assert found.verdict == f"{word} (128 images)" and found.effect == f"{'-+'[gap > 0]}{abs(gap) * 50:.1f} +/- 5.0 %"
-    assert 5 < float(found.detectable.split()[0]) < 10
+    assert found.verdict == f"{word} (128 images)" and found.effect == f"{signed(gap, 3)} +/- .100"
+    assert 0.1 < float(found.detectable) < 0.2
 
 
 @pytest.mark.parametrize(
