@@ -25,9 +25,7 @@ class Scores:
     """A score for every token of every image."""
 
     values: Tensor  # (b, n)
-    delta: Tensor | None = (
-        None  # (b,) what all scores of an image add up to, less what they should; None: nothing is promised
-    )
+    delta: Tensor | None = None  # (b,) the sum of all scores less what it should be; None: nothing is promised
 
 # %% ../../nbs/lib/measure/attribution.ipynb #2864bc20
 def alignment_norms(question: Question, noised: Noised) -> Scores:

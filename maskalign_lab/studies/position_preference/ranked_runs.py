@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TIMES', 'MIDDLE', 'OWN', 'PATH', 'OTHERS', 'RUNS', 'ROWS', 'Case', 'cases_of', 'rounded', 'told', 'curve_columns',
-           'ranking_columns', 'case_rows', 'view', 'ranking_rows', 'make_rankings']
+           'ranking_columns', 'rank_correlation', 'misaligned', 'case_rows', 'view', 'ranking_rows', 'make_rankings']
 
 # %% ../../../nbs/lib/studies/position_preference/ranked_runs.ipynb #603d0df2
 from collections.abc import Sequence
@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from ...base.statistics import four_digits, mean_interval
 from ...gradient_norms import Observed, observe
 from ...measure.attribution import ATTRIBUTIONS, Scores
-from ...measure.questions import Noised, ask, noised
+from ...measure.deletion import knows_gaps
+from ...measure.questions import Noised, Question, ask, noised
 from ...measure.rankings import NORM, RANDOM, Removed, beside, greedy, of_ceiling, rank, remove_all
 from ...measure.verdicts import Paired
 from ...runs.experiments import save_rows
@@ -42,7 +45,7 @@ class Case:
 
 def cases_of(observed: Observed) -> list[Case]:
     """What a run is asked."""
-    few, masked = (NORM, PATH), observed.run.recipe.method.name == "maskalign"
+    few, masked = (NORM, PATH), knows_gaps(observed.run)
     cases = [Case(t) for t in TIMES] + [Case(MIDDLE, stand_in="mean", names=few), Case(MIDDLE, "class")]
     return cases + [Case(t, removal="drop", names=few) for t in TIMES if masked]
 
@@ -77,6 +80,22 @@ def ranking_columns(name: str, removed: dict[str, Removed], scores: Scores | Non
         columns["delta"] = four_digits(float(scores.delta.abs().mean()) / abs(drop))
     return columns
 
+# %% ../../../nbs/lib/studies/position_preference/ranked_runs.ipynb #ac08999d
+def rank_correlation(
+    one: Tensor,  # (b, n)
+    other: Tensor,  # (b, n)
+) -> Tensor:  # (b,)
+    """Spearman's, image by image; values that are equal stand in the order of the grid."""
+    ranks = (each.argsort(dim=1, stable=True).argsort(1).double() for each in (one, other))
+    return cosine_similarity(*(each - each.mean(1, keepdim=True) for each in ranks))
+
+
+@torch.no_grad()
+def misaligned(question: Question, noised: Noised, norms: Tensor) -> list[float]:  # mean and half
+    """Rank correlation of norms (b, n) with the tokens' own negative cosines."""
+    cosines = question.tokens(noised.images, *question.context(noised))
+    return rounded(mean_interval(rank_correlation(norms, -cosines)))
+
 # %% ../../../nbs/lib/studies/position_preference/ranked_runs.ipynb #b2e0c1c8
 def case_rows(
     observed: Observed,
@@ -88,13 +107,13 @@ def case_rows(
     question, shown = ask(case.question, observed, case.t), view(observed, case, images)
     scores = rank(question, shown, case.names)
     removed = remove_all(question, shown, scores, case.removal)
-    chance, row = (
-        removed[RANDOM].deletion,
-        {name: getattr(case, name) for name in ("t", "question", "removal", "stand_in")},
-    )
-    mean, half = mean_interval(chance[:, 0] - chance[:, -1])
-    row |= {"drop": four_digits(float(mean)), "drop half": four_digits(float(half)), "images": len(shown)}
-    rows = [row | ranking_columns(name, removed, scores.get(name), float(mean)) for name in removed]
+    chance = removed[RANDOM].deletion
+    drop, half = rounded(mean_interval(chance[:, 0] - chance[:, -1]))
+    row = {name: getattr(case, name) for name in ("t", "question", "removal", "stand_in")}
+    row |= {"drop": drop, "drop half": half, "images": len(shown)}
+    rows = [row | ranking_columns(name, removed, scores.get(name), drop) for name in removed]
+    if case.question == "alignment":
+        rows[0] |= {"misaligned": misaligned(question, shown, scores[NORM].values)}
     if case.removal == "replace":
         shares = of_ceiling(removed, greedy(question, shown.take(slice(0, looked))))
         rows = [each | {"of greedy": four_digits(shares[each["ranking"]]), "looked at": looked} for each in rows]
