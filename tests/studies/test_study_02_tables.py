@@ -6,13 +6,19 @@ import numpy as np
 import pytest
 
 from maskalign_lab.base import paths
+from maskalign_lab.gradient_norms import observe
+from maskalign_lab.measure.courses import METRICS
 from maskalign_lab.measure.findings import findings_table
 from maskalign_lab.runs.experiments import load_rows
 from maskalign_lab.runs.run import load_run
 from maskalign_lab.runs.rung import UNSEEN
 from maskalign_lab.studies.position_preference import lenses, tables
+from maskalign_lab.studies.position_preference.cause_findings import cause_table
 from maskalign_lab.studies.position_preference.depth_film import load_film
+from maskalign_lab.studies.position_preference.gap_quality import correlation_table
 from maskalign_lab.studies.position_preference.opening import SHIPPED, TABLES, open_study
+from maskalign_lab.studies.position_preference.ranked_runs import ROWS as RANKED
+from maskalign_lab.studies.position_preference.ranking_figures import all_findings as ranking_findings
 from maskalign_lab.studies.position_preference.summary import CHOSEN, all_findings
 
 RESULTS = paths.data() / "results"
@@ -66,7 +72,7 @@ def test_an_unknown_table_is_refused_before_anything_is_loaded():
 
 
 def test_what_ships_of_the_lenses_is_of_the_runs_that_the_study_opens_with():
-    runs = [SimpleNamespace(run=SimpleNamespace(name=f"{name}-shapes")) for name in SHIPPED]
+    runs = [SimpleNamespace(name=f"{name}-shapes") for name in SHIPPED]
     shown = lenses.lenses_of(study(observed=runs))
     seen, aligned = lenses.seen_in(shown.depth)
     assert list(seen) == shown.film.runs == [f"{name}-shapes" for name in SHIPPED]
@@ -91,3 +97,26 @@ def test_the_findings_are_ten_at_most_and_say_what_is_missing():
     makes = all_findings(nothing, [])
     assert len(makes) == sum(map(len, CHOSEN.values())) == 10
     assert "trains them" in findings_table(makes).data
+
+
+def test_what_the_first_screen_says_of_gaps_and_rankings_is_in_the_rows():
+    masked, ranked = load_rows(RESULTS / "05_maskalign_shapes.json"), load_rows(RESULTS / RANKED)
+    table = correlation_table(masked)
+    over_all = table[(table["part"] == "between") & (table["among"] == "all arms")]
+    assert set(over_all["verdict"]) == {"contradicted"} and set(over_all["metric"]) == set(list(METRICS.values())[1:])
+    assert set(table[table["part"] == "within"]["verdict"]) == {"undecided"}
+    norms = ranking_findings(ranked)[0]()
+    assert norms.verdict.startswith("contradicted") and "g_i" in norms.question
+
+
+def test_what_the_first_screen_says_of_untrained_networks_is_in_the_rows():
+    cells = cause_table(load_rows(RESULTS / "02_causes_shapes.json")).set_index(["student", "teacher"])
+    for student in ("untrained", "SiT", "REPA"):
+        peaks = [cells.loc[(student, "as taught"), f"peak, t = {t}"] for t in ("0", "0.5", "1")]
+        assert np.min(peaks) > 2, student
+
+
+def test_other_runs_are_ranked_now_and_in_one_case():
+    observed = [observe(load_run("repa-shapes"))]
+    rows = lenses.rankings_of(study(preset="smoke", observed=observed))
+    assert {(row["run"], row["t"], row["images"]) for row in rows} == {("repa-shapes", 0.5, 4)}

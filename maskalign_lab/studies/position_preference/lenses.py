@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'TIMES', 'ROWS', 'FILM', 'Sizes', 'depth_rows', 'plain', 'aligned_block', 'seen_in', 'few_batches',
-           'conflicts', 'Lenses', 'make_lenses', 'ship_lenses', 'lenses_of']
+           'conflicts', 'Lenses', 'make_lenses', 'ship_lenses', 'ships', 'lenses_of', 'rankings_of']
 
 # %% ../../../nbs/lib/studies/position_preference/lenses.ipynb #71f450bf
 from collections.abc import Sequence
@@ -22,6 +22,8 @@ from ...runs.run import Run, load_run
 from .conflict_figures import conflict_rows
 from .depth_film import DepthFilm, load_film, make_film, save_film
 from .opening import SHIPPED, Study
+from .ranked_runs import MIDDLE, Case, case_rows, ranking_rows
+from .ranked_runs import ROWS as RANKED
 from .sweep_arms import first_images
 from .teacher_space import space_rows
 from ...training.methods import innermost
@@ -123,13 +125,28 @@ def ship_lenses(
     save_film(found.film, folder / FILM)
     return folder / ROWS
 
+# %% ../../../nbs/lib/studies/position_preference/lenses.ipynb #02cea2e6
+def ships(study: Study) -> bool:
+    """Whether the study opens with the runs whose rows ship."""
+    return study.preset == "laptop" and [each.name for each in study.observed] == [f"{name}-shapes" for name in SHIPPED]
+
 
 def lenses_of(study: Study) -> Lenses:
     """What ships, where the study is opened with it; else what its runs show now."""
-    runs = [each.run for each in study.observed]
+    if not ships(study):
+        return make_lenses([each.run for each in study.observed], SIZES[study.preset])
     folder = paths.data() / "results"
-    if study.preset != "laptop" or [run.name for run in runs] != [f"{name}-shapes" for name in SHIPPED]:
-        return make_lenses(runs, SIZES[study.preset])
     rows = load_rows(folder / ROWS)
     of = lambda lens: [row for row in rows if row["lens"] == lens]  # noqa: E731
     return Lenses(of("depth"), of("conflict"), of("space"), load_film(folder / FILM))
+
+
+def rankings_of(study: Study) -> list[dict[str, Any]]:
+    """Which ranking of tokens predicts what is lost without them: rows that ship, or made now."""
+    if ships(study):
+        return load_rows(paths.data() / "results" / RANKED)
+    if study.preset not in ("smoke", "laptop"):
+        return ranking_rows(study.observed)
+    first, images = study.observed[0], 4 if study.preset == "smoke" else 16
+    rows = case_rows(first, Case(MIDDLE), images, 1)
+    return [{"run": first.name, "seed": first.run.recipe.training.seed} | row for row in rows]
