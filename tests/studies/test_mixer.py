@@ -225,4 +225,4 @@ def test_a_small_gap_that_makes_good_networks_reads_positive():
     table = correlation_table(good)
     between = table[table["part"] == "between"]
     assert len(between) == 5 and (between["rho"] > 0.99).all() and set(between["verdict"]) == {"reproduced"}
-    assert "5 of 5 speak for the claim" in gap_note(good)
+    assert "Between arms rho is +1.00" in gap_note(good)
