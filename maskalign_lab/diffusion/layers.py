@@ -201,7 +201,7 @@ def attend(
         logits = (q * q.shape[-1] ** -0.5) @ k.mT  # (b, heads, n, n)
         logits = logits if sees is None else logits.masked_fill(~sees, -torch.inf)
         return F.dropout(logits.softmax(dim=-1), dropout) @ v
-    return F.scaled_dot_product_attention(q, k, v, sees, dropout_p=dropout)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=sees, dropout_p=dropout)
 
 # %% ../../nbs/lib/diffusion/layers.ipynb #9d72aec9
 class Attention(nn.Module):
