@@ -95,9 +95,11 @@ def upstream_samples(net: Upstream, start: Tensor, y: Tensor, config: SamplerCon
 # ---- the library's way, and its ingredients
 
 
-def fused(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:  # (b, heads, n, head_dim) each
+def fused(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, sees: Tensor | None = None
+) -> Tensor:  # (b, heads, n, head_dim) each
     """Attention by PyTorch's kernel in every precision."""
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=sees, dropout_p=dropout)
 
 
 class TwoCalls(Field):
@@ -105,7 +107,7 @@ class TwoCalls(Field):
 
     def __call__(self, x: Tensor, t: float, began: float | None = None) -> Tensor:
         null = torch.full_like(self.y, self.net.num_classes)
-        conditional, unconditional = (self._velocity(x, t, y)[0] for y in (self.y, null))
+        conditional, unconditional = (self._velocity(self.net, x, t, y)[0] for y in (self.y, null))
         return unconditional + self.config.guidance * (conditional - unconditional)
 
 

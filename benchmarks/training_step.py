@@ -69,9 +69,11 @@ def looped_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
             averaged[name].mul_(decay).add_(parameter.data, alpha=1 - decay)
 
 
-def fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float = 0.0) -> torch.Tensor:
+def fused(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float = 0.0, sees: torch.Tensor | None = None
+) -> torch.Tensor:
     """PyTorch's kernel, whatever the library would choose."""
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=sees, dropout_p=dropout)
 
 
 @contextmanager
