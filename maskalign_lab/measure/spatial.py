@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..base import resampling
 from ..base.errors import one_of
-from ..base.seeding import generator
 from ..base.statistics import mean_interval
 
 # %% ../../nbs/lib/measure/spatial.ipynb #a51e90e8
@@ -126,8 +126,7 @@ def without_places(tokens: Tensor) -> Tensor:  # (b, n, d)
 
 def shuffled(tokens: Tensor, seed: int = 0) -> Tensor:  # (b, n, d)
     """The tokens of each image in an order of their own."""
-    order = torch.rand(tokens.shape[:2], generator=generator(seed, 0, "shuffled")).argsort(1).to(tokens.device)
-    return tokens.gather(1, order[:, :, None].expand(tokens.shape))
+    return resampling.shuffled(tokens.movedim(-1, 0), seed, 0, "shuffled").movedim(0, -1).contiguous()
 
 
 VARIANTS = {
