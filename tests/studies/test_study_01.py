@@ -38,7 +38,7 @@ def test_an_empty_folder_and_one_class_are_refused(tmp_path):
 def test_a_given_run_is_studied(tmp_path, after_smoke):
     after_smoke("01")
     path = train(make_recipe("sit", "smoke", overrides="training.steps=2"), tmp_path / "mine", "cpu", 0)
-    job = run_job("01", {"preset": "smoke", "run": str(path)}, tmp_path / "job")
+    job = run_job("01", {"preset": "smoke", "run": str(path), "seeds": 1}, tmp_path / "job")  # a short table of arms
     assert job.status == "ok", job.error
     findings = json.loads((tmp_path / "job" / "01_filmstrip.json").read_text())["findings"]
     assert findings[0]["run"] == "mine"
