@@ -180,6 +180,7 @@ def settled(page, seconds: float = 90) -> None:
         """wrong => { const prompts = [...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')].map(p => p.textContent);
                    return document.querySelector(wrong) || prompts.length && prompts.every(p => /\\[\\d+\\]/.test(p)) }""",
         arg=WRONG,
+        polling=500,  # else it is asked with every frame, which takes the kernel's time
         timeout=seconds * 1000,
     )  # fmt: skip
 
