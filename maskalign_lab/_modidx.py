@@ -4674,6 +4674,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'maskalign_lab/workbench/plots.py'),
                                                'maskalign_lab.workbench.plots.filmstrip': ( 'lib/workbench/plots.html#filmstrip',
                                                                                             'maskalign_lab/workbench/plots.py'),
+                                               'maskalign_lab.workbench.plots.indexed': ( 'lib/workbench/plots.html#indexed',
+                                                                                          'maskalign_lab/workbench/plots.py'),
                                                'maskalign_lab.workbench.plots.loss_per_t': ( 'lib/workbench/plots.html#loss_per_t',
                                                                                              'maskalign_lab/workbench/plots.py'),
                                                'maskalign_lab.workbench.plots.png': ( 'lib/workbench/plots.html#png',
