@@ -97,6 +97,8 @@ def test_the_findings_are_ten_at_most_and_say_what_is_missing():
     makes = all_findings(nothing, [])
     assert len(makes) == sum(map(len, CHOSEN.values())) == 10
     assert "trains them" in findings_table(makes).data
+    with pytest.raises(ValueError, match="finding of gap 'told alike: velocty'. Did you mean 'told alike: velocity'"):
+        all_findings(nothing, [], {"gap": ["told alike: velocty"]})
 
 
 def test_what_the_first_screen_says_of_gaps_and_rankings_is_in_the_rows():
