@@ -243,7 +243,7 @@ class Make:
 
     name: Positional[
         str
-    ]  # of the run, autoencoder, scale-search, ahpa-routers, ahpa-oracle, position-rankings or position-lenses
+    ]  # of the run, autoencoder, scale-search, ahpa-routers, ahpa-oracle, position-rankings, -lenses or -conflict
     device: str = "auto"  # auto, cpu, cuda, mps
 
 # %% ../nbs/lib/cli.ipynb #3b74ef36

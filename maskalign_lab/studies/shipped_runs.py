@@ -18,6 +18,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 # %% ../../nbs/lib/studies/shipped_runs.ipynb #56ad482e
+from .position_preference.conflict_courses import make_courses
+
 from ..base import paths
 from ..base.checkpoints import load_tensors, step_folder, steps_of
 from ..base.errors import one_of
@@ -188,6 +190,7 @@ TABLES = {  # of a study -> how they are made
     "ahpa-oracle": make_oracle,
     "position-rankings": make_rankings,
     "position-lenses": ship_lenses,
+    "position-conflict": make_courses,
 }
 
 
