@@ -18,8 +18,6 @@ from safetensors.torch import save
 from torch import Tensor
 
 # %% ../../nbs/lib/studies/shipped_runs.ipynb #56ad482e
-from .position_preference.conflict_courses import make_courses
-
 from ..base import paths
 from ..base.checkpoints import load_tensors, step_folder, steps_of
 from ..base.errors import one_of
@@ -36,6 +34,7 @@ from ..runs.run import Run, load_run, train
 from ..runs.scale_search import search_file, search_rows
 from .ahpa.opening import make_oracle, make_routers
 from .maskalign.measures import record
+from .position_preference.conflict_courses import make_courses
 from .position_preference.lenses import ship_lenses
 from .position_preference.ranked_runs import make_rankings
 from .position_preference.surveys import save_parts, survey_parts
