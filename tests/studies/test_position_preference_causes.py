@@ -301,6 +301,15 @@ def test_content_is_what_lies_along_the_coverage():
     assert grid.content_of(said(direction), None) == 0
 
 
+def test_seeds_whose_grid_is_narrower_have_no_shares(known):
+    """They would be shares of something else."""
+    lacking = [row for row in known if not (row["seed"] == 1 and row["arm"] == "SiT")]
+    whole, shares = (grid.all_shares(grid.cases_in(rows)) for rows in (known, lacking))
+    for name in grid.SHARES:
+        torch.testing.assert_close(shares[name], whole[name][:, [0, 2]])
+    assert grid.all_shares([]) == grid.all_shares(grid.cases_in(known)[:2]) == {}
+
+
 def test_bars_end_at_one_whatever_chance_does():
     negative = {"one": torch.tensor([[-0.2, -0.1]]), "two": torch.tensor([[0.8, 0.7]]), "three": torch.tensor([[0.4]])}
     bars = stacked(negative)

@@ -26,7 +26,7 @@ from ...training.methods import innermost
 
 # %% ../../../nbs/lib/studies/position_preference/conflict_courses.ipynb #615961c4
 ROWS = "02_conflict_shapes.json"
-STEPS, SEEDS, BATCHES = 300, 3, 3  # of a training; trainings of an arm; batches behind a cosine
+STEPS, SEEDS, BATCHES = 300, 1, 3  # of a training; trainings of an arm; batches behind a cosine
 
 
 def make_courses(

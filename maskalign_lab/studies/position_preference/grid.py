@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Rows', 'FACTORS', 'SHARES', 'Case', 'change_of', 'cases_in', 'pick', 'peak_of', 'shown_map', 'content_of',
-           'variance_shares', 'all_shares']
+           'variance_shares', 'widest', 'all_shares']
 
 # %% ../../../nbs/lib/studies/position_preference/grid.ipynb #124d123c
 from collections.abc import Mapping, Sequence
@@ -111,15 +111,22 @@ def variance_shares(
     return {name: value / sum(parts.values()) for name, value in parts.items()}
 
 # %% ../../../nbs/lib/studies/position_preference/grid.ipynb #99b903d1
+def widest(cases: Sequence[Case]) -> dict[int, list[Case]]:
+    """The cases of each seed with the most cells of the grid: seeds of other grids would have shares of something else."""
+    cells = {seed: {case[:3] for case in cases if case.seed == seed} for seed in sorted({case.seed for case in cases})}
+    most = max(cells.values(), key=len, default=set())
+    return {seed: [case for case in cases if case.seed == seed] for seed, of in cells.items() if of == most}
+
+
 def all_shares(
     cases: Sequence[Case],
 ) -> dict[str, Tensor]:  # share -> (T, seeds); empty: no seed has a grid that tells the makers apart
-    """The shares at every time, of every seed."""
-    found = []
-    for seed in sorted({case.seed for case in cases}):
-        of_seed = [case for case in cases if case.seed == seed]
-        try:
-            found.append([[variance_shares(of_seed, at)[name] for name in SHARES] for at in range(len(TIMES))])
-        except ValueError:  # too few arms were trained with this seed
-            continue
+    """The shares at every time, of every seed whose grid is the widest."""
+    try:
+        found = [
+            [[shares[name] for name in SHARES] for shares in (variance_shares(of_seed, at) for at in range(len(TIMES)))]
+            for of_seed in widest(cases).values()
+        ]
+    except ValueError:  # too few arms were trained
+        return {}
     return dict(zip(SHARES, torch.tensor(found).permute(2, 1, 0))) if found else {}
