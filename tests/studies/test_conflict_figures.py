@@ -30,6 +30,7 @@ from maskalign_lab.studies.position_preference.conflict_figures import (
     stops_of,
     training_figure,
 )
+from maskalign_lab.studies.position_preference.notes import conflict_note
 from maskalign_lab.workbench.plots import png
 
 SMALL = "data.n=64 training.steps=6 training.warmup=1 training.batch_size=8"
@@ -124,8 +125,14 @@ def test_one_seed_keeps_the_interval_of_its_batches():
 
 def test_a_course_in_words():
     note = course_note(over_seeds(seeds_of([0.4])))
-    assert note == "* **REPA**: +.40 +/- .10 at step 10, -.60 +/- .10 at step 20; against each other at steps 20."
+    assert note == "* **REPA**: +.40 +/- .10 at step 10, -.60 +/- .10 at step 20; against each other at step 20."
     assert "at no look" in course_note(over_seeds(seeds_of([2.0]))) and "no course" in course_note([])
+
+
+def test_of_one_batch_there_is_no_interval(haste):
+    rows = over_seeds(course_rows(haste, "HASTE", 1))
+    assert rows[0]["mean half"] is None and "+/-" not in course_note(rows) and "(one batch)" in conflict_note(rows)
+    assert all(png(figure(rows)) for figure in (conflict_figure, course_figure, training_figure))
 
 
 def test_one_command_makes_the_rows_that_are_missing(monkeypatch, tmp_path):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROWS', 'STEPS', 'SEEDS', 'BATCHES', 'Rows', 'SPREAD', 'make_courses', 'courses_of', 'over_seeds', 'averaged',
-           'course_line', 'course_note']
+           'course_line', 'cosine_of', 'course_note']
 
 # %% ../../../nbs/lib/studies/position_preference/conflict_courses.ipynb #4c65907d
 from collections.abc import Mapping, Sequence
@@ -80,10 +80,16 @@ def averaged(group: Rows) -> dict[str, Any]:
 def course_line(label: str, rows: Rows) -> str:
     """One arm and loss over its training."""
     rows = sorted(rows, key=lambda row: row["step"])
-    first, last = (f"{signed(row['mean'], 2)} +/- {plain(row['mean half'], 2)}" for row in (rows[0], rows[-1]))
-    against = [row["step"] for row in rows if row["mean"] < -row["mean half"]]
-    word = f"against each other at steps {', '.join(map(str, against))}" if against else "against each other at no look"
-    return f"* **{label}**: {first} at step {rows[0]['step']:,}, {last} at step {rows[-1]['step']:,}; {word}."
+    ends = [f"{cosine_of(row)} at step {row['step']:,}" for row in (rows[0], rows[-1])]
+    against = [f"{row['step']:,}" for row in rows if row["mean"] < -(row["mean half"] or 0)]
+    word = f"at step{'s' * (len(against) > 1)} {', '.join(against)}" if against else "at no look"
+    return f"* **{label}**: {', '.join(ends)}; against each other {word}."
+
+
+def cosine_of(row: Mapping[str, Any]) -> str:
+    """The mean cosine, with its interval if there is one: of a single batch there is none."""
+    half = row["mean half"]
+    return signed(row["mean"], 2) + (f" +/- {plain(half, 2)}" if half is not None else "")
 
 
 def course_note(

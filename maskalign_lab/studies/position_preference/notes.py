@@ -123,8 +123,10 @@ def depth_note(
     return "\n".join(depth_line(name, found, aligned.get(name)) for name, found in seen.items())
 
 # %% ../../../nbs/lib/studies/position_preference/notes.ipynb #f222b32d
-def agrees(mean: float, half: float) -> str:
-    """Whether two gradients agree, beyond the interval over batches."""
+def agrees(mean: float, half: float | None) -> str:
+    """Whether two gradients agree, beyond the interval over batches; of one batch, which has none, the number alone."""
+    if half is None:
+        return f"have a cosine of {signed(mean, 2)} (one batch)"
     word = "agree" if mean > half else "disagree" if mean < -half else "know nothing of each other"
     return f"{word} ({signed(mean, 2)} +/- {plain(half, 2)})"
 
