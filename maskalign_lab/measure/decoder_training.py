@@ -182,9 +182,10 @@ def claim(run: Path, identity: dict) -> None:
 def check_eyes(eyes: Teacher, encoder: TeacherEncoder) -> None:
     """Refuse a discriminator that looks with the encoder."""
     if eyes.digest == encoder.digest:
+        other = "tiny-4x4" if eyes.name == "tiny" else "tiny"
         raise ValueError(
-            f"eyes={eyes.name!r} is the encoder itself, whose tokens of a decoded image are those of the original; take another teacher, such "
-            f"as {'tiny-4x4' if eyes.name == 'tiny' else 'tiny'}, or adversarial=0"
+            f"eyes={eyes.name!r} is the encoder itself, whose tokens of a decoded image are those of the original; take another "
+            f"teacher, such as {other}, or adversarial=0"
         )
 
 # %% ../../nbs/lib/measure/decoder_training.ipynb #457f2865
