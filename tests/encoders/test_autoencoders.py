@@ -17,7 +17,8 @@ from maskalign_lab.data import caching
 from maskalign_lab.data.datasets import load_dataset
 from maskalign_lab.encoders import autoencoder_latents, autoencoder_training, autoencoders, reconstruction
 from maskalign_lab.encoders.autoencoder_latents import cached_latents
-from maskalign_lab.encoders.autoencoders import Autoencoder, latents_of, load_autoencoder
+from maskalign_lab.encoders.autoencoders import Autoencoder, load_autoencoder
+from maskalign_lab.encoders.frozen import latents_of
 from maskalign_lab.studies import shipped_runs
 
 SD_VAE = {  # config.json of stabilityai/sd-vae-ft-mse; without scaling_factor, so that diffusers takes 0.18215
@@ -256,11 +257,11 @@ def test_folders_that_are_none(small, tmp_path):
     small.vae.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"_class_name": "AutoencoderTiny"}))
-    with pytest.raises(ValueError, match="'AutoencoderTiny', expected 'AutoencoderKL'"):
+    with pytest.raises(ValueError, match="'AutoencoderTiny', expected 'AutoencoderKL' or 'AutoencoderRAE'"):
         load_autoencoder(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(OSError, match="Expected an AutoencoderKL of diffusers"):
+    with pytest.raises(OSError, match="Expected an AutoencoderKL or AutoencoderRAE of diffusers"):
         load_autoencoder(str(tmp_path))
 
 

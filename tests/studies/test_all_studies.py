@@ -235,12 +235,14 @@ def test_the_tests_of_a_study_go_to_one_worker(request):
 
 @every_study
 def test_smoke_runs_end_to_end(study, smoke_job):
-    """Every cell has run; the page has at most 1 MB for each slider and asks the network for nothing."""
+    """Every cell has run, without a word in red; the page has at most 1 MB for each slider and asks the network for nothing."""
     job = smoke_job(study.number)
     assert job.status == "ok", job.error
     executed = nbformat.read(job.path(".ipynb"), as_version=4)
     assert "widgets" not in executed.metadata
-    assert all(cell.execution_count for cell in executed.cells if cell.cell_type == "code")
+    code = [cell for cell in executed.cells if cell.cell_type == "code"]
+    assert all(cell.execution_count for cell in code)
+    assert [output.text for cell in code for output in cell.outputs if output.get("name") == "stderr"] == []
     page = job.path(".html").read_text(encoding="utf-8")
     films = page.count('<div class="film">')
     assert len(page) < 1_000_000 * films and (job.path(".html").parent / "plotly.min.js").exists()
