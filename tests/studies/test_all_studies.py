@@ -90,7 +90,8 @@ def other_classes(page):
     choose(page, "no label")
 
 
-PLACE = """([number, across, down] = [0, 0.8, 0.8]) => { const plot = document.querySelectorAll('.js-plotly-plot')[number];
+PLACE = """given => { const [number, across, down] = given || [0, 0.8, 0.8];
+  const plot = document.querySelectorAll('.js-plotly-plot')[number];
   const map = plot._fullData.find(trace => trace.type === 'heatmap'), box = plot.getBoundingClientRect();
   const axes = [map.xaxis, map.yaxis].map(name => plot._fullLayout[name[0] + 'axis' + name.slice(1)]);
   return [box.x + axes[0]._offset + across * axes[0]._length, box.y + axes[1]._offset + down * axes[1]._length] }"""
