@@ -19,8 +19,9 @@ from torch import Tensor
 
 from ..data.caching import Cache
 from ..data.datasets import Dataset
-from .autoencoders import Autoencoder, check_images, latents_of
+from .autoencoders import Autoencoder
 from .encoding import Encoding, cached, cached_as
+from .frozen import check_images, latents_of
 
 # %% ../../nbs/lib/encoders/autoencoder_latents.ipynb #e105f2ce
 def moment_rows(autoencoder: Autoencoder, images: Tensor) -> Tensor:  # (b, 2, c, h, w) float32

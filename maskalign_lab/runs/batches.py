@@ -22,8 +22,8 @@ from ..data.datasets import Dataset, to_images
 from ..data.gathering import Rows, gather
 from ..data.oracle import Oracle
 from ..data.packing import unpacked
-from ..encoders.autoencoders import latents_of
 from ..encoders.encoding import encode_all, left_out_text, opened_cache, refreshed
+from ..encoders.frozen import latents_of
 from ..encoders.teacher_features import rows_of, told_by
 from ..encoders.teachers import Teacher
 from .facts import Facts

@@ -24,8 +24,9 @@ from ..data.listing import note_unreadable
 from ..data.oracle import Oracle, oracle_of
 from ..encoders.autoencoder_latents import cached_latents, latent_encoding
 from ..encoders.autoencoder_levels import Levels, fit_levels, level_encoding
-from ..encoders.autoencoders import Autoencoder, check_side, latents_of, load_autoencoder
+from ..encoders.autoencoders import Autoencoder, load_autoencoder
 from ..encoders.encoding import Encoding, refreshed
+from ..encoders.frozen import check_side, latents_of
 from ..encoders.teacher_features import encode, feature_encoding, told_by
 from ..encoders.teachers import Features, Teacher, check_attention, load_teacher
 from .facts import Facts

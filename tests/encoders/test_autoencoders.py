@@ -17,7 +17,8 @@ from maskalign_lab.data import caching
 from maskalign_lab.data.datasets import load_dataset
 from maskalign_lab.encoders import autoencoder_latents, autoencoder_training, autoencoders, reconstruction
 from maskalign_lab.encoders.autoencoder_latents import cached_latents
-from maskalign_lab.encoders.autoencoders import Autoencoder, latents_of, load_autoencoder
+from maskalign_lab.encoders.autoencoders import Autoencoder, load_autoencoder
+from maskalign_lab.encoders.frozen import latents_of
 from maskalign_lab.studies import shipped_runs
 
 SD_VAE = {  # config.json of stabilityai/sd-vae-ft-mse; without scaling_factor, so that diffusers takes 0.18215
