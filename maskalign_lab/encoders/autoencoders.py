@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from .rae_folders import RAES, load_rae
 from torch import Tensor, nn
 
 from ..base.errors import one_of
 from ..base.paths import data, home_of
 from ..diffusion.taps import taps
 from .frozen import check_images, check_side, exact, latents_of
+from .rae_folders import RAES, load_rae
 from .representation_autoencoders import FrozenRAE
 from .teachers import weights_digest
 from .weights import unavailable
