@@ -89,6 +89,7 @@ def expected_teacher(
 
 # %% ../../nbs/lib/runs/expectations.ipynb #35fdb257
 PUBLISHED = {f"stabilityai/sd-vae-ft-{kind}": (4, 8) for kind in ("mse", "ema")}
+PUBLISHED["nyu-visionx/RAE-dinov2-wReg-base-ViTXL-n08"] = 768, 16
 
 
 def latent_shape(
@@ -97,6 +98,10 @@ def latent_shape(
     """What an autoencoder makes of images."""
     if not name or name in PUBLISHED:
         return PUBLISHED.get(name, (3, 1))
+    kind, _, teacher = name.partition(":")
+    if kind == "rae-latents":
+        network = read_card(tiny_folder(split_variant(teacher)[0]))["network"]
+        return network["width"], network["patch_size"]
     folder = data() / "autoencoder" if name == "tiny" else home_of(name.removeprefix("tiny:"))
     if folder.is_dir():
         config = json.loads((folder / "config.json").read_text())

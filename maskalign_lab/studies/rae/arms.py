@@ -61,6 +61,7 @@ class Networks:
     short: int = 64  # of the backbone, where the head's width is varied
     widths: tuple[int, ...] = (64, 128, 256)  # below, at and above a token
     per_head: int = 32  # channels of an attention head
+    repa: str = "method.weight=2 method.depth=2 method.projector_width=256"  # REPA's settings, as at the rung
 
 
 def sit(width: int, networks: Networks) -> str:
@@ -86,14 +87,13 @@ def rae_arm(
     shift: float,
     claim: int = 0,
     kind: str = "v",
-    method: str = "sit",
 ) -> Arm:
     """An arm on some latents."""
     one_of(kind, KINDS, "prediction")
     data = f"data.autoencoder={latents.autoencoder} network.patch_size={latents.patch}"
     target = f" objective.prediction={kind} objective.clamp=0.05" if kind != "v" else ""
     law = f"objective.time_law=logit-normal objective.time_shift={shift:.4g}{target}"
-    return Arm(name, method, f"{data} {network} {law}", claim, two_fewer)
+    return Arm(name, "ditdh", f"{data} {network} {law}", claim, two_fewer)
 
 # %% ../../../nbs/lib/studies/rae/arms.ipynb #6f060014
 def width_name(kind: str, network: str, width: int) -> str:
@@ -125,7 +125,7 @@ def head_arms(latents: dict[str, Latents], networks: Networks) -> tuple[Arm, ...
         rae_arm("SiT", wide, rae, shift, +1),
         rae_arm("DiT-DH", ditdh(networks.backbone, networks.head, networks), rae, shift),
         rae_arm("SiT, equal operations", sit(networks.equal, networks), rae, shift, +1),
-        rae_arm("REPA", wide, rae, shift, method="repa"),
+        rae_arm("REPA", f"{wide} method.name=repa {networks.repa}", rae, shift, -1),
     )
 
 
@@ -190,12 +190,18 @@ class Scale:
         return arms_of(groups or self.arms, self.latents, self.networks)
 
 # %% ../../../nbs/lib/studies/rae/arms.ipynb #2fce0dc0
-WIDER = Networks(384, 320, 192, 384, 64, (64, 128, 384))
-XL = Networks(2048, 1536, 1152, 2048, 384, (384, 768, 1536), 64)
+WIDER = Networks(
+    384, 320, 192, 384, 64, (64, 128, 384), repa="method.weight=2 method.depth=4 method.projector_width=1024"
+)
+XL = Networks(2048, 1216, 1152, 2048, 384, (384, 768, 1536), 64, "method.depth=8")
 SMOKE = "data.size=32 data.teacher=tiny-4x4 data.n=64 training.cooldown=0 training.steps=4"
 SCALES = {
-    "smoke": Scale(SMOKE, Networks(32, 32, 16, 32, 16, (32,), 16), 1, "head", 16, 8),
+    "smoke": Scale(
+        SMOKE, Networks(32, 32, 16, 32, 16, (32,), 16, "method.depth=1 method.projector_width=32"), 1, "head", 16, 8
+    ),
     "laptop": Scale(""),
     "gpu": Scale("", WIDER, 8, judged=1000),
-    "paper": Scale("training.steps=400000 network.depth=28", XL, 5, images=2048, judged=5000, paper=True),
+    "paper": Scale(
+        "training.steps=100000 training.cooldown=0 network.depth=28", XL, 5, images=2048, judged=5000, paper=True
+    ),
 }
