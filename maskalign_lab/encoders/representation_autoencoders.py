@@ -74,6 +74,11 @@ class PixelDecoder(nn.Module):
         return 2 * (self.decoder.unpatchify(logits) * self.std + self.mean) - 1
 
     @property
+    def last(self) -> Tensor:  # (p*p*3, width)
+        """The weights of the last layer, through which all of a loss passes."""
+        return self.decoder.decoder_pred.weight
+
+    @property
     def digest(self) -> str:
         """What identifies its weights and settings."""
         told = sorted(self.network.items()), self.mean.flatten().tolist(), self.std.flatten().tolist()

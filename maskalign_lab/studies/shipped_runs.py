@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHIPPED', 'LONG', 'TIMES', 'CARD', 'LATENT', 'TOLD', 'TABLES', 'shipped_recipe', 'pack', 'map_steps', 'make_maps',
-           'samples_of', 'held_out_losses', 'training_seconds', 'write_card', 'card_text', 'make']
+           'samples_of', 'held_out_losses', 'write_card', 'card_text', 'make']
 
 # %% ../../nbs/lib/studies/shipped_runs.ipynb #6029610b
 import dataclasses
@@ -37,6 +37,7 @@ from .maskalign.measures import record
 from .position_preference.lenses import ship_lenses
 from .position_preference.ranked_runs import make_rankings
 from .position_preference.surveys import save_parts, survey_parts
+from ..training.log import training_seconds
 from ..training.methods import innermost
 from ..workbench.plots import loss_per_t, sample_grid, save_png
 
@@ -111,14 +112,6 @@ def held_out_losses(
     x, labels = run.inputs(held_out), torch.as_tensor(held_out.labels, device=run.device)
     losses = validation_loss(run.net, run.recipe.objective, x, labels, class_tokens=run.class_tokens(held_out))
     return mean_interval(losses.cpu())
-
-# %% ../../nbs/lib/studies/shipped_runs.ipynb #5b3d7e29
-def training_seconds(
-    log: Path,  # log.jsonl
-) -> int:
-    """How long a run was trained, over all its starts."""
-    seconds = [json.loads(line)["seconds"] for line in log.read_text().splitlines()]
-    return round(sum(a for a, b in zip(seconds, [*seconds[1:], 0]) if b < a))
 
 # %% ../../nbs/lib/studies/shipped_runs.ipynb #cb6b970f
 def write_card(

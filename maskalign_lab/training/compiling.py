@@ -14,7 +14,7 @@ from torch import nn
 
 from ..base.terminal import say
 from .execution import ExecutionConfig
-from .methods import Losses, Timeless, trait
+from .methods import Losses, Timeless, why_eager
 
 # %% ../../nbs/lib/training/compiling.ipynb #1b19747b
 def check_compiler(device: torch.device) -> None:
@@ -72,7 +72,7 @@ def way_to_compile(
     steps: int,  # of the training
 ) -> str:  # off | blocks | whole
     """How a trainee is compiled; raises `ValueError` if what is asked for cannot be."""
-    why = trait(trainee.method, "uncompilable")
+    why = why_eager(trainee.method)
     if asked == "whole" and why:
         raise ValueError(f"execution.compile=whole, and {why}; take execution.compile=blocks or off")
     if asked != "auto":

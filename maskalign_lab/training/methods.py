@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'INSTALLED', 'TIMELESS', 'Batch', 'Draw', 'Losses', 'State', 'shard', 'outline', 'MethodConfig', 'Timeless',
-           'Method', 'Denoised', 'denoise', 'PlainSiT', 'method_class', 'layers_of', 'Plan', 'innermost', 'trait']
+           'Phase', 'Method', 'Denoised', 'denoise', 'PlainSiT', 'method_class', 'layers_of', 'Plan', 'innermost',
+           'trait', 'why_eager']
 
 # %% ../../nbs/lib/training/methods.ipynb #82687cc6
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -118,9 +119,25 @@ class Timeless:
 
 TIMELESS = Timeless()
 
+# %% ../../nbs/lib/training/methods.ipynb #82d8796d
+@dataclass(frozen=True)
+class Phase:
+    """A part of a step that follows the main one; it trains a module of the method, by an optimiser of its own."""
+
+    module: nn.Module  # all of its parameters are trained; in every other phase it is frozen and in evaluation mode
+    start: int = 0  # first step that has this phase, counted from 0
+    stop: int | None = None  # first step that has it no more; None: it lasts to the end
+    training: dict[str, Any] = field(
+        default_factory=dict
+    )  # where it differs from `TrainingConfig`: lr, betas, clip, ..
+
+    def active(self, step: int) -> bool:
+        """Whether a step has this phase."""
+        return self.start <= step and (self.stop is None or step < self.stop)
+
 # %% ../../nbs/lib/training/methods.ipynb #64bec64d
 class Method(nn.Module):
-    """Base class. Subclass it with a name, and it can be used in recipes: `class REPA(Method, name="repa")`."""
+    """Base class. Subclass it with a name, and it can be used in recipes: `class REPA(Method, name="repa")`; with name=None, it cannot."""
 
     Config = MethodConfig
     needs: tuple[str, ...] = ()  # fields of `Batch` beyond x and y
@@ -131,8 +148,10 @@ class Method(nn.Module):
     indivisible: str = ""  # why the loss of a batch is not the mean over its samples; empty: it is
     idle: bool = False  # whether at some step a parameter gets no gradient
 
-    def __init_subclass__(cls, name: str, **kwargs):
+    def __init_subclass__(cls, name: str | None, **kwargs):
         super().__init_subclass__(**kwargs)
+        if name is None:
+            return
         if cls.__module__ != "__main__":
             INSTALLED[name] = cls
         if cls.__module__ == "__main__" or getattr(METHODS.get(name), "__module__", "") != "__main__":
@@ -163,6 +182,10 @@ class Method(nn.Module):
 
     def build(self, net: nn.Module, teacher_dims: tuple[int, ...]) -> None:
         """Check what the method needs of the network, and make what it trains beside it, such as projectors."""
+
+    def phases(self) -> dict[str, Phase]:
+        """The phases of a step that follow the main one, by name and in order; `loss` is told whose loss is asked for."""
+        return self.inner.phases() if hasattr(self, "inner") else {}
 
     def draw(self, batch: Batch, step: int, generator: Callable[[int, str], torch.Generator]) -> Draw:
         """Draw times, noise and dropped labels for a whole batch; `generator(step, name)` keys each draw."""
@@ -246,3 +269,9 @@ def innermost(method: Method) -> Method:
 def trait(method: Method, name: str) -> str | bool:
     """What a method, or a method inside of it, says of itself; empty if none does."""
     return next((told for each in method.modules() if (told := getattr(each, name, ""))), "")
+
+# %% ../../nbs/lib/training/methods.ipynb #25f06dbe
+def why_eager(method: Method) -> str:
+    """Why the loss is not compiled as a whole, and not taken of several seeds at once; empty if it can be."""
+    named = ", ".join(["main", *phases]) if (phases := method.phases()) else ""
+    return trait(method, "uncompilable") or (named and f"a step has several phases ({named})")

@@ -27,8 +27,8 @@ from .compiling import WHOLE
 from .config import TrainingConfig
 from .execution import ExecutionConfig
 from .log import with_log
-from .loop import Step, Trainer, go_on, make_trainer, objects_of, work
-from .methods import Batch, Draw, Losses, Method, trait
+from .loop import Step, Trainer, go_on, make_trainer, objects_of, pieces, work
+from .methods import Batch, Draw, Losses, Method, why_eager
 from .prefetch import RowBatches
 from .saving import Saver, Tensors
 from maskalign_lab.training.stacking import (
@@ -184,7 +184,7 @@ def check_stackable(
     execution: ExecutionConfig,
 ) -> None:
     """Raise `OnlyAlone` for what is known to have no batched form, or to gain nothing."""
-    size, own = sum(parameter.numel() for parameter in model.parameters()), trait(method, "uncompilable")
+    size, own = sum(parameter.numel() for parameter in model.parameters()), why_eager(method)
     whys = [
         (bool(own), own),
         (getattr(model, "dropout", 0) > 0, "dropout draws from one generator for all seeds"),
@@ -227,7 +227,7 @@ class SeedsNotFinite(NonFinite):
 # %% ../../nbs/lib/training/side_by_side.ipynb #1f737f44
 def blame(trainer: Trainer, bad: int) -> None:
     """Do a bad step again, with the weights as they still are, and raise `SeedsNotFinite`."""
-    work(trainer, bad)
+    work(trainer, bad, pieces(trainer, bad))
     norms = trainer.trainee.clip(trainer.weights, trainer.config.clip)["gradient"]
     places = (~norms.isfinite()).nonzero().flatten().tolist() or list(range(len(norms)))
     raise SeedsNotFinite(bad + 1, places, [trainer.trainee.seeds[k] for k in places])
