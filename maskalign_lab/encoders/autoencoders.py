@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AUTOENCODERS', 'check_scaling', 'FrozenKL', 'level_modules', 'run_to', 'check_levels', 'Autoencoder',
-           'wrap_autoencoder', 'load_kl', 'load_tiny', 'load_autoencoder']
+           'wrap_autoencoder', 'load_tiny', 'split_statistics', 'place_of', 'load_named', 'load_autoencoder']
 
 # %% ../../nbs/lib/encoders/autoencoders.ipynb #57e3ee98
 import json
@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from ..base.errors import one_of
 from ..base.paths import data, home_of
 from ..diffusion.taps import taps
+from .diffusers_files import load_diffusers
 from .frozen import check_images, check_side, exact, latents_of
+from .latent_statistics import LatentStatistics, read_statistics
+from .published_rae import wrap_published
 from .rae_folders import RAES, load_rae
 from .representation_autoencoders import FrozenRAE
 from .teachers import weights_digest
-from .weights import unavailable
 
 # %% ../../nbs/lib/encoders/autoencoders.ipynb #e5993ccc
 def check_scaling(
@@ -179,29 +181,16 @@ def wrap_autoencoder(
     return Autoencoder(vae, name, weights_digest(vae, *settings))
 
 # %% ../../nbs/lib/encoders/autoencoders.ipynb #cf2a50c2
-AUTOENCODERS = ("tiny", "tiny:PATH", *RAES, "rae:PATH", "rae-latents:TEACHER", "FOLDER", "OWNER/NAME")
-
-# %% ../../nbs/lib/encoders/autoencoders.ipynb #a0356220
-def load_kl(
-    spec: str,  # a folder in diffusers' layout, or a name on the hub
-) -> nn.Module:
-    """diffusers' `AutoencoderKL`, in float32 on the CPU."""
-    from diffusers import AutoencoderKL
-
-    try:
-        kind = AutoencoderKL.load_config(spec).get("_class_name")
-        vae = AutoencoderKL.from_pretrained(spec, torch_dtype=torch.float32) if kind == "AutoencoderKL" else None
-    except Exception as error:  # whatever the hub's client raises: offline, gated, moved
-        if not Path(spec).is_dir():
-            here = "'tiny' ships with the package"
-            raise unavailable(f"autoencoder {spec!r}", "data.autoencoder=FOLDER", here, error) from error
-        raise OSError(
-            f"autoencoder {spec!r} could not be loaded: {' '.join(str(error).split())} "
-            "Expected an AutoencoderKL of diffusers: a folder with config.json and weights"
-        ) from error
-    if vae is None:
-        raise ValueError(f"autoencoder {spec!r} is of class {kind!r}, expected 'AutoencoderKL'")
-    return vae
+AUTOENCODERS = (
+    "tiny",
+    "tiny:PATH",
+    *RAES,
+    "rae:PATH",
+    "rae-latents:TEACHER",
+    "FOLDER",
+    "OWNER/NAME",
+    "NAME@STATISTICS",
+)
 
 # %% ../../nbs/lib/encoders/autoencoders.ipynb #1f15f4de
 def load_tiny(
@@ -214,34 +203,68 @@ def load_tiny(
             raise FileNotFoundError(
                 f"autoencoder {name!r}: no {folder / part}. `maskalign-lab make autoencoder` makes the one that ships"
             )
-    found, card = wrap_autoencoder(load_kl(str(folder)), name), json.loads((folder / "card.json").read_text())
+    found, card = wrap_autoencoder(load_diffusers(str(folder)), name), json.loads((folder / "card.json").read_text())
     if found.digest != card["weights"]:
         raise ValueError(
             f"autoencoder {name!r}: the weights are {found.digest}, its card is of {card['weights']}; make it again"
         )
     return found
 
+# %% ../../nbs/lib/encoders/autoencoders.ipynb #4e97b2e0
+def split_statistics(
+    spec: str,  # "OWNER/NAME@PATH"
+) -> tuple[str, Path | None]:
+    """A name, and the file of statistics behind "@", if there is one."""
+    if "@" not in spec or home_of(spec).is_dir():
+        return spec, None
+    name, _, file = spec.rpartition("@")
+    return name, home_of(file)
+
+
+def place_of(
+    name: str,  # a folder, or a name on the hub
+) -> str:
+    """Where diffusers finds an autoencoder; what can be neither is refused."""
+    path = home_of(name)
+    if path.is_dir() or path.is_absolute() or name.startswith("."):
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"autoencoder {name!r}: no {path / 'config.json'}; expected diffusers' layout")
+        return str(path)
+    if name.count("/") != 1 or not all(name.split("/")):
+        one_of(name, AUTOENCODERS, "autoencoder")
+    return name
+
 # %% ../../nbs/lib/encoders/autoencoders.ipynb #3785cc9a
+def load_named(
+    name: str,  # without statistics of another file
+    statistics: LatentStatistics | None,  # instead of its own; None keeps those
+) -> Autoencoder | FrozenRAE:
+    """An autoencoder by name, on the CPU."""
+    kind, _, place = name.partition(":")
+    if name in RAES or (kind in (*RAES, "rae-latents") and place):
+        return load_rae(name, statistics)
+    if name == "tiny" or (kind == "tiny" and place):
+        found = load_tiny(name, home_of(place) if place else data() / "autoencoder")
+    else:
+        vae = load_diffusers(place_of(name))
+        if type(vae).__name__ == "AutoencoderRAE":
+            return wrap_published(vae, name, statistics)
+        found = wrap_autoencoder(vae, name)
+    if statistics is not None:
+        raise ValueError(
+            f"autoencoder {name!r} scales all latents alike and takes no statistics; name it without @ and a file"
+        )
+    return found
+
+
 def load_autoencoder(
-    spec: str = "tiny",  # "tiny", "tiny:PATH", "rae", "rae:PATH", "rae-latents:TEACHER", a folder, or a name on the Hugging Face hub
+    spec: str = "tiny",  # one of `AUTOENCODERS`
     device: str | torch.device = "cpu",
 ) -> Autoencoder | FrozenRAE:  # on the device
     """The frozen autoencoder that `spec` stands for.
 
-    Raises `ValueError` for an unknown name and for a network of another class, `FileNotFoundError` for a folder
-    without an autoencoder, `OSError` if published weights cannot be had.
+    Raises `ValueError` for an unknown name, for a network of another class, and for statistics that are missing or of other
+    latents, `FileNotFoundError` for a folder without an autoencoder, `OSError` if published weights cannot be had.
     """
-    path, kind = home_of(spec.removeprefix("tiny:")), spec.partition(":")[0]
-    if kind in RAES and spec != "rae:" or kind == "rae-latents":
-        return load_rae(spec).to(device)
-    if spec.startswith("tiny:") and spec != "tiny:":
-        return load_tiny(spec, path).to(device)
-    if spec == "tiny":
-        return load_tiny(spec, data() / "autoencoder").to(device)
-    if path.is_dir() or path.is_absolute() or spec.startswith("."):
-        if not (path / "config.json").is_file():
-            raise FileNotFoundError(f"autoencoder {spec!r}: no {path / 'config.json'}; expected diffusers' layout")
-        return wrap_autoencoder(load_kl(str(path)), spec).to(device)
-    if spec.count("/") != 1 or not all(spec.split("/")):
-        one_of(spec, AUTOENCODERS, "autoencoder")
-    return wrap_autoencoder(load_kl(spec), spec).to(device)
+    name, file = split_statistics(spec)
+    return load_named(name, read_statistics(file) if file else None).to(device)

@@ -102,11 +102,12 @@ RAES = {"rae": "rae"}  # folders of data by name
 
 def load_rae(
     name: str,  # one of RAES, "rae:PATH", or "rae-latents:TEACHER"
+    statistics: LatentStatistics | None = None,  # instead of its own
 ) -> FrozenRAE:
     """A representation autoencoder of ours; its card must belong to its weights."""
     kind, _, place = name.partition(":")
     if kind == "rae-latents":
-        return latents_only(name, place)
+        return latents_only(name, place, statistics)
     folder = data() / RAES[one_of(name, RAES, "autoencoder")] if not place else home_of(place)
     for part in PARTS:
         if not (folder / part).is_file():
@@ -118,12 +119,13 @@ def load_rae(
         raise ValueError(
             f"autoencoder {name!r}: the weights are {found.digest}, its card is of {card['weights']}; make it again"
         )
-    return found
+    return found if statistics is None else wrap_rae(found.encoder, found.decoder, statistics, name)
 
 # %% ../../nbs/lib/encoders/rae_folders.ipynb #980c8a50
 def latents_only(
     name: str,  # what it was asked for
     teacher: str,  # "tiny-4x4?random"
+    statistics: LatentStatistics | None = None,  # None: they are measured
 ) -> FrozenRAE:
     """A tiny teacher's tokens as latents, without a way back to images."""
     if kind_of(teacher) != "tiny":
@@ -133,4 +135,5 @@ def latents_only(
         )
     card = read_card(tiny_folder(split_variant(teacher)[0]))
     encoder = teacher_encoder(teacher, card["network"]["size"])
-    return wrap_rae(encoder, None, latent_statistics(encoder, images_taught_on(card, teacher)), name)
+    statistics = statistics or latent_statistics(encoder, images_taught_on(card, teacher))
+    return wrap_rae(encoder, None, statistics, name)

@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from .rae_card import card_text, examine
 
 from ..base.checkpoints import load_tensors, step_folder
 from ..base.devices import resolve_device
@@ -31,6 +30,7 @@ from ..encoders.representation_autoencoders import PixelDecoder, TeacherEncoder,
 from ..encoders.teachers import Teacher, load_teacher
 from .judge import Judge, load_judge, pack_judge, unpack_judge
 from .judge_training import JudgeConfig, check_held_out, judge_steps, training_images
+from .rae_card import card_text, examine
 from ..training.adversarial import Discriminator
 from ..training.config import TrainingConfig
 from ..training.execution import ExecutionConfig

@@ -257,11 +257,11 @@ def test_folders_that_are_none(small, tmp_path):
     small.vae.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"_class_name": "AutoencoderTiny"}))
-    with pytest.raises(ValueError, match="'AutoencoderTiny', expected 'AutoencoderKL'"):
+    with pytest.raises(ValueError, match="'AutoencoderTiny', expected 'AutoencoderKL' or 'AutoencoderRAE'"):
         load_autoencoder(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(OSError, match="Expected an AutoencoderKL of diffusers"):
+    with pytest.raises(OSError, match="Expected an AutoencoderKL or AutoencoderRAE of diffusers"):
         load_autoencoder(str(tmp_path))
 
 

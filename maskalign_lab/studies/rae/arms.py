@@ -191,9 +191,9 @@ class Scale:
 
 # %% ../../../nbs/lib/studies/rae/arms.ipynb #2fce0dc0
 WIDER = Networks(
-    384, 320, 192, 384, 64, (64, 128, 384), repa="method.weight=2 method.depth=4 method.projector_width=1024"
+    384, 256, 192, 384, 64, (64, 128, 384), repa="method.weight=2 method.depth=4 method.projector_width=1024"
 )
-XL = Networks(2048, 1216, 1152, 2048, 384, (384, 768, 1536), 64, "method.depth=8")
+XL = Networks(2048, 1280, 1152, 2048, 384, (384, 768, 1536), 64, "method.depth=8")
 SMOKE = "data.size=32 data.teacher=tiny-4x4 data.n=64 training.cooldown=0 training.steps=4"
 SCALES = {
     "smoke": Scale(
