@@ -125,7 +125,7 @@ def run_sample(options: Sample) -> int:
     device, out = resolve_device(options.device), paths.home_of(options.out)
     run = load_run(options.run, device=str(device))
     config = chosen_sampler(options, run)
-    run.check_pixels()
+    run.check_images()
     classes = chosen_classes(options.classes, run.net.num_classes)
     y = torch.tensor(classes, device=device).repeat_interleave(options.n)
     x = last_sample(run.net, run.recipe.objective, y, config, options.seed)  # (b, c, h, w)
@@ -203,6 +203,9 @@ class Import:
     config: str = ""  # JSON: official arguments, of JiT's denoiser too, that the file does not tell
     dataset: str = ""  # what it was trained on: shapes, digits, photos or folder:PATH, or the words latents or pixels
     autoencoder: str = ""  # whose latents it learned, as in data.autoencoder; default: the file's own word, or none
+    statistics: str = (
+        ""  # a file of var, and of mean if there is one, of the latents that it learned; default: the autoencoder's own
+    )
 
 # %% ../nbs/lib/network_commands.ipynb #a02a372d
 @command("import", Import)
@@ -217,7 +220,8 @@ def run_import(options: Import) -> int:
         check_dataset(options.dataset, UNTOLD)
     names = paths.absolute(options.dataset), paths.absolute(options.autoencoder)
     folder = folder_for(options.out, "trained", Path(options.file).stem)
-    print(import_run(paths.home_of(options.file), folder, options.family, config, *names))
+    statistics = paths.home_of(options.statistics) if options.statistics else None
+    print(import_run(paths.home_of(options.file), folder, options.family, config, *names, statistics))
     return 0
 
 # %% ../nbs/lib/network_commands.ipynb #60d855d1

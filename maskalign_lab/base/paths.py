@@ -66,7 +66,14 @@ def absolute(
 
 def _absolute_name(name: str) -> str:
     kind, colon, path = name.strip().partition(":")
-    if colon and path and (kind in ("folder", "tiny") or (kind == "hf" and home_of(path).is_dir())):
+    if kind == "rae-latents" and path:
+        return f"{kind}:{_absolute_name(path)}"
+    if (
+        kind != "timm" and "@" in name and home_of(name.rpartition("@")[2]).is_file()
+    ):  # an autoencoder and its statistics
+        bare, _, file = name.strip().rpartition("@")
+        return f"{_absolute_name(bare)}@{home_of(file).absolute()}"
+    if colon and path and (kind in ("folder", "tiny", "rae") or (kind == "hf" and home_of(path).is_dir())):
         return f"{kind}:{home_of(path).absolute()}"
     if kind == "timm" and "@" in path:  # weights of one's own
         model, _, file = path.partition("@")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AUTOENCODERS', 'check_scaling', 'FrozenKL', 'level_modules', 'run_to', 'check_levels', 'Autoencoder',
-           'wrap_autoencoder', 'load_tiny', 'split_statistics', 'place_of', 'load_named', 'load_autoencoder']
+           'wrap_autoencoder', 'load_tiny', 'split_statistics', 'stated', 'place_of', 'load_named', 'load_autoencoder']
 
 # %% ../../nbs/lib/encoders/autoencoders.ipynb #57e3ee98
 import json
@@ -19,7 +19,7 @@ from ..base.paths import data, home_of
 from ..diffusion.taps import taps
 from .diffusers_files import load_diffusers
 from .frozen import check_images, check_side, exact, latents_of
-from .latent_statistics import LatentStatistics, read_statistics
+from .latent_statistics import STATISTICS, LatentStatistics, read_statistics
 from .published_rae import wrap_published
 from .rae_folders import RAES, load_rae
 from .representation_autoencoders import FrozenRAE
@@ -215,10 +215,19 @@ def split_statistics(
     spec: str,  # "OWNER/NAME@PATH"
 ) -> tuple[str, Path | None]:
     """A name, and the file of statistics behind "@", if there is one."""
-    if "@" not in spec or home_of(spec).is_dir():
+    if "@" not in spec or any(home_of(place).is_dir() for place in (spec, spec.partition(":")[2])):
         return spec, None
     name, _, file = spec.rpartition("@")
     return name, home_of(file)
+
+
+def stated(
+    spec: str,  # as in a recipe
+    folder: Path,  # of a run
+) -> str:
+    """An autoencoder with the statistics that a run's folder holds, if it holds any."""
+    file = folder / STATISTICS
+    return f"{split_statistics(spec)[0]}@{file}" if file.is_file() else spec
 
 
 def place_of(

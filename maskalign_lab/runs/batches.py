@@ -46,7 +46,7 @@ class Batches:
         Tensor | Cache, ...
     ] = ()  # of each teacher (n, 1 + tokens, d), see `packing`; the class token first
     teacher: Teacher | None = None  # of methods that need its attention
-    latents: Cache | None = None  # (n, 2, c, h, w) mean and deviation, instead of pixels
+    latents: Cache | None = None  # (n, 2, c, h, w) mean and deviation, or (n, 1, c, h, w), instead of pixels
     scaling: tuple[float, float] = (1.0, 0.0)  # scale and shift of latents
     levels: Cache | None = None  # (n, K, tokens, d), of methods that need them
 
@@ -110,10 +110,12 @@ class Batches:
         x, y, mine = read[f"{name}x"], read[f"{name}y"], slice(portion.part, None, portion.parts)
         if self.latents is None:
             return Batch(to_images(x), y[mine])
-        mean, std = unpacked(x).unbind(1)
+        mean, *std = unpacked(x).unbind(1)
+        if not std:  # a point: there is nothing to draw
+            return Batch(latents_of(mean, mean, *self.scaling), y[mine])
         draw = generator(self.training.seed, portion.step, f"{name}posterior", x.device)
         noise = torch.randn(len(y), *mean.shape[1:], generator=draw, device=x.device)[mine]
-        return Batch(latents_of(mean, std, *self.scaling, noise), y[mine])
+        return Batch(latents_of(mean, *std, *self.scaling, noise), y[mine])
 
     def attention(self, images: Tensor) -> Tensor:
         """What the teacher's blocks attend to in images."""

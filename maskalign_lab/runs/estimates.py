@@ -27,6 +27,7 @@ from ..base.terminal import size_text
 from ..data.oracle import Oracle
 from ..encoders.teachers import Teacher
 from .expectations import Expected, Images, expect
+from .expected_latents import latent_geometry
 from .experiments import COUNTED, BlankStep, blank_step, step_flops
 from .facts import Facts
 from .recipe import Recipe
@@ -106,7 +107,8 @@ def caches(recipe: Recipe, facts: Facts, images: int) -> dict[str, float]:  # ki
     side, needs = recipe.data.size // facts.factor, Plan(recipe.method).needs
     tokens, rows, kept = (side // recipe.network.patch_size) ** 2, {}, recipe.data.precision
     if recipe.data.autoencoder:
-        rows["latents"] = (4 if kept == "exact" else 2) * 2 * facts.channels * side**2
+        parts = latent_geometry(recipe.data.autoencoder).parts
+        rows["latents"] = (4 if kept == "exact" else 2) * parts * facts.channels * side**2
     if "features" in needs:
         rows["features"] = (1 + tokens) * sum(dim + 2 if kept == "int8" else 2 * dim for dim in facts.teacher_dims)
     if "levels" in needs:

@@ -124,6 +124,7 @@ def measure(
     """The loss of a run, its samples beside real pictures, and real pictures beside real pictures."""
     check_number(n)
     run.check_told()
+    run.check_images()
     spec, size = run.recipe.data.name, run.recipe.data.size
     judge = load_judge(spec, size, judge_folder, next(run.net.parameters()).device)
     real, other = real_pair(spec, size, n, **options_of(run.recipe.data))
@@ -209,6 +210,7 @@ def judge_samples(
     ends: list[SampleStep] | None = None,  # where the samples end is put here, for those who ask for more than images
 ) -> dict[str, Any]:
     """Distances and accuracy of samples, and of as many real images, by the judge of the data set."""
+    run.check_images()
     judge = load_judge(run.recipe.data.name, device=run.device)
     held_out, labels = run.images("validation", 2 * n), balanced_labels(n, run.net.num_classes)
     if len(held_out) < 2 * n:

@@ -48,7 +48,9 @@ class DataConfig:
     classes: tuple[str, ...] = ()  # of images in files, by name; empty: all
     crop: str = "fit"  # of images in files: fit | adm, see `image_files`
     teacher: str = "tiny"  # tiny[?VARIANT] | tiny:PATH | oracle[:DIALS] | timm:MODEL[@PATH]; used by methods that align
-    autoencoder: str = ""  # tiny | tiny:PATH | a diffusers folder or name, whose latents are learned; empty: pixels
+    autoencoder: str = (
+        ""  # tiny[:PATH] | rae[:PATH] | a diffusers folder or name, whose latents are learned; empty: pixels
+    )
     precision: str = "exact"  # of what is cached of the images: exact | half | int8, see `teacher_features`
 
     def __post_init__(self):

@@ -28,7 +28,8 @@ from ..base.terminal import say
 from ..data.datasets import STREAMS, Dataset
 from ..data.oracle import Oracle, oracle_of
 from ..diffusion.sampling import SamplerConfig
-from ..encoders.autoencoders import Autoencoder
+from ..encoders.autoencoders import Autoencoder, stated
+from ..encoders.representation_autoencoders import FrozenRAE, check_decodes
 from ..encoders.teachers import Features, Teacher
 from .batches import make_batches
 from .building import build
@@ -77,12 +78,12 @@ class Run:
         return self.facts.sampler and SamplerConfig(**self.facts.sampler)
 
     @cached_property
-    def autoencoder(self) -> Autoencoder | None:
+    def autoencoder(self) -> Autoencoder | FrozenRAE | None:
         """What turns images into what the network sees, if it does not see pixels."""
         if not (name := self.recipe.data.autoencoder):
             self.check_pixels()
             return None
-        found, before = kept_autoencoder(name, self.device), self.facts.autoencoder_digest
+        found, before = kept_autoencoder(stated(name, self.path), self.device), self.facts.autoencoder_digest
         if before and found.digest != before:
             raise ValueError(
                 f"run {self.name!r} learned the latents of an autoencoder {name!r} with digest {before}, and what goes by that "
@@ -97,6 +98,11 @@ class Run:
                 f"run {self.name!r} makes latents of {self.net.in_channels} channels, and names no autoencoder that turns them into "
                 "images; import it again with --autoencoder, such as stabilityai/sd-vae-ft-mse"
             )
+
+    def check_images(self) -> None:
+        """Refuse a run whose samples nothing turns into images."""
+        if (autoencoder := self.autoencoder) and autoencoder.is_point:
+            check_decodes(autoencoder)
 
     def inputs(self, dataset: Dataset, index: Any = slice(None)) -> Tensor:
         """What the network sees of images without noise, on its device: pixels, or the means of their latents."""

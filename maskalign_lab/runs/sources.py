@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['kept_images', 'kept_teacher', 'kept_autoencoder', 'kept_levels', 'FEW', 'HELD_OUT', 'FITTED', 'options_of',
            'images_of', 'kept_features', 'mean_latents', 'teacher_names', 'Sources', 'load_sources', 'found_facts',
-           'features_dim', 'token_side', 'check_needs', 'levels_of', 'encodings_of', 'with_readable_front']
+           'features_dim', 'token_side', 'check_needs', 'check_levels_there', 'levels_of', 'encodings_of',
+           'with_readable_front']
 
 # %% ../../nbs/lib/runs/sources.ipynb #f54564c1
 import re
@@ -27,6 +28,7 @@ from ..encoders.autoencoder_levels import Levels, fit_levels, level_encoding
 from ..encoders.autoencoders import Autoencoder, load_autoencoder
 from ..encoders.encoding import Encoding, refreshed
 from ..encoders.frozen import check_side, latents_of
+from ..encoders.rae_folders import RAES
 from ..encoders.teacher_features import encode, feature_encoding, told_by
 from ..encoders.teachers import Features, Teacher, check_attention, load_teacher
 from .facts import Facts
@@ -79,8 +81,8 @@ def mean_latents(
     if len(dataset) <= FEW:
         parts = [dataset.images(slice(k, k + 64), autoencoder.device) for k in range(0, len(dataset), 64)]
         return torch.cat([autoencoder.encode(part).cpu() for part in parts])
-    mean, std = cached_latents(autoencoder, dataset)[:].unbind(1)
-    return latents_of(mean, std, autoencoder.scale, autoencoder.shift)
+    rows = cached_latents(autoencoder, dataset)[:]
+    return latents_of(rows[:, 0], rows[:, -1], autoencoder.scale, autoencoder.shift)
 
 # %% ../../nbs/lib/runs/sources.ipynb #e61790bc
 def teacher_names(data: DataConfig) -> list[str]:
@@ -111,7 +113,7 @@ def load_sources(
     data, plan, place = recipe.data, Plan(recipe.method), resolve_device(device)
     made = data.name in STREAMS  # which takes long at a paper's size: weights that are missing are told first
     dataset = None if made else images_of(data, "train", data.n, lazy)  # anew, since a folder may have changed
-    load = kept_autoencoder if data.autoencoder == "tiny" else load_autoencoder  # likewise
+    load = kept_autoencoder if data.autoencoder in ("tiny", *RAES) else load_autoencoder  # likewise
     autoencoder = load(data.autoencoder, place) if data.autoencoder else None
     if autoencoder:
         check_side(autoencoder, data.size)
@@ -173,9 +175,19 @@ def check_needs(recipe: Recipe, plan: Plan, sources: Sources) -> None:
             f"method {method!r} keeps one in {HELD_OUT} images from the network, and there are {len(dataset)}; "
             f"take data.n={HELD_OUT} or more, or another router"
         )
-    if "levels" in needs and not autoencoder:
+    check_levels_there(recipe, autoencoder is not None and not autoencoder.is_point)
+
+
+def check_levels_there(
+    recipe: Recipe,
+    there: bool,  # whether the recipe's autoencoder has levels
+) -> None:
+    """Refuse a method that aligns with levels where there are none: on pixels, and on a representation autoencoder's latents."""
+    method, name = recipe.method.name, recipe.data.autoencoder
+    if "levels" in Plan(recipe.method).needs and not there:
+        seen = f"the latents of {name!r}, which has none: its encoder is a vision transformer" if name else "pixels"
         raise ValueError(
-            f"method {method!r} aligns with the levels of an autoencoder, and this recipe trains on pixels; set "
+            f"method {method!r} aligns with the levels of an autoencoder, and this recipe trains on {seen}; set "
             "data.autoencoder=tiny (and network.patch_size=2 data.size=64), or take method repa"
         )
 
