@@ -241,9 +241,7 @@ def run_figures(options: Figures) -> int:
 class Make:
     """Make what ships again, from nothing: `make repa-shapes`, `make autoencoder`."""
 
-    name: Positional[
-        str
-    ]  # of the run, autoencoder, scale-search, ahpa-routers, ahpa-oracle, position-rankings or position-lenses
+    name: Positional[str]  # of a run, or autoencoder, rae, rae-clean, scale-search, ahpa-routers, position-rankings, ..
     device: str = "auto"  # auto, cpu, cuda, mps
 
 # %% ../nbs/lib/cli.ipynb #3b74ef36

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PERCEPTION', 'DecoderConfig', 'decoding_config', 'training_config', 'new_decoder', 'new_discriminator',
            'perception_judge', 'perception_of', 'image_batches', 'decoder_steps', 'trained_decoder', 'claim',
-           'teach_decoder']
+           'Materials', 'materials', 'train_decoder', 'keep_decoder', 'teach_decoder']
 
 # %% ../../nbs/lib/measure/decoder_training.ipynb #530d310e
 import json
@@ -47,7 +47,7 @@ class DecoderConfig:
     teacher: str = "tiny-4x4"  # whose tokens are decoded
     eyes: str = "tiny-4x4"  # the teacher whose tokens the discriminator sees
     blocks: tuple[int, ...] = (5, 1, 3, 5)  # of the eyes, counted from 1: the last first, then some, as RAE has it
-    steps: int = 2000
+    steps: int = 1200
     batch_size: int = 32
     lr: float = 1e-3
     warmup: int = 100  # steps of linear warm-up
@@ -179,6 +179,58 @@ def claim(run: Path, identity: dict) -> None:
     write_atomic(path, told)
 
 # %% ../../nbs/lib/measure/decoder_training.ipynb #457f2865
+@dataclass
+class Materials:
+    """What a training of a decoder begins with."""
+
+    dataset: Dataset
+    encoder: TeacherEncoder
+    eyes: Teacher | None  # of the discriminator, if there is one
+    judge: Judge  # by which the result is measured
+
+
+def materials(spec: str, config: DecoderConfig, device: torch.device) -> Materials:
+    """Load and try everything, so that nothing is refused after an hour."""
+    decoding_config(config), training_config(config)
+    encoder = teacher_encoder(config.teacher, config.size).to(device)
+    new_decoder(encoder, config)
+    eyes = load_teacher(config.eyes, config.size, device) if config.adversarial else None
+    if eyes:
+        new_discriminator(eyes, config)
+    judge = load_judge(spec, config.size, device=device)
+    check_held_out(spec, config.size)
+    return Materials(load_dataset(spec, config.size, "train", config.n), encoder, eyes, judge)
+
+# %% ../../nbs/lib/measure/decoder_training.ipynb #08cf19c3
+def train_decoder(
+    given: Materials,
+    config: DecoderConfig,
+    perception: JudgeConfig,
+    run: Path,  # folder of checkpoints
+    spec: str,  # the data set
+    device: str,
+    print_every: float,
+) -> None:
+    """Train to the end, first the classifier of the perceptual distance."""
+    looks = None
+    if config.perceptual:
+        looks = perception_of(perception_judge(spec, perception, run / "perception.safetensors", device, print_every))
+    cut_log(run)
+    steps = decoder_steps(given.dataset, given.encoder, looks, given.eyes, config, run, device)
+    for _ in with_log(steps, run, 50, print_every):
+        pass
+
+
+def keep_decoder(out: Path, run: Path, given: Materials, config: DecoderConfig, facts: dict) -> None:
+    """Write the autoencoder, measure it as it was written, and write its cards."""
+    decoder, statistics = trained_decoder(run, given.encoder, config), latent_statistics(given.encoder, given.dataset)
+    rae = save_rae(out, config.teacher, decoder, statistics, config.size)
+    facts |= {"weights": rae.digest} | examine(
+        rae.to(given.encoder.teacher.mean.device), given.judge, facts["dataset"], config.size
+    )
+    write_card(out, facts, card_text(facts))
+
+# %% ../../nbs/lib/measure/decoder_training.ipynb #4ac2be02
 def teach_decoder(
     spec: str,  # a data set: "shapes", "digits", "folder:PATH"
     out: Path,  # folder to write
@@ -192,32 +244,13 @@ def teach_decoder(
     """Train a decoder for a teacher's tokens and keep both as an autoencoder; a training that was interrupted goes on."""
     place, out = resolve_device(device), home_of(out)
     check_unused(out, "representation autoencoder", "decoder.safetensors", "card.md")
-    decoding_config(config), training_config(config)
-    encoder = teacher_encoder(config.teacher, config.size).to(place)
-    eyes = load_teacher(config.eyes, config.size, place) if config.adversarial else None
-    judge = load_judge(spec, config.size, device=place)
-    check_held_out(spec, config.size)
-    dataset, run = load_dataset(spec, config.size, "train", config.n), Path(work or out / "training")
+    given, run = materials(spec, config, place), Path(work or out / "training")
     facts = {"dataset": spec, "config": asdict(config), "perception": asdict(perception)}
-    facts |= {"teacher": encoder.digest, "dataset_digest": dataset.digest, "pictures": len(dataset)}
+    facts |= {"teacher": given.encoder.digest, "dataset_digest": given.dataset.digest, "pictures": len(given.dataset)}
     claim(run, facts)
-    looks = None
-    if config.perceptual:
-        looks = perception_of(perception_judge(spec, perception, run / "perception.safetensors", device, print_every))
-    cut_log(run)
-    for _ in with_log(decoder_steps(dataset, encoder, looks, eyes, config, run, device), run, 50, print_every):
-        pass
-    rae = save_rae(
-        out, config.teacher, trained_decoder(run, encoder, config), latent_statistics(encoder, dataset), config.size
-    )
-    told = facts | {
-        "seconds": training_seconds(run / "log.jsonl"),
-        "device": place.type,
-        "command": command,
-        "licence": "Apache-2.0",
-    }
-    card = told | {"weights": rae.digest} | examine(rae.to(place), judge, spec, config.size)
-    write_card(out, card, card_text(card))
+    train_decoder(given, config, perception, run, spec, device, print_every)
+    facts |= {"seconds": training_seconds(run / "log.jsonl"), "device": place.type}
+    keep_decoder(out, run, given, config, facts | {"command": command, "licence": "Apache-2.0"})
     if work is None:
         shutil.rmtree(run)
     return out

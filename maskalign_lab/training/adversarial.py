@@ -63,10 +63,10 @@ def draw_views(
 # %% ../../nbs/lib/training/adversarial.ipynb #df199bc1
 def move(
     images: Tensor,  # (b, c, h, w)
-    lots: Tensor,  # (b, 2) in [0, 1): down and across
-    reach: float = 0.125,  # largest move, in sides of the image
+    lots: Tensor,  # (b, 2) in [0, 1): how far the frame goes down, and across
+    reach: float = 0.125,  # furthest, in sides of the image
 ) -> Tensor:  # (b, c, h, w)
-    """Images moved by whole pixels; what comes in is 0."""
+    """Images in a frame that was moved by whole pixels; what comes in is 0."""
     far = [round(side * reach) for side in images.shape[2:]]
     by = [(lot * (2 * most + 1)).floor().long() - most for lot, most in zip(lots.T, far)]  # (b,) each
     places = [
