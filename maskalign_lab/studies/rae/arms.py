@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SMALL', 'PAPERS', 'GROUPS', 'WIDER', 'XL', 'SMOKE', 'SCALES', 'Latents', 'Networks', 'sit', 'ditdh', 'two_fewer',
            'rae_arm', 'width_name', 'width_arms', 'shift_of', 'head_arms', 'shift_arms', 'latent_arms', 'arms_of',
-           'Scale']
+           'Scale', 'film_arms']
 
 # %% ../../../nbs/lib/studies/rae/arms.ipynb #14698eb8
 from collections.abc import Callable
@@ -40,7 +40,7 @@ class Latents:
 
 # %% ../../../nbs/lib/studies/rae/arms.ipynb #8dfb697a
 SMALL = {
-    "RAE": Latents("rae-latents:tiny-4x4", 128, 4),
+    "RAE": Latents("rae", 128, 4),
     "VAE": Latents("tiny", 4, 8, 2),
     "random": Latents("rae-latents:tiny-4x4?random", 128, 4),
 }
@@ -174,6 +174,8 @@ class Scale:
     arms: str = "head shift latents width"  # groups of GROUPS in that table
     images: int = 250  # held out, behind losses and probes
     judged: int = 500  # samples
+    longer: str = ""  # overrides of the networks of the film
+    filmed: tuple[str, ...] = ("DiT-DH, v", "DiT-DH, x", "SiT, v", "SiT, x")  # networks of the film
     paper: bool = False  # whether latents are the paper's
 
     @property
@@ -189,6 +191,16 @@ class Scale:
         """The arms of a table; empty groups are the preset's."""
         return arms_of(groups or self.arms, self.latents, self.networks)
 
+# %% ../../../nbs/lib/studies/rae/arms.ipynb #fce9c45d
+def film_arms(scale: Scale) -> dict[str, Arm]:
+    """The networks of the scrubber: DiT-DH and the SiT of its head's width, with two targets."""
+    networks, latents = scale.networks, scale.latents
+    made = {"DiT-DH": ditdh(networks.backbone, networks.head, networks), "SiT": sit(networks.sit, networks)}
+    shift = shift_of(latents)
+    pairs = {f"{name}, {kind}": (name, kind) for name in made for kind in ("v", "x")}
+    chosen = {name: pairs[name] for name in scale.filmed}
+    return {name: rae_arm(name, made[net], latents["RAE"], shift, kind=kind) for name, (net, kind) in chosen.items()}
+
 # %% ../../../nbs/lib/studies/rae/arms.ipynb #2fce0dc0
 WIDER = Networks(
     384, 256, 192, 384, 64, (64, 128, 384), repa="method.weight=2 method.depth=4 method.projector_width=1024"
@@ -197,7 +209,13 @@ XL = Networks(2048, 1280, 1152, 2048, 384, (384, 768, 1536), 64, "method.depth=8
 SMOKE = "data.size=32 data.teacher=tiny-4x4 data.n=64 training.cooldown=0 training.steps=4"
 SCALES = {
     "smoke": Scale(
-        SMOKE, Networks(32, 32, 16, 32, 16, (32,), 16, "method.depth=1 method.projector_width=32"), 1, "head", 16, 8
+        SMOKE,
+        Networks(32, 32, 16, 32, 16, (32,), 16, "method.depth=1 method.projector_width=32"),
+        1,
+        "head",
+        16,
+        8,
+        filmed=("DiT-DH, v", "SiT, x"),
     ),
     "laptop": Scale(""),
     "gpu": Scale("", WIDER, 8, judged=1000),
