@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BACKBONES', 'FIT', 'dimension_shift', 'odds_times', 'ImageFit', 'noise_weight', 'fit_image']
 
-# %% ../nbs/07_rae.ipynb #c6cc1814
+# %% ../nbs/07_rae.ipynb #1ebcfd69
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from .training.config import TrainingConfig
 from .training.loop import fit
 from .training.methods import Batch, MethodConfig, PlainSiT
 
-# %% ../nbs/07_rae.ipynb #1b3df0eb
+# %% ../nbs/07_rae.ipynb #f8de8666
 def dimension_shift(
     numbers: int,  # of an image's latents
     base: int = 4096,  # numbers that need no shift
@@ -28,7 +28,7 @@ def dimension_shift(
     """RAE's rule for `objective.time_shift`: the square root of numbers / base. Source: arXiv 2510.11690, section 4."""
     return (numbers / base) ** 0.5
 
-# %% ../nbs/07_rae.ipynb #cdd3c3b2
+# %% ../nbs/07_rae.ipynb #17443960
 def odds_times(
     shift: float,  # a
     n: int = 11,
@@ -38,7 +38,7 @@ def odds_times(
     middle = torch.tensor(float(shift)).log() / 2
     return (middle + torch.linspace(-reach, reach, n)).sigmoid()
 
-# %% ../nbs/07_rae.ipynb #234c8bb9
+# %% ../nbs/07_rae.ipynb #c3a82303
 BACKBONES = {"SiT": None, "DiT-DH": 0.25, "narrow head": 2.0}  # width of the backbone over the values of a token
 
 
@@ -60,7 +60,7 @@ class ImageFit(OneImage):
         backbone = round(share * self.token_dim)
         return DiTDH(self.size, self.size // SIDE, 3, backbone, depth=1, heads=1, num_classes=1, **head)
 
-# %% ../nbs/07_rae.ipynb #4e13a254
+# %% ../nbs/07_rae.ipynb #acbca222
 FIT = dict(clamp=0.05, time_law="logit-normal")  # of every objective
 
 
@@ -73,7 +73,7 @@ def noise_weight(
     t = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
     return (time_density(Objective(**FIT), t) / (1 - t).clamp(min=FIT["clamp"]).square()).mean().item()
 
-# %% ../nbs/07_rae.ipynb #d6d84212
+# %% ../nbs/07_rae.ipynb #d841d138
 def fit_image(
     case: ImageFit,
     image: Tensor,  # (c, h, w)

@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
-from .tables import Rows, factor
 
 from ...measure.findings import Finding, of_arms, of_factor, of_number
 from ...measure.wording import NotTrained, between
 from .arms import Networks, width_name
 from .noise import at
 from .one_image import missed, times
+from .tables import Rows, factor
 
 # %% ../../../nbs/lib/studies/rae/findings.ipynb #9032d183
 LEARNED = 0.1  # share of the noise

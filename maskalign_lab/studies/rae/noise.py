@@ -98,8 +98,6 @@ def noise_text(rows: Sequence[Mapping[str, Any]]) -> str:
     samples = {name: at(rows, name, "samples", 0, "frechet") for name in DECODERS}
     clean = {name: at(rows, name, "images", 0, "PSNR") for name in DECODERS}
     one, other = (f"from {low:.1f} to {high:.1f}" for low, high in told.values())
-    one, other = (f"from {low:.1f} to {high:.1f}" for low, high in told.values())
-    one, other = (f"from {low:.1f} to {high:.1f}" for low, high in told.values())
     return (
         f"Clean tokens come back at {clean['noise']:.1f} dB by the decoder that was trained with noise, and at "
         f"{clean['no noise']:.1f} dB by the other. Noise of deviation {top:g} takes the judge's distance of real images "
