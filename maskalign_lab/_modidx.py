@@ -3979,6 +3979,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                      'maskalign_lab/studies/rae/opening.py'),
                                                    'maskalign_lab.studies.rae.opening.network_latents': ( 'lib/studies/rae/opening.html#network_latents',
                                                                                                           'maskalign_lab/studies/rae/opening.py'),
+                                                   'maskalign_lab.studies.rae.opening.network_recipe': ( 'lib/studies/rae/opening.html#network_recipe',
+                                                                                                         'maskalign_lab/studies/rae/opening.py'),
                                                    'maskalign_lab.studies.rae.opening.open_study': ( 'lib/studies/rae/opening.html#open_study',
                                                                                                      'maskalign_lab/studies/rae/opening.py'),
                                                    'maskalign_lab.studies.rae.opening.save_decoded': ( 'lib/studies/rae/opening.html#save_decoded',
