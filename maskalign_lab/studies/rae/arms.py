@@ -145,7 +145,13 @@ def latent_arms(latents: dict[str, Latents], networks: Networks) -> tuple[Arm, .
     return tuple(rae_arm(f"{name} latents", net, of, shift, +1) for name, of in latents.items() if name == "random")
 
 # %% ../../../nbs/lib/studies/rae/arms.ipynb #f73a706a
-GROUPS = {"head": head_arms, "shift": shift_arms, "latents": latent_arms, "width": width_arms}
+GROUPS = {
+    "pair": lambda latents, networks: head_arms(latents, networks)[:2],  # which are always there
+    "head": head_arms,
+    "shift": shift_arms,
+    "latents": latent_arms,
+    "width": width_arms,
+}
 
 
 def arms_of(
@@ -154,14 +160,8 @@ def arms_of(
     networks: Networks,
 ) -> tuple[Arm, ...]:
     """The arms of some groups."""
-    asked = ["head", *(one_of(name, GROUPS, "group of arms") for name in groups.split())]
-    found = {arm.name: arm for name in dict.fromkeys(asked) for arm in GROUPS[name](latents, networks)}
-    few = {"SiT", "DiT-DH"}
-    return tuple(
-        arm
-        for arm in found.values()
-        if "head" in groups.split() or arm.name in few or arm not in head_arms(latents, networks)
-    )
+    asked = dict.fromkeys(["pair", *(one_of(name, GROUPS, "group of arms") for name in groups.split())])
+    return tuple({arm.name: arm for name in asked for arm in GROUPS[name](latents, networks)}.values())
 
 # %% ../../../nbs/lib/studies/rae/arms.ipynb #22e7ec78
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ XL = Networks(2048, 1280, 1152, 2048, 384, (384, 768, 1536), 64, "method.depth=8
 TINY = Networks(32, 32, 16, 32, 16, (32,), 16, "method.depth=1 method.projector_width=32")
 SMOKE = "data.size=32 data.teacher=tiny-4x4 data.n=64 training.cooldown=0 training.steps=4"
 SCALES = {
-    "smoke": Scale(SMOKE, TINY, 1, "head", 16, 8, filmed=("DiT-DH, v", "SiT, x")),
+    "smoke": Scale(SMOKE, TINY, 1, "pair", 16, 8, filmed=("DiT-DH, v", "SiT, x")),
     "laptop": Scale("", longer="training.steps=600 training.cooldown=0.4"),
     "gpu": Scale("", WIDER, 8, judged=1000),
     "paper": Scale(

@@ -129,9 +129,8 @@ def look_at_decoders(
     rows = noise_rows(raes, latents, own.images(), reference.images(), judge, sigmas)
     few = torch.cat([latents["images"][0][:shown], latents["samples"][0][:shown]])
     names = [f"{kind}: {own.classes[y]}" for kind, of in (("image", labels), ("sample", asked)) for y in of[:shown]]
-    originals = torch.cat(
-        [to_bytes(own.images()[:shown]), torch.zeros(shown, 3, own.size, own.size, dtype=torch.uint8)]
-    )
+    first = to_bytes(own.images()[:shown])
+    originals = torch.cat([first, torch.zeros_like(first)])  # a sample has no original
     images = {
         name: torch.stack([to_bytes(decoded(rae, noised(rae, few.to(rae.device), s))) for s in sigmas], 1)
         for name, rae in raes.items()
