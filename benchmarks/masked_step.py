@@ -137,7 +137,7 @@ def measure(short: bool, device: torch.device) -> list[Comparison]:
     """Steps, then projectors."""
     plan = PLANS["short" if short else "cuda" if device.type == "cuda" else "cpu"]
     rounds, parts = (
-        (3, 3) if short else (9, 15) if device.type == "cuda" else (6, 9)
+        (2, 2) if short else (9, 15) if device.type == "cuda" else (6, 9)
     )  # a step of XL takes seconds there
     steps = [whole_step(size, *sizes, rounds, device) for size, sizes in plan.items()]
     return steps + [projector_alone(size, n, parts, device) for size, (_, n) in plan.items()]

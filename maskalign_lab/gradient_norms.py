@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['token_gradients', 'token_gradient_norms', 'projected_gradients', 'pulled_back', 'top_tokens', 'top_share',
-           'concentration', 'null_concentration', 'Observed', 'observe', 'analysis_noise', 'noised_inputs',
-           'noised_hidden', 'observer_loss', 'fit_observer', 'load_observer', 'Survey', 'check_times',
+           'concentration', 'null_concentration', 'Observed', 'read_depth', 'observe', 'analysis_noise',
+           'noised_inputs', 'noised_hidden', 'observer_loss', 'fit_observer', 'load_observer', 'Survey', 'check_times',
            'gradient_norms_at', 'survey', 'save_maps', 'load_maps', 'coverage', 'object_share']
 
 # %% ../nbs/01_gradient_norms.ipynb #de755516
@@ -115,15 +115,19 @@ class Observed:
     def features(self, dataset: Dataset) -> Tensor:  # (n, tokens, z) float16
         return self.run.teacher_view(dataset).tokens
 
+# %% ../nbs/01_gradient_norms.ipynb #2328d4ee
+def read_depth(run: "Run") -> int:  # noqa: F821
+    """The block, counted from 1, whose tokens are looked at: where the run is aligned, or a third of the way."""
+    method = innermost(run.method)
+    return method.collect[0] if hasattr(method, "projectors") else min(max(2, run.net.depth // 3), run.net.depth)
+
 # %% ../nbs/01_gradient_norms.ipynb #61b7fba6
 def observe(run: "Run") -> Observed:  # noqa: F821
     """Look at a run through its own projector, or through an observer if it has none."""
-    method = innermost(run.method)
+    method, depth = innermost(run.method), read_depth(run)
     if hasattr(method, "projectors"):
-        return Observed(run.name, run, method.projectors[0], method.collect[0])
-    depth = min(4, run.net.depth)
-    observer = load_observer(run, depth) or fit_observer(run, depth)
-    return Observed(run.name, run, observer, depth)
+        return Observed(run.name, run, method.projectors[0], depth)
+    return Observed(run.name, run, load_observer(run, depth) or fit_observer(run, depth), depth)
 
 # %% ../nbs/01_gradient_norms.ipynb #a70ae35e
 def analysis_noise(

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from maskalign_lab.base.checkpoints import load_tensors, step_folder, steps_of
+from maskalign_lab.cli import main
 from maskalign_lab.data.datasets import load_dataset
 from maskalign_lab.runs.run import load_run
 
@@ -35,7 +36,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def lab(place):
-    """The command, as somebody types it."""
+    """The command, as somebody types it, in a process of its own; `lab.here` runs it in this one, which has imported everything."""
     env = os.environ | {"MASKALIGN_LAB_CACHE": str(place / "cache"), "OMP_NUM_THREADS": "1"}
 
     def start(*words, **options):
@@ -49,7 +50,13 @@ def lab(place):
         assert process.returncode == 0, said
         return said
 
-    run.start = start
+    def here(*words):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MASKALIGN_LAB_CACHE", str(place / "cache"))
+            patch.chdir(place)
+            assert main([*map(str, words)]) == 0
+
+    run.start, run.here = start, here
     return run
 
 
@@ -67,7 +74,7 @@ def test_the_way_of_a_papers_network(lab, place):
     words = ["reg", "--preset", "smoke", "--dataset", f"folder:{place / 'images'}", "--device", "cpu", *MORE]
     run, weights = place / "run", place / "reg.safetensors"
 
-    lab("prepare", *words)
+    lab.here("prepare", *words)
     kept = {path: path.stat().st_mtime_ns for path in (place / "cache").rglob("*.safetensors")}
     assert kept
 
@@ -80,13 +87,15 @@ def test_the_way_of_a_papers_network(lab, place):
     assert set(range(1, STEPS + 1)) - set(log) <= {stopped}
     assert {path: path.stat().st_mtime_ns for path in (place / "cache").rglob("*.safetensors")} == kept
 
-    lab("sample", run, "--n", 1, "--steps", 2, "--out", place / "grid.png")
+    lab.here("sample", run, "--n", 1, "--steps", 2, "--out", place / "grid.png")
     assert Image.open(place / "grid.png").size[1] >= 64
-    said = lab("run", "01", "-p", "preset", "smoke", "-p", "run", run, "--out", place / "job")
+    said = lab("run", "01", "-p", "preset", "smoke", "-p", "seeds", 1, "-p", "run", run, "--out", place / "job")
     assert (place / "job").is_dir(), said
 
-    lab("export", run, "--out", weights)
-    lab("import", weights, "--out", place / "again", "--autoencoder", "tiny", "--dataset", f"folder:{place / 'images'}")
+    lab.here("export", run, "--out", weights)
+    lab.here(
+        "import", weights, "--out", place / "again", "--autoencoder", "tiny", "--dataset", f"folder:{place / 'images'}"
+    )
     ours, theirs = load_run(run).net.state_dict(), load_run(place / "again").net.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)

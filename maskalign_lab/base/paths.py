@@ -69,7 +69,7 @@ def _absolute_name(name: str) -> str:
     if kind == "rae-latents" and path:
         return f"{kind}:{_absolute_name(path)}"
     if (
-        kind != "timm" and "@" in name and home_of(name.rpartition("@")[2]).is_file()
+        kind not in ("timm", "folder", "hf") and "@" in name and home_of(name.rpartition("@")[2]).is_file()
     ):  # an autoencoder and its statistics
         bare, _, file = name.strip().rpartition("@")
         return f"{_absolute_name(bare)}@{home_of(file).absolute()}"

@@ -40,7 +40,9 @@ def drawn_as(name: str) -> Iterator[None]:
     """Draw from a stream that depends on PyTorch's global seed and the name alone, and leave the global stream where it was."""
     seed = key(torch.initial_seed(), 0, name)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(
+            seed
+        )  # `torch.manual_seed` keeps a trace of the stack for GPUs at each call
         yield
 
 # %% ../../nbs/lib/base/seeding.ipynb #b25b8870

@@ -59,7 +59,7 @@ def mean_interval(
 
 # %% ../../nbs/lib/base/statistics.ipynb #8fe55eb4
 def few_interval(
-    values: Tensor,  # (..., n) independent values, few of them
+    values: Tensor,  # (..., n) independent values, also few of them
 ) -> tuple[Tensor, Tensor]:  # (...,) mean and half-width of the 95 % interval; nan for a single value
     """Mean and half-width of its 95 % interval over the last axis, by Student's t."""
     mean, half = mean_interval(values)

@@ -215,7 +215,8 @@ def split_statistics(
     spec: str,  # "OWNER/NAME@PATH"
 ) -> tuple[str, Path | None]:
     """A name, and the file of statistics behind "@", if there is one."""
-    if "@" not in spec or any(home_of(place).is_dir() for place in (spec, spec.partition(":")[2])):
+    place = spec.partition(":")[2] or spec
+    if "@" not in spec or home_of(place).is_dir():  # of a folder it may be a part of the name
         return spec, None
     name, _, file = spec.rpartition("@")
     return name, home_of(file)

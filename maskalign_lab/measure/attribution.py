@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'AT_ONCE', 'ATTRIBUTIONS', 'Scores', 'alignment_norms', 'input_norms', 'integrated_gradients', 'conductance',
-           'first_conductance', 'half_conductance', 'own_change', 'patch_numbers', 'ablation', 'attribute', 'joined']
+           'first_conductance', 'half_conductance', 'own_change', 'patch_numbers', 'ablation', 'attribute', 'joined',
+           'halves_replaced', 'unfaithful']
 
 # %% ../../nbs/lib/measure/attribution.ipynb #fef33c3a
 from collections.abc import Callable, Iterable
@@ -12,9 +13,11 @@ from dataclasses import dataclass
 
 import torch
 from captum.attr import FeatureAblation, LayerConductance, LayerIntegratedGradients, Saliency
+from captum.metrics import infidelity
 from torch import Tensor
 
 from ..base.errors import one_of
+from ..base.seeding import generator
 from ..diffusion.layers import patchify
 from ..gradient_norms import token_gradient_norms
 from .questions import Noised, Question
@@ -127,3 +130,33 @@ def joined(parts: list[Scores]) -> Scores:
     """The scores of several batches as one."""
     deltas = [part.delta for part in parts if part.delta is not None]
     return Scores(torch.cat([part.values for part in parts]), torch.cat(deltas) if deltas else None)
+
+# %% ../../nbs/lib/measure/attribution.ipynb #7a8a1839
+def halves_replaced(
+    question: Question, images: Tensor, stand_in: Tensor, draw: torch.Generator
+) -> tuple[Tensor, Tensor]:  # both (b, c, h, w): 1 where a pixel is replaced; the images behind
+    """A random half of the tokens of every image gives way to its stand-in; as captum asks for it."""
+    numbers, tokens = patch_numbers(question), question.observed.net.side**2
+    place = torch.rand(len(images), tokens, generator=draw).argsort(1).argsort(1).to(images.device)
+    gone = (place < tokens // 2)[:, numbers[0, 0]].unsqueeze(1).expand_as(images)  # (b, c, h, w)
+    return gone.to(images), torch.where(gone, stand_in, images)
+
+
+def unfaithful(
+    question: Question,
+    noised: Noised,
+    scores: Tensor,  # (b, n)
+    draws: int = 8,  # halves of every image
+) -> float:
+    """captum's infidelity of scores, over that of scores that are all alike; lower is better."""
+    numbers, net = patch_numbers(question)[0, 0], question.observed.net
+    area = net.patch_size**2 * noised.images.shape[1]  # values of a token, over which its score is spread
+    given = {"baselines": noised.stand_in, "additional_forward_args": question.context(noised), "normalize": True}
+
+    def error(of: Tensor) -> float:
+        draw = generator(0, 0, "infidelity")
+        perturb = lambda images, stand_in: halves_replaced(question, images, stand_in, draw)  # noqa: E731
+        spread = (of / area)[:, numbers].unsqueeze(1).expand_as(noised.images)
+        return infidelity(question, perturb, noised.images, spread, n_perturb_samples=draws, **given).mean().item()
+
+    return error(scores.to(noised.images)) / error(torch.ones_like(scores).to(noised.images))

@@ -45,7 +45,7 @@ class DecoderConfig:
     """What is trained and how long."""
 
     teacher: str = "tiny-4x4"  # whose tokens are decoded
-    eyes: str = "tiny-4x4"  # the teacher whose tokens the discriminator sees
+    eyes: str = "tiny"  # the teacher whose tokens the discriminator sees; not the encoder, see above
     blocks: tuple[int, ...] = (5, 1, 3, 5)  # of the eyes, counted from 1: the last first, then some, as RAE has it
     steps: int = 1200
     batch_size: int = 32

@@ -33,7 +33,7 @@ from .recipe import Recipe, identity
 from .run import Run, ensure_run, load_run
 from .side_by_side import train_side_by_side
 from .sources import load_sources
-from ..training.methods import Batch, Draw, Losses, Method, Plan, State, layers_of
+from ..training.methods import Batch, Draw, Losses, Method, Plan, State, Timeless, layers_of
 from ..training.prefetch import to_device
 
 # %% ../../nbs/lib/runs/experiments.ipynb #04630d70
@@ -86,7 +86,7 @@ class BlankStep(NamedTuple):
 
     net: nn.Module
     method: Method
-    losses: Callable[[int], Losses]  # of a step, with COUNTED images
+    losses: Callable[[int | Timeless], Losses]  # of a step, with COUNTED images
 
 
 def blank_step(
@@ -110,13 +110,18 @@ def step_flops(
     """Floating-point operations of a training step per image, forward and backward, a mean over the training's steps."""
     blank = blank_step(recipe, facts)
 
-    def counted(start: int, end: int) -> float:
-        """The mean of the first steps of a phase."""
-        few = range(start, min(end, start + COUNTED))
+    def of(step: int | Timeless) -> float:
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            for step in few:
-                blank.losses(step).total.backward()
-        return counter.get_total_flops() / len(few) / COUNTED
+            blank.losses(step).total.backward()
+        return counter.get_total_flops() / COUNTED
+
+    def counted(start: int, end: int) -> float:
+        """A step of a phase; the mean of its first ones, if the loss reads the step and the method names no stages."""
+        try:
+            return of(blank.method.stage(start))
+        except TypeError:  # from `Timeless`
+            few = range(start, min(end, start + COUNTED))
+            return sum(map(of, few)) / len(few)
 
     steps = recipe.training.steps
     stop = min(getattr(layers_of(recipe.method)[-1], "stop", steps), steps)

@@ -35,6 +35,7 @@ from ..runs.run import Run, load_run, train
 from ..runs.scale_search import search_file, search_rows
 from .ahpa.opening import make_oracle, make_routers
 from .maskalign.measures import record
+from .position_preference.conflict_courses import make_courses
 from .position_preference.lenses import ship_lenses
 from .position_preference.ranked_runs import make_rankings
 from .position_preference.surveys import save_parts, survey_parts
@@ -195,6 +196,7 @@ TABLES = {  # of a study -> how they are made
     "position-lenses": ship_lenses,
     "rae-one-image": make_one_image,
     "rae-film": make_films,
+    "position-conflict": make_courses,
 }
 DECODERS = {  # representation autoencoders -> how their decoders are trained
     "rae": DecoderConfig(),

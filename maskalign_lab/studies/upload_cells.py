@@ -7,6 +7,7 @@ __all__ = ['Lens', 'picture_of', 'norms_lens', 'depth_lens', 'shown_through', 'u
 
 # %% ../../nbs/lib/studies/upload_cells.ipynb #5a288033
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import ipywidgets as w
@@ -55,8 +56,8 @@ def depth_lens(
 ) -> Lens:
     """Study 02: in which block and for which noise the picture's tokens hold the teacher's."""
     depth_film.check_alike(runs)
-    readers = [depth_film.make_reader(run, np.linspace(0, 1, times), images) for run in runs]
-    made = lambda picture: depth_film.film_of(readers, picture)  # noqa: E731
+    readers = cache(lambda: [depth_film.make_reader(run, np.linspace(0, 1, times), images) for run in runs])
+    made = lambda picture: depth_film.film_of(readers(), picture)  # noqa: E731  (fitted when a picture comes)
     return lambda source, name="your picture": depth_film.scrubber(made(picture_of(runs[0], source, name)))
 
 # %% ../../nbs/lib/studies/upload_cells.ipynb #c5cfe06b

@@ -8,7 +8,7 @@ from shared.asked import SIDE, noised, observed, question
 
 from maskalign_lab.gradient_norms import token_gradient_norms
 from maskalign_lab.measure import attribution
-from maskalign_lab.measure.attribution import ATTRIBUTIONS, attribute, conductance, integrated_gradients
+from maskalign_lab.measure.attribution import ATTRIBUTIONS, attribute, conductance, integrated_gradients, unfaithful
 
 QUESTIONS = ("alignment", "class")
 NETWORKS = [{}, {"class_dim": 6}, {"class_dim": 6, "mixer_depth": 1}]
@@ -124,3 +124,40 @@ def test_the_input_norm_is_that_of_finite_differences():
 def test_an_unknown_name_is_refused_with_the_nearest_before_any_work():
     with pytest.raises(ValueError, match="unknown attribution 'ablaton'. Did you mean 'ablation'"):
         attribute(["ablaton"], None, None)
+
+
+# ---- infidelity
+
+
+class Linear:
+    """An answer whose tokens add up: known numbers times the mean of each patch."""
+
+    def __init__(self, asked, weights):
+        self.observed, self.context, self.weights = asked.observed, asked.context, weights
+
+    def __call__(self, images, *_):
+        return (self.weights.repeat(len(images) // len(self.weights), 1) * per_token(images)).sum(1)
+
+
+def per_token(images):
+    return torch.nn.functional.avg_pool2d(images.mean(1, keepdim=True), 4).flatten(1)
+
+
+@settings(max_examples=5, deadline=None)
+@given(seed=SEEDS, unit=st.floats(0.1, 10))
+def test_scores_that_add_up_are_faithful_in_any_unit_and_equal_ones_are_the_measure(seed, unit):
+    images = noised(seed)
+    weights = torch.randn(1, SIDE**2, generator=torch.Generator().manual_seed(seed)).expand(len(images), -1)
+    asked = Linear(question("alignment", observed()), weights[:1])
+    exact = weights * (per_token(images.images) - per_token(images.stand_in))
+    assert unfaithful(asked, images, unit * exact) < 1e-3
+    assert unfaithful(asked, images, torch.full_like(exact, unit)) == pytest.approx(1)
+    assert unfaithful(asked, images, exact.flip(1)) > 0.05
+
+
+@pytest.mark.parametrize("more", NETWORKS)
+def test_every_attribution_can_be_asked_for_its_infidelity(more):
+    asked, images = question("alignment", observed(**more)), noised(class_dim=more.get("class_dim"))
+    for name, scores in attribute(ATTRIBUTIONS, asked, images).items():
+        found = unfaithful(asked, images, scores.values, draws=2)
+        assert 0 <= found < float("inf") and found == unfaithful(asked, images, scores.values, draws=2), name

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from functools import cache
 
 import pytest
 
@@ -32,6 +33,12 @@ def weight(run) -> dict[str, float]:
     return {"sum": run.net.final_layer.linear.weight.abs().sum().item()}
 
 
+@cache
+def cost(method: str, overrides: str = "") -> float:
+    """Operations of a step, counted once."""
+    return step_flops(make_recipe(method, "smoke", overrides=overrides))
+
+
 def test_flops_of_a_linear_network_by_hand():
     """Blocks without attention products: six operations per weight and token, twelve blocks' worth of nothing else."""
     recipe = make_recipe("sit", "smoke", overrides="network.patch_size=16 network.depth=1")  # 4 tokens
@@ -47,28 +54,29 @@ def test_flops_of_a_linear_network_by_hand():
 )
 def test_every_method_can_be_counted(method):
     """Alignment costs something, and the projector sees the kept tokens only."""
-    plain, other = step_flops(make_recipe("sit", "smoke")), step_flops(make_recipe(method, "smoke"))
-    assert other > plain if method != "maskalign" else other < step_flops(make_recipe("mask-loss", "smoke"))
+    assert cost(method) > cost("sit") if method != "maskalign" else cost(method) < cost("mask-loss")
 
 
 def test_attention_that_is_cut_costs_less_than_all_and_more_than_dropping():
     """Of n tokens two parts of k and n - k attend to k^2 + (n - k)^2 pairs; the mixer is counted once."""
-    dropped, cut, whole = (
-        step_flops(make_recipe(name, "smoke")) for name in ("maskalign", "mask-attention", "mask-loss")
-    )
-    deeper = step_flops(make_recipe("mask-attention", "smoke", overrides="network.mixer_depth=3"))
-    assert dropped < cut < whole
-    assert deeper - cut == step_flops(make_recipe("mask-loss", "smoke", overrides="network.mixer_depth=3")) - whole
+    dropped, cut, whole = map(cost, ("maskalign", "mask-attention", "mask-loss"))
+    deeper, deepest = (cost(name, "network.mixer_depth=3") for name in ("mask-attention", "mask-loss"))
+    assert dropped < cut < whole and deeper - cut == deepest - whole
 
 
 def test_a_method_that_stops_costs_what_its_two_phases_cost():
     """Before its stop, after it, and half and half."""
-    cost = {
-        stop: step_flops(make_recipe("haste", "smoke", overrides=f"method.stop={stop}")) for stop in (1, 10, 20, 99)
-    }
-    after = 20 * cost[1] / 19 - cost[20] / 19  # of 20 steps one is before
-    assert cost[99] == cost[20] and cost[10] == pytest.approx((cost[20] + after) / 2)
-    assert after == pytest.approx(step_flops(make_recipe("sit", "smoke")))
+    until = {stop: cost("haste", f"method.stop={stop}") for stop in (1, 10, 20, 99)}
+    after = 20 * until[1] / 19 - until[20] / 19  # of 20 steps one is before
+    assert until[99] == until[20] and until[10] == pytest.approx((until[20] + after) / 2)
+    assert after == pytest.approx(cost("sit"))
+
+
+def test_a_router_that_looks_at_some_steps_costs_what_they_cost_in_the_mean():
+    """A bilevel router does more in every second or fourth step, of which the count takes four."""
+    bilevel = "network.depth=2 method.depth=1 method.router=bilevel method.probe_every="
+    every, second, fourth = (cost("ahpa", f"{bilevel}{n}") for n in (1, 2, 4))
+    assert fourth < second < every and 3 * second == every + 2 * fourth
 
 
 def test_the_second_budget_costs_what_the_baseline_costs():

@@ -23,7 +23,7 @@ CASES = [
 def small(name: str, more: str = ""):
     """A recipe that trains in seconds."""
     latents = LATENTS[""] if "ahpa" in name + more else ""
-    few = "data.n=64 training.steps=6 training.batch_size=8 training.precision=float32"
+    few = "data.n=64 training.steps=6 training.batch_size=8 training.precision=float32 network.depth=3"
     return make_recipe(name, "smoke", overrides=f"{latents} {few} {more}")
 
 

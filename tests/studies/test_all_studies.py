@@ -6,10 +6,13 @@ A new study is a new row of STUDIES. What only one study promises stands in its 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import BytesIO
 from typing import Any
 
 import nbformat
+import numpy as np
 import pytest
+from PIL import Image
 from shared.browser import changed_by, choose, run_study_in_lab, shown, there_and_back
 from shared.groups import group_of
 from shared.studies import check_figure, code_cells, run_job, run_opening
@@ -26,13 +29,53 @@ def other_runs(page):
 
 
 def other_sides(page):
-    """Two networks that stand the other way round, another image, and another token."""
+    """Two networks that stand the other way round, another image, and another token; then what stands further below."""
     choose(page, "square")
     _, before = choose(page, "sit-shapes")
     x, y = page.evaluate(PLACE)
     page.mouse.move(x - 2, y)
     _, after = changed_by(page, lambda: page.mouse.click(x, y))
     assert len(before) == 8 and before == after  # maps stay, the token and its curve change
+    another_teacher(page)
+    a_cell_opens_its_tokens(page)
+    my_picture(page)
+
+
+def another_teacher(page):
+    """Another teacher of SiT on the left of the grid's pairs."""
+    page.locator(".js-plotly-plot").nth(1).scroll_into_view_if_needed()
+    words, maps = choose(page, "SiT / random", number=1)
+    assert "SiT / random: marked" in words and "REPA / permuted: marked" in words and len(maps) == 6
+
+
+def a_cell_opens_its_tokens(page):
+    """A click near a corner of the heat map over depth and time shows the tokens behind that cell."""
+    page.locator(".js-plotly-plot").nth(2).scroll_into_view_if_needed()
+    before, (heat, tokens) = shown(page, 2)
+    x, y = page.evaluate(PLACE, [2, 0.05, 0.05])
+    page.mouse.move(x - 2, y)
+    after, (same, others) = changed_by(page, lambda: page.mouse.click(x, y), 2)
+    assert same == heat and others != tokens and "noised, t = 0.00" in after
+    assert "teacher's token in block 1" in after and "teacher's token in block 1" not in before
+
+
+def my_picture(page):
+    """A picture of one's own through the lens of study 01: a scrubber under the button, named by the file."""
+    button = page.get_by_role("button", name="Your picture: the pull")
+    button.scroll_into_view_if_needed()
+    with page.expect_file_chooser() as chooser:
+        button.click()
+    chooser.value.set_files({"name": "desk.png", "mimeType": "image/png", "buffer": slope()})
+    plot = page.locator(".js-plotly-plot").nth(3)
+    plot.wait_for(timeout=60_000)
+    assert any("desk.png" in word for word in shown(page, 3)[0])
+
+
+def slope() -> bytes:
+    """A picture that is no square."""
+    file = BytesIO()
+    Image.fromarray(np.uint8(np.mgrid[:60, :80].sum(0)[..., None] + [0, 60, 100])).save(file, "png")
+    return file.getvalue()
 
 
 def other_targets(page):
@@ -47,10 +90,10 @@ def other_classes(page):
     choose(page, "no label")
 
 
-PLACE = """() => { const plot = document.querySelector('.js-plotly-plot');
+PLACE = """([number, across, down] = [0, 0.8, 0.8]) => { const plot = document.querySelectorAll('.js-plotly-plot')[number];
   const map = plot._fullData.find(trace => trace.type === 'heatmap'), box = plot.getBoundingClientRect();
   const axes = [map.xaxis, map.yaxis].map(name => plot._fullLayout[name[0] + 'axis' + name.slice(1)]);
-  return [box.x + axes[0]._offset + 0.8 * axes[0]._length, box.y + axes[1]._offset + 0.8 * axes[1]._length] }"""
+  return [box.x + axes[0]._offset + across * axes[0]._length, box.y + axes[1]._offset + down * axes[1]._length] }"""
 
 
 def grey(page) -> int:
@@ -115,7 +158,7 @@ STUDIES = [
     ),
     Study(
         "02_position_preference",
-        tuple("filmstrip parts agreement wrt causes layers over_depth conflict space".split()),
+        tuple("filmstrip parts agreement wrt causes layers over_depth conflict space depth".split()),
         ("0.50", "0.60"),
         other_sides,
         (
@@ -211,12 +254,14 @@ def test_the_tests_of_a_study_go_to_one_worker(request):
 
 @every_study
 def test_smoke_runs_end_to_end(study, smoke_job):
-    """Every cell has run; the page has at most 1 MB for each slider and asks the network for nothing."""
+    """Every cell has run, without a word in red; the page has at most 1 MB for each slider and asks the network for nothing."""
     job = smoke_job(study.number)
     assert job.status == "ok", job.error
     executed = nbformat.read(job.path(".ipynb"), as_version=4)
     assert "widgets" not in executed.metadata
-    assert all(cell.execution_count for cell in executed.cells if cell.cell_type == "code")
+    code = [cell for cell in executed.cells if cell.cell_type == "code"]
+    assert all(cell.execution_count for cell in code)
+    assert [output.text for cell in code for output in cell.outputs if output.get("name") == "stderr"] == []
     page = job.path(".html").read_text(encoding="utf-8")
     films = page.count('<div class="film">')
     assert len(page) < 1_000_000 * films and (job.path(".html").parent / "plotly.min.js").exists()

@@ -176,7 +176,9 @@ def made_up(slope: float, noise: float = 1e-5) -> list[dict]:
 
 
 def test_a_leak_that_buys_the_gap_is_found_and_one_that_does_not_is_not():
-    bought, free = (findings_table(mixer_findings(made_up(slope))).data.splitlines() for slope in (-1e-3, 1e-3))
+    bought, free = (
+        findings_table([*mixer_findings(made_up(slope)).values()]).data.splitlines() for slope in (-1e-3, 1e-3)
+    )
     assert "| -" in bought[2] and "reproduced (8 arms, 3 seeds)" in bought[2] and "contradicted" in free[2]
     smaller = next(line for line in bought if "carries nothing?" in line)
     assert "reproduced (3 seeds)" in smaller and "-.0004" in smaller
@@ -186,7 +188,8 @@ def test_a_leak_that_buys_the_gap_is_found_and_one_that_does_not_is_not():
 
 def test_findings_that_lack_rows_are_counted_and_figures_take_what_is_there():
     assert (
-        "missing here" in findings_table(mixer_findings([])).data and "missing" in findings_table(gap_findings([])).data
+        "missing here" in findings_table([*mixer_findings([]).values()]).data
+        and "missing" in findings_table([*gap_findings([]).values()]).data
     )
     assert dose_figure([]) is None and gap_figure([]) is None and dose_table([]).empty and "needed" in gap_note([])
     assert set(dose_table(SHIPPED).index) >= {NONE.name, ALL.name} and len(dose_figure(SHIPPED).axes) >= 4

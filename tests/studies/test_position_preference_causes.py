@@ -8,12 +8,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shared.known_maps import known_rows, true_shares
 
 from maskalign_lab.data.datasets import load_dataset
 from maskalign_lab.data.oracle import token_means
 from maskalign_lab.diffusion.interpolants import interpolate
 from maskalign_lab.encoders.teacher_variants import moved_order
-from maskalign_lab.gradient_norms import analysis_noise, noised_inputs, observe
+from maskalign_lab.encoders.teachers import load_teacher
+from maskalign_lab.gradient_norms import analysis_noise, noised_inputs, observe, read_depth
+from maskalign_lab.measure.decomposition import Fitted
 from maskalign_lab.measure.findings import findings_table
 from maskalign_lab.measure.wording import NotTrained
 from maskalign_lab.position_preference import parts_at
@@ -25,7 +28,14 @@ from maskalign_lab.studies.gradient_norms import arms as study_01
 from maskalign_lab.studies.gradient_norms.unevenness import TIMES
 from maskalign_lab.studies.position_preference import causes, grid
 from maskalign_lab.studies.position_preference.arms import ARMS, BY_NAME, SCALES, measure_causes
-from maskalign_lab.studies.position_preference.cause_figures import COLUMNS, PATHS, cause_figure, laid_out
+from maskalign_lab.studies.position_preference.cause_figures import (
+    COLUMNS,
+    PATHS,
+    WITH,
+    cause_figure,
+    laid_out,
+    stacked,
+)
 from maskalign_lab.studies.position_preference.cause_findings import (
     cause_findings,
     cause_table,
@@ -120,9 +130,10 @@ def test_a_permuted_teacher_says_the_same_elsewhere(sit):
 
 
 def test_a_centred_teacher_differs_between_positions_by_no_more_than_chance(sit):
-    pictures = sit.survey_images(600)
-    for name, low, high in (("tiny", 5, np.inf), ("tiny?centred", 0, 2)):
-        tokens = with_teacher(sit, name).teacher_view(pictures).tokens.float()
+    """Of images that the means were not taken from."""
+    pictures = sit.survey_images(600).images()
+    for name, low, high in (("tiny-4x4", 5, np.inf), ("tiny-4x4?centred", 0, 2)):
+        tokens = load_teacher(name)(pictures).tokens.float()
         chance = tokens.var(0).mean() / len(tokens)  # less, if tokens of an image are alike
         assert low < tokens.mean(0).var(0).mean() / chance < high, name
 
@@ -202,7 +213,9 @@ def test_spread_is_about_the_mean_direction_of_each_position():
 def test_a_row_is_plain_and_small(cache, sit, repa):
     row = measure_causes(repa, 32, 16, 0, 2)
     assert json.loads(json.dumps(row)) == row
-    assert [each["student"] for each in row["cases"]] == ["REPA", "REPA, attention cut"]
+    own, fitted, cut = row["cases"]
+    assert [each["student"] for each in row["cases"]] == ["REPA", "REPA, fitted projector", "REPA, attention cut"]
+    assert fitted["logs"] != own["logs"] and fitted["spread"] == own["spread"] and cut["logs"] != fitted["logs"]
     read = measure_causes(sit, 32, 16, 0, 2, (PLAIN, "permuted"))["cases"]
     assert [(each["student"], each["teacher"]) for each in read] == [
         (student, teacher) for teacher in (PLAIN, "permuted") for student in ("untrained", "SiT")
@@ -210,8 +223,17 @@ def test_a_row_is_plain_and_small(cache, sit, repa):
 
 
 def test_masked_networks_have_maps_too(cache):
-    (only,) = measure_causes(trained(cache, "MaskAlign, oracle"), 32, 16, 0, 2)["cases"]
-    assert (only["student"], only["teacher"]) == ("MaskAlign", "oracle")
+    found = measure_causes(trained(cache, "MaskAlign, oracle"), 32, 16, 0, 2)["cases"]
+    assert [(each["student"], each["teacher"]) for each in found] == [
+        (student, "oracle") for student in ("MaskAlign", "MaskAlign, fitted projector")
+    ]
+
+
+def test_a_fitted_projector_reads_the_aligned_block_and_is_not_the_run_s_own(repa, sit):
+    fitted, own = causes.read(repa, 2), observe(repa)
+    assert fitted.depth == own.depth == read_depth(repa) == read_depth(sit)
+    assert fitted.projector is not own.projector and fitted.net is own.net
+    assert not torch.equal(fitted.projector[0].weight, own.projector[0].weight)
 
 
 def test_readers_are_those_that_know_the_images(sit):
@@ -227,36 +249,73 @@ def test_readers_are_those_that_know_the_images(sit):
 
 @pytest.fixture(scope="module")
 def known():
-    return grid.known_rows(3)
+    return known_rows(3)
+
+
+SIZES = st.floats(0.1, 1)
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.floats(0.1, 1), st.floats(0.1, 1), st.floats(0.1, 1))
+@given(SIZES, SIZES, SIZES)
 def test_shares_are_those_that_were_put_in(content, teacher, student):
-    """Twice as large an effect has four times the variance, beside the other effects."""
-    cases = grid.cases_in(grid.known_rows(1, 0.01, content, teacher, student))
-    found, unit = (
-        grid.variance_shares(cases, 1),
-        grid.variance_shares(grid.cases_in(grid.known_rows(1, 0.01, 1, 1, 1)), 1),
+    """With next to no chance: all of them, and together they are 1."""
+    found = grid.variance_shares(grid.cases_in(known_rows(1, 1e-4, content, teacher, student)), 1)
+    assert sum(found.values()) == pytest.approx(1, abs=1e-12)
+    assert found == pytest.approx(true_shares(content, teacher, student), abs=2e-3)
+
+
+@settings(max_examples=10, deadline=None)
+@given(SIZES, st.floats(0, 1), st.floats(0, 1), st.floats(0.1, 1))
+def test_no_share_is_negative_beyond_the_noise_of_its_estimate(content, teacher, student, chance):
+    """The mean of many draws of the noise is not below 0 by more than five of its errors; each draw sums to 1."""
+    drawn = [known_rows(1, chance, content, teacher, student, draw) for draw in range(6)]
+    found = np.array(
+        [list(grid.variance_shares(grid.cases_in(rows), at).values()) for rows in drawn for at in range(len(TIMES))]
     )
-    assert sum(found.values()) == pytest.approx(1)
-    ratio = found["teacher"] / unit["teacher"]
-    assert ratio / (found["student"] / unit["student"]) == pytest.approx((teacher / student) ** 2, rel=0.15)
-    assert abs(found["path"]) < 0.01 and abs(found["together"]) < 0.02 and 0 < found["chance"] < 0.05
+    assert found.sum(1) == pytest.approx(1, abs=1e-12)
+    assert (found.mean(0) > -5 * found.std(0, ddof=1) / len(found) ** 0.5 - 1e-9).all()
+
+
+def test_noise_is_taken_off_content_too():
+    """No objects, no teacher, no student: the mean of every share but chance's is 0, within four errors."""
+    rows = [known_rows(1, 0.5, 0, 0, 0, draw) for draw in range(40)]
+    parts = np.array([variances(grid.cases_in(each), at) for each in rows for at in range(len(TIMES))])
+    errors = parts.std(0, ddof=1) / len(parts) ** 0.5
+    assert (np.abs(parts.mean(0)[:-1]) < 4 * errors[:-1]).all()
+    assert parts.mean(0)[-1] == pytest.approx(0.5**2 / 2 * 15 / 16, rel=0.02)
+
+
+def variances(cases, at):
+    """What shares are shares of: of noise alone their sum is near 0, and a ratio of two means nothing."""
+    shares = list(grid.variance_shares(cases, at).values())
+    chance = torch.stack([case.logs[0, at] - case.logs[1, at] for case in cases if case.change != "torus"])
+    return np.array(shares) * (chance.double().square().mean().item() / 4 / shares[-1])
 
 
 def test_content_is_what_lies_along_the_coverage():
     coverage = torch.tensor([0.0, 1.0, 2.0, 3.0])
     direction = (coverage - 1.5).double()
-    assert grid.along(2 * direction, coverage) == pytest.approx((4 * direction.square()).mean().item())
-    assert grid.along(torch.tensor([1.0, -1.0, -1.0, 1.0]).double(), coverage) == pytest.approx(0)
-    assert grid.along(direction, None) == 0
+    said = lambda map_, noise=0.0: Fitted({"common": {"all": map_}}, {}, {"common": noise})  # noqa: E731
+    whole = (4 * direction.square()).mean().item()
+    assert grid.content_of(said(2 * direction), coverage) == pytest.approx(whole)
+    assert grid.content_of(said(2 * direction, 0.3), coverage) == pytest.approx(whole - 0.1)
+    assert grid.content_of(said(torch.tensor([1.0, -1.0, -1.0, 1.0]).double()), coverage) == pytest.approx(0)
+    assert grid.content_of(said(direction), None) == 0
 
 
-def test_chance_has_no_share_but_its_own():
-    cases = grid.cases_in(grid.known_rows(1, 0.5, 0, 0, 0))
-    found = np.mean([list(grid.variance_shares(cases, at).values()) for at in range(len(TIMES))], 0)
-    assert found[-1] > 0.6 and np.abs(found[:-1]).max() < 0.35
+def test_seeds_whose_grid_is_narrower_have_no_shares(known):
+    """They would be shares of something else."""
+    lacking = [row for row in known if not (row["seed"] == 1 and row["arm"] == "SiT")]
+    whole, shares = (grid.all_shares(grid.cases_in(rows)) for rows in (known, lacking))
+    for name in grid.SHARES:
+        torch.testing.assert_close(shares[name], whole[name][:, [0, 2]])
+    assert grid.all_shares([]) == grid.all_shares(grid.cases_in(known)[:2]) == {}
+
+
+def test_bars_end_at_one_whatever_chance_does():
+    negative = {"one": torch.tensor([[-0.2, -0.1]]), "two": torch.tensor([[0.8, 0.7]]), "three": torch.tensor([[0.4]])}
+    bars = stacked(negative)
+    assert sum(bars.values()) == pytest.approx(1) and bars["one"] == 0 and bars["two"] > bars["three"] > 0
 
 
 def test_a_map_follows_its_teacher_or_stays():
@@ -276,7 +335,7 @@ def test_an_even_map_has_no_peak_and_a_favourite_is_asked_of_other_images():
 
 
 def test_findings_of_a_known_table(known):
-    text = findings_table(cause_findings(known)).data
+    text = findings_table([make for name, make in cause_findings(known).items() if name != "centred"]).data
     assert text.count("\n| ") == 10 and "(3 seeds)" in text and "02_causes" in text
     content = explained(known, "content", "?")
     assert content.verdict == "higher (3 seeds)" and 40 < float(content.effect.split()[0]) < 75
@@ -284,7 +343,7 @@ def test_findings_of_a_known_table(known):
 
 def test_a_likeness_is_held_against_maps_as_smooth():
     """Seeds that agree on two maps say nothing of whether the maps belong together."""
-    rows = grid.known_rows(3, 0.01, content=0, student=0)
+    rows = known_rows(3, 0.01, content=0, student=0)
     moved, left = follows(rows, True), follows(rows, False)
     assert moved.effect.startswith("+1.00") and moved.verdict == "higher (3 seeds)"
     assert left.effect.startswith("+.2") and left.verdict == "undecided (3 seeds)"
@@ -298,16 +357,22 @@ def test_what_was_not_trained_is_left_out(known):
         follows(few, True)
     with pytest.raises(NotTrained, match="torus"):
         cell(few, "REPA", "oracle", "torus")
-    text = findings_table(cause_findings(few)).data
+    text = findings_table([make for name, make in cause_findings(few).items() if name != "centred"]).data
     assert "moved along" not in text and "Without training?" in text
     assert cause_figure([]) is None and cause_figure([{"arm": "SiT", "seed": 5, "budget": "steps"}]) is None
 
 
 def test_the_figure_shows_every_cell(known):
     laid = laid_out(grid.cases_in(known))
-    assert laid.lines == list(TEACHERS) and tuple(laid.columns) == COLUMNS
-    assert len(laid.cells[0, 2]) == 3 and not laid.cells[1, 7]  # no centred teacher on the torus
+    assert laid.lines == [*TEACHERS, WITH] and tuple(laid.columns) == COLUMNS
+    assert len(laid.cells[0, 2]) == 3 and not laid.cells[1, len(COLUMNS) - 1]  # no centred teacher on the torus
     assert all(len(laid.cells[len(TEACHERS), place]) == 3 for place in range(len(PATHS)))
+    plain = laid_out([case for case in grid.cases_in(known) if case.change not in PATHS])
+    assert (
+        plain.lines == list(TEACHERS) and not plain.paths and max(line for line, _ in plain.cells) == len(TEACHERS) - 1
+    )
+    few = [row for row in known if row["arm"].startswith("REPA") and row["arm"].endswith(("path", "times"))]
+    assert cause_figure(few) is not None  # more paths than columns
     figure = cause_figure(known, 1.0)
     titles = [axis.get_title() for axis in figure.findobj(lambda each: hasattr(each, "get_title"))]
     assert {title for *_, title in COLUMNS} <= set(titles)
@@ -329,5 +394,8 @@ def test_the_smallest_grid_end_to_end(cache, tmp_path):
         scale.arms, (5, 6), recipe_of, None, pytest.fail, json.loads(keep.read_text())["rows"], device="cpu"
     )
     assert again == rows
-    assert cause_figure(rows) is not None and "With a teacher" not in findings_table(cause_findings(rows)).data
+    assert (
+        cause_figure(rows) is not None
+        and "With a teacher" not in findings_table([*cause_findings(rows).values()][:10]).data
+    )
     assert {"peak, t = 0", "with objects, t = 1", "angle's share, t = 0"} <= set(cause_table(rows).columns)

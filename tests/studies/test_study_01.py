@@ -38,7 +38,7 @@ def test_an_empty_folder_and_one_class_are_refused(tmp_path):
 def test_a_given_run_is_studied(tmp_path, after_smoke):
     after_smoke("01")
     path = train(make_recipe("sit", "smoke", overrides="training.steps=2"), tmp_path / "mine", "cpu", 0)
-    job = run_job("01", {"preset": "smoke", "run": str(path)}, tmp_path / "job")
+    job = run_job("01", {"preset": "smoke", "run": str(path), "seeds": 1}, tmp_path / "job")  # a short table of arms
     assert job.status == "ok", job.error
     findings = json.loads((tmp_path / "job" / "01_filmstrip.json").read_text())["findings"]
     assert findings[0]["run"] == "mine"
@@ -61,24 +61,23 @@ print("RESULT", json.dumps([losses, identity(recipe), edit_digest(recipe.method)
 """
 
 
-def play_alignment_notebook(edit) -> list:
-    """Run the exported cells of lib/training/repa as a person would, with an edit, and train REPA there."""
+def play_alignment_notebook(*edits) -> list[list]:
+    """Run the exported cells of lib/training/repa as a person would, with one edit after the other, and train REPA each time."""
     from nbclient import NotebookClient
 
     book = nbformat.read(paths.notebooks() / "lib" / "training" / "repa.ipynb", as_version=4)
-    book.cells = [c for c in book.cells if c.cell_type == "code" and "#| export" in c.source]
-    for cell in book.cells:
-        cell.source = edit(cell.source)
-    book.cells.append(nbformat.v4.new_code_cell(EDIT))
+    exported = [c.source for c in book.cells if c.cell_type == "code" and "#| export" in c.source]
+    played = [[*map(edit, exported), EDIT] for edit in edits]
+    book.cells = [nbformat.v4.new_code_cell(source) for source in sum(played, [])]
     NotebookClient(book, timeout=120, kernel_name="python3").execute()
-    text = "".join(output.get("text", "") for output in book.cells[-1].outputs)
-    return json.loads(text.split("RESULT", 1)[1])
+    text = "".join(output.get("text", "") for cell in book.cells for output in cell.outputs)
+    return [json.loads(line.split("RESULT", 1)[1]) for line in text.splitlines() if "RESULT" in line]
 
 
 def test_editing_the_loss_cell_changes_what_is_trained():
-    same, same_id, same_digest = play_alignment_notebook(lambda source: source + "\n# a comment\n")
-    edited, edited_id, edited_digest = play_alignment_notebook(
-        lambda source: source.replace("return -F.cosine_similarity(", "return -2 * F.cosine_similarity(")
+    (same, same_id, same_digest), (edited, edited_id, edited_digest) = play_alignment_notebook(
+        lambda source: source + "\n# a comment\n",
+        lambda source: source.replace("return -F.cosine_similarity(", "return -2 * F.cosine_similarity("),
     )
     recipe = make_recipe("repa", "smoke", overrides="training.steps=2")
     assert same_digest == "" and same_id == identity(recipe)  # untouched cells find the runs that ship

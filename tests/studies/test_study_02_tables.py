@@ -13,7 +13,7 @@ from maskalign_lab.runs.experiments import load_rows
 from maskalign_lab.runs.run import load_run
 from maskalign_lab.runs.rung import UNSEEN
 from maskalign_lab.studies.position_preference import lenses, tables
-from maskalign_lab.studies.position_preference.cause_findings import cause_table
+from maskalign_lab.studies.position_preference.cause_findings import cause_table, follows
 from maskalign_lab.studies.position_preference.depth_film import load_film
 from maskalign_lab.studies.position_preference.gap_quality import correlation_table
 from maskalign_lab.studies.position_preference.opening import SHIPPED, TABLES, open_study
@@ -97,6 +97,8 @@ def test_the_findings_are_ten_at_most_and_say_what_is_missing():
     makes = all_findings(nothing, [])
     assert len(makes) == sum(map(len, CHOSEN.values())) == 10
     assert "trains them" in findings_table(makes).data
+    with pytest.raises(ValueError, match="finding of gap 'told alike: velocty'. Did you mean 'told alike: velocity'"):
+        all_findings(nothing, [], {"gap": ["told alike: velocty"]})
 
 
 def test_what_the_first_screen_says_of_gaps_and_rankings_is_in_the_rows():
@@ -114,6 +116,11 @@ def test_what_the_first_screen_says_of_untrained_networks_is_in_the_rows():
     for student in ("untrained", "SiT", "REPA"):
         peaks = [cells.loc[(student, "as taught"), f"peak, t = {t}"] for t in ("0", "0.5", "1")]
         assert np.min(peaks) > 2, student
+
+
+def test_what_the_first_screen_says_of_a_teacher_whose_tokens_are_moved_is_in_the_rows():
+    rows = load_rows(RESULTS / "02_causes_shapes.json")
+    assert follows(rows, True).verdict.startswith("higher") and follows(rows, False).verdict.startswith("undecided")
 
 
 def test_other_runs_are_ranked_now_and_in_one_case():

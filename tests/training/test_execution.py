@@ -17,7 +17,10 @@ from maskalign_lab.training.prefetch import WholeBatches
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 BILEVEL = ("ahpa", "method.router=bilevel")
-WHOLES = [*(case for case in CASES if case != BILEVEL), ("maskalign", "method.inner.name=haste")]
+WHOLES = [
+    *(case for case in CASES if case != BILEVEL),
+    ("maskalign", "method.inner.name=haste method.inner.student_blocks=1,2"),
+]
 
 
 class Bare(Method, name=None):

@@ -91,7 +91,7 @@ def test_a_plan_is_named_like_a_benchmark(capsys):
 
 
 def test_every_part_of_the_plan_for_a_gpu_runs_on_a_cpu(tmp_path):
-    outcomes = follow("gpu", True, "cpu", str(tmp_path / "gpu.json"))
+    outcomes = follow("gpu", True, "cpu", str(tmp_path / "gpu.json"), limit=1e9)  # however slow the machine is
     assert {name: each.error for name, each in outcomes.items() if each.status != "ok"} == {}
     comparisons = from_json((tmp_path / "gpu.json").read_text())[0]
     told = "\n".join(note for each in comparisons for note in each.notes)

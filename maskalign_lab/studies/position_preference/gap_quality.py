@@ -155,7 +155,7 @@ def found_within(rows: Rows, among: str, metric: str) -> Finding:
     return of_correlation(question, related(rows, among, metric, "within"), +1, "02_gap")
 
 
-def gap_findings(rows: Rows) -> list[Callable[[], Finding]]:
-    """What a table of findings shows of gap and quality."""
-    makes = [partial(found_between, rows, *line) for line in LINES]
-    return makes + [partial(found_within, rows, "told alike", metric) for metric in METRICS]
+def gap_findings(rows: Rows) -> dict[str, Callable[[], Finding]]:
+    """What may be found of gap and quality, by name."""
+    makes = {f"{among}: {metric}": partial(found_between, rows, among, metric) for among, metric in LINES}
+    return makes | {f"seeds: {metric}": partial(found_within, rows, "told alike", metric) for metric in METRICS}

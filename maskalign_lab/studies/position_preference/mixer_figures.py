@@ -121,16 +121,22 @@ def leak(rows: Rows, what: str) -> Finding:
     return of_pairs(question, difference(rows, ALL.name, NONE.name, f"rebuilt {what}"), +1, FIGURE, "%", 2)
 
 # %% ../../../nbs/lib/studies/position_preference/mixer_figures.ipynb #b41ac3c1
-def mixer_findings(rows: Rows) -> list[Callable[[], Finding]]:
-    """What a table of findings shows of the mixer's leak."""
+def mixer_findings(rows: Rows) -> dict[str, Callable[[], Finding]]:
+    """What may be found of the mixer's leak, by name."""
     silent, nearly = NEARBY[0].name, NEARBY[-1].name
-    pairs = [
-        ("Is the gap smaller than that of a mixer that carries nothing?", ALL.name, silent, "gap", 5),
-        ("Is the gap of a mixer that carries nothing below REG's?", silent, "REG", "gap", 5),
-        ("Does the class token's way through the mixer make the gap smaller?", ALL.name, nearly, "gap", 5),
-        ("Does what the mixer carries lower the velocity loss?", ALL.name, silent, "velocity", 4),
-        ("Does it bring samples nearer, by the judge's distance?", ALL.name, silent, "frechet", 2),
-    ]
-    makes = [partial(leak_and_gap, rows, part) for part in ("between", "within")]
-    makes += [partial(beside, question, rows, *rest) for question, *rest in pairs]
-    return makes + [partial(leak, rows, what) for what in ("latents", "noise")]
+    pairs = {
+        "carries": ("Is the gap smaller than that of a mixer that carries nothing?", ALL.name, silent, "gap", 5),
+        "silent": ("Is the gap of a mixer that carries nothing below REG's?", silent, "REG", "gap", 5),
+        "class token": (
+            "Does the class token's way through the mixer make the gap smaller?",
+            ALL.name,
+            nearly,
+            "gap",
+            5,
+        ),
+        "loss": ("Does what the mixer carries lower the velocity loss?", ALL.name, silent, "velocity", 4),
+        "distance": ("Does it bring samples nearer, by the judge's distance?", ALL.name, silent, "frechet", 2),
+    }
+    makes = {f"{part} arms": partial(leak_and_gap, rows, part) for part in ("between", "within")}
+    makes |= {name: partial(beside, question, rows, *rest) for name, (question, *rest) in pairs.items()}
+    return makes | {f"{what} come back": partial(leak, rows, what) for what in ("latents", "noise")}

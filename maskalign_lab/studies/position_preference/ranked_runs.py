@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TIMES', 'MIDDLE', 'OWN', 'PATH', 'OTHERS', 'RUNS', 'ROWS', 'Case', 'cases_of', 'rounded', 'told', 'curve_columns',
-           'ranking_columns', 'rank_correlation', 'misaligned', 'case_rows', 'view', 'ranking_rows', 'make_rankings']
+           'ranking_columns', 'rank_correlation', 'misaligned', 'infidelity_column', 'case_rows', 'view',
+           'ranking_rows', 'make_rankings']
 
 # %% ../../../nbs/lib/studies/position_preference/ranked_runs.ipynb #603d0df2
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from torch.nn.functional import cosine_similarity
 
 from ...base.statistics import four_digits, mean_interval
 from ...gradient_norms import Observed, observe
-from ...measure.attribution import ATTRIBUTIONS, Scores
+from ...measure.attribution import ATTRIBUTIONS, Scores, unfaithful
 from ...measure.deletion import knows_gaps
 from ...measure.questions import Noised, Question, ask, noised
 from ...measure.rankings import NORM, RANDOM, Removed, beside, greedy, of_ceiling, rank, remove_all
@@ -96,6 +97,11 @@ def misaligned(question: Question, noised: Noised, norms: Tensor) -> list[float]
     cosines = question.tokens(noised.images, *question.context(noised))
     return rounded(mean_interval(rank_correlation(norms, -cosines)))
 
+# %% ../../../nbs/lib/studies/position_preference/ranked_runs.ipynb #58635d4d
+def infidelity_column(question: Question, noised: Noised, scores: Scores | None) -> dict[str, float]:
+    """How unfaithful a ranking's scores are; nothing of chance, which has none."""
+    return {} if scores is None else {"infidelity": four_digits(unfaithful(question, noised, scores.values))}
+
 # %% ../../../nbs/lib/studies/position_preference/ranked_runs.ipynb #b2e0c1c8
 def case_rows(
     observed: Observed,
@@ -112,6 +118,8 @@ def case_rows(
     row = {name: getattr(case, name) for name in ("t", "question", "removal", "stand_in")}
     row |= {"drop": drop, "drop half": half, "images": len(shown)}
     rows = [row | ranking_columns(name, removed, scores.get(name), drop) for name in removed]
+    if case == Case(MIDDLE):
+        rows = [each | infidelity_column(question, shown, scores.get(each["ranking"])) for each in rows]
     if case.question == "alignment":
         rows[0] |= {"misaligned": misaligned(question, shown, scores[NORM].values)}
     if case.removal == "replace":

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Rows', 'FIRST', 'DRAWN', 'ANSWERS', 'UNITS', 'SHARES', 'MAPPED', 'picked', 'runs_of', 'draw_curve', 'draw_curves',
-           'curves_figure', 'greedy_gap', 'draw_gaps', 'gaps_figure', 'reach_of', 'map_rows', 'maps_figure', 'row_of',
-           'of_images', 'of_networks', 'of_greedy', 'lost_by_others', 'all_findings']
+           'curves_figure', 'greedy_gap', 'draw_gaps', 'gaps_figure', 'reach_of', 'map_rows', 'maps_figure',
+           'trust_table', 'row_of', 'of_images', 'of_networks', 'of_greedy', 'lost_by_others', 'all_findings']
 
 # %% ../../../nbs/lib/studies/position_preference/ranking_figures.ipynb #c5a93e9b
 from collections.abc import Callable, Sequence
@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -154,6 +155,17 @@ def maps_figure(observed: Observed, question: str = "alignment", t: float = MIDD
     labels = [dataset.classes[label] for label in dataset.labels[index]]
     return filmstrip(rows, labels, f"{observed.name}: the {ANSWERS[question]}; red adds to it, blue takes from it")
 
+# %% ../../../nbs/lib/studies/position_preference/ranking_figures.ipynb #82eeb9f9
+def trust_table(rows: Rows) -> pd.DataFrame:
+    """Convergence delta and infidelity of every ranking, a column for each run; empty where none was measured."""
+    asked = picked(rows, question="alignment", t=MIDDLE)
+    columns = {
+        (key, run): {row["ranking"]: row[key] for row in picked(asked, run=run) if key in row}
+        for key in ("delta", "infidelity")
+        for run in runs_of(asked)
+    }
+    return pd.DataFrame({place: of for place, of in columns.items() if of})
+
 # %% ../../../nbs/lib/studies/position_preference/ranking_figures.ipynb #3c865f76
 def row_of(
     rows: Rows, run: str, ranking: str, question: str = "alignment", t: float = MIDDLE, **more: str
@@ -208,7 +220,7 @@ def all_findings(rows: Rows, run: str = "repa-shapes", masked: str = "maskalign-
     moved = "Conductance behind block 1 less that at the aligned depth: does content move to other tokens?"
     return [
         lambda: of_images(
-            "Does REPA's alignment rest on tokens of large g_i? Gap beside chance (cosine, t = 0.5)", of(NORM)
+            f"Does {run}'s alignment rest on tokens of large g_i? Gap beside chance (cosine, t = 0.5)", of(NORM)
         ),
         partial(of_networks, rows, "In how many networks and times does it?", NORM),
         lambda: of_images("Rank correlation of g_i with a token's misalignment?", of(NORM), "misaligned"),

@@ -9,6 +9,7 @@ __all__ = ['Rows', 'CHOSEN', 'all_findings']
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ...base.errors import one_of
 from ...measure.findings import Finding
 from .cause_findings import cause_findings
 from .gap_quality import gap_findings
@@ -16,12 +17,17 @@ from .mixer_figures import mixer_findings
 
 # %% ../../../nbs/lib/studies/position_preference/summary.ipynb #53afb745
 Rows = Sequence[dict[str, Any]]
-CHOSEN = {"causes": (0, 2, 3, 5, 6, 7), "mixer": (0, 7), "gap": (0, 3)}  # findings of each objection, by their places
+CHOSEN = {  # findings of each objection, by name
+    "causes": ("preference", "positionless", "untrained", "attention", "torus", "moved along"),
+    "mixer": ("between arms", "latents come back"),
+    "gap": ("told alike: velocity", "all arms: frechet"),
+}
 
 
 def all_findings(
     tables: Mapping[str, Rows],  # of study 02, by name
     masked: Rows,  # of study 05
+    chosen: Mapping[str, Sequence[str]] = CHOSEN,
 ) -> list[Callable[[], Finding]]:
     """What `findings_table` shows of study 02."""
     makes = {
@@ -29,4 +35,4 @@ def all_findings(
         "mixer": mixer_findings(tables["mixer"]),
         "gap": gap_findings(masked),
     }
-    return [makes[name][place] for name, places in CHOSEN.items() for place in places]
+    return [makes[part][one_of(name, makes[part], f"finding of {part}")] for part in chosen for name in chosen[part]]
