@@ -4081,6 +4081,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'maskalign_lab/studies/rae/tables.py'),
                                                   'maskalign_lab.studies.rae.tables.odds_figure': ( 'lib/studies/rae/tables.html#odds_figure',
                                                                                                     'maskalign_lab/studies/rae/tables.py'),
+                                                  'maskalign_lab.studies.rae.tables.show_pairs': ( 'lib/studies/rae/tables.html#show_pairs',
+                                                                                                   'maskalign_lab/studies/rae/tables.py'),
                                                   'maskalign_lab.studies.rae.tables.untrained': ( 'lib/studies/rae/tables.html#untrained',
                                                                                                   'maskalign_lab/studies/rae/tables.py'),
                                                   'maskalign_lab.studies.rae.tables.verdicts': ( 'lib/studies/rae/tables.html#verdicts',

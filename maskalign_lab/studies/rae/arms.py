@@ -210,7 +210,7 @@ TINY = Networks(32, 32, 16, 32, 16, (32,), 16, "method.depth=1 method.projector_
 SMOKE = "data.size=32 data.teacher=tiny-4x4 data.n=64 training.cooldown=0 training.steps=4"
 SCALES = {
     "smoke": Scale(SMOKE, TINY, 1, "pair", 16, 8, filmed=("DiT-DH, v", "SiT, x")),
-    "laptop": Scale("", longer="training.steps=600 training.cooldown=0.4"),
+    "laptop": Scale("", longer="training.steps=600 training.cooldown=0.4", filmed=("DiT-DH, v", "DiT-DH, x", "SiT, v")),
     "gpu": Scale("", WIDER, 8, judged=1000),
     "paper": Scale(
         "training.steps=100000 training.cooldown=0 network.depth=28", XL, 5, images=2048, judged=5000, paper=True

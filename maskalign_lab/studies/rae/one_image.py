@@ -105,6 +105,7 @@ def draw_network(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     axis.axvline(1, color=INK, lw=0.6, ls=":")
     axis.set(xscale="log", yscale="log", ylim=(1e-3, 1.2), xlim=(0.42, 4.8), xlabel="width over values in a token, d/n")
     axis.set_xticks([0.5, 1, 2, 4], ["1/2", "1", "2", "4"])
+    axis.set_xticks([], minor=True)
 
 # %% ../../../nbs/lib/studies/rae/one_image.ipynb #bee29871
 PANELS = {
@@ -126,7 +127,7 @@ def width_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
         draw_network(axis, of)
         axis.set_title(PANELS[name], fontsize=10)
     axes[0].set_ylabel("share of the noise that is missed")
-    axes[0].legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.22), ncols=2)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
 # %% ../../../nbs/lib/studies/rae/one_image.ipynb #9edf6fab
