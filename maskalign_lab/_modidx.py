@@ -3975,6 +3975,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'maskalign_lab/studies/rae/film.py'),
                                                 'maskalign_lab.studies.rae.film.picture': ( 'lib/studies/rae/film.html#picture',
                                                                                             'maskalign_lab/studies/rae/film.py'),
+                                                'maskalign_lab.studies.rae.film.pictures_of': ( 'lib/studies/rae/film.html#pictures_of',
+                                                                                                'maskalign_lab/studies/rae/film.py'),
                                                 'maskalign_lab.studies.rae.film.save_film': ( 'lib/studies/rae/film.html#save_film',
                                                                                               'maskalign_lab/studies/rae/film.py'),
                                                 'maskalign_lab.studies.rae.film.scrubber': ( 'lib/studies/rae/film.html#scrubber',

@@ -22,7 +22,7 @@ from .tables import Rows, factor
 # %% ../../../nbs/lib/studies/rae/findings.ipynb #9032d183
 LEARNED = 0.1  # share of the noise
 
-
+# %% ../../../nbs/lib/studies/rae/findings.ipynb #3129d109
 def all_fits(fits: Rows) -> list[Finding]:
     """What one image says, in the order of the questions."""
     return [make(fits) for make in (wide_enough, too_narrow, over_x, head_alone)]
@@ -43,7 +43,7 @@ def wide_enough(fits: Rows) -> Finding:
     question = "One image, width of a token and more: what share of the noise does v miss at most?"
     return of_number(question, worst, verdict, figure="07_one_image", digits=3)
 
-
+# %% ../../../nbs/lib/studies/rae/findings.ipynb #ee60d2be
 def too_narrow(fits: Rows) -> Finding:
     """How near to its bound v comes where there is one."""
     over = [row["missed"] / row["bound"] for row in fits if row["prediction"] == "v" and row["bound"] > 0]
@@ -60,7 +60,7 @@ def over_x(fits: Rows) -> Finding:
         "One image, SiT twice as wide as a token: v's miss over x's?", times(of["v"], of["x"]), 0, "07_one_image", 1
     )
 
-
+# %% ../../../nbs/lib/studies/rae/findings.ipynb #9db834fb
 def head_alone(fits: Rows) -> Finding:
     """A narrow head behind a wide backbone."""
     found = list(missed(fits, network="narrow head", prediction="v", width=24, token_dim=48).values())
@@ -78,7 +78,7 @@ def of_small(fits: Rows, width: int, steps: int) -> list[float]:
     wanted = {"prediction": "v", "width": width, "token_dim": 48, "steps": steps}
     return [missed(fits, network=network, **wanted)[0] for network in ("SiT", "DiT-DH")]
 
-
+# %% ../../../nbs/lib/studies/rae/findings.ipynb #7917b2ee
 def fits_text(fits: Rows) -> str:
     """Whether the width is all, on one image."""
     same, wide = ([of_small(fits, width, steps) for steps in (300, 900)] for width in (48, 96))
@@ -104,7 +104,7 @@ def width_on_data(rows: Rows, networks: Networks, place: int, claim: int, words:
         f"Data set, SiT {words} a token: v's loss over x's?", factor(rows, "odds loss", v, x), claim, "07_widths"
     )
 
-
+# %% ../../../nbs/lib/studies/rae/findings.ipynb #a8d690a0
 def shift_helps(rows: Rows) -> Finding:
     """The shift on latents of many numbers."""
     return of_arms(
@@ -126,7 +126,7 @@ def noisy_decoder(noise: Rows) -> Finding:
         "07_noise",
     )
 
-
+# %% ../../../nbs/lib/studies/rae/findings.ipynb #609ca9c4
 def semantics(rows: Rows) -> Finding:
     """RAE latents beside the VAE's, by the judge."""
     return of_arms(

@@ -33,7 +33,7 @@ def both_decoders(device: str | torch.device = "cpu") -> dict[str, FrozenRAE]:
     """The two decoders of one encoder."""
     return {name: load_autoencoder(spec, device) for name, spec in DECODERS.items()}
 
-
+# %% ../../../nbs/lib/studies/rae/noise.ipynb #407e5cef
 def noised(
     rae: FrozenRAE,
     latents: Tensor,  # (n, c, h, w), for diffusion
@@ -70,7 +70,7 @@ def noise_rows(
 COLOURS = dict(zip(DECODERS, PALETTE))
 PANELS = {"PSNR": "PSNR, dB", "frechet": "judge's distance to real images", "accuracy": "judge sees the class"}
 
-
+# %% ../../../nbs/lib/studies/rae/noise.ipynb #d49d9a99
 def noise_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """The curves: full lines of real images, dashed ones of samples."""
     theme()
@@ -90,7 +90,7 @@ def at(rows: Sequence[Mapping[str, Any]], decoder: str, latents: str, sigma: flo
     wanted = (decoder, latents, sigma)
     return next(row[metric] for row in rows if (row["decoder"], row["latents"], row["sigma"]) == wanted)
 
-
+# %% ../../../nbs/lib/studies/rae/noise.ipynb #a8288b2c
 def noise_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """What noise costs each decoder, and which of them makes the better samples."""
     top = max(row["sigma"] for row in rows)

@@ -67,7 +67,7 @@ def filmed_runs(scale: Scale, preset: str, dataset: str, device: str, seed: int,
     recipe_of = scale.recipe_of(preset, dataset, f"{scale.longer} {overrides}")
     return {name: ensure_run(recipe_of(arm, seed), device) for name, arm in film_arms(scale).items()}
 
-
+# %% ../../../nbs/lib/studies/rae/opening.ipynb #6e8e9575
 def open_study(
     preset: str = "laptop",  # smoke | laptop | gpu | paper
     run: str = "",  # a run's name or folder; empty: the film that ships, or the preset's networks
@@ -110,7 +110,7 @@ def network_latents(
     """Latents that a network makes."""
     return torch.cat([step.x.float().cpu() for step in final_steps(run, labels, sampler)])
 
-
+# %% ../../../nbs/lib/studies/rae/opening.ipynb #74fac284
 def look_at_decoders(
     run: Run,  # on the latents of the decoders
     n: int = 500,  # images, and samples
@@ -150,7 +150,7 @@ def decoder_curves(study: Study) -> tuple[list[dict[str, Any]], Decoded]:
         save_rows(keep, rows)
     return rows, film
 
-
+# %% ../../../nbs/lib/studies/rae/opening.ipynb #eec74f2f
 def save_decoded(film: Decoded, path: Path) -> Path:
     """Write what the second scrubber shows."""
     tensors = {"originals": film.originals} | {f"images.{name}": of.contiguous() for name, of in film.images.items()}
@@ -177,7 +177,7 @@ def network_recipe() -> Recipe:
     scale = SCALES["laptop"]
     return scale.recipe_of("laptop", "shapes", scale.longer)(film_arms(scale)[FILMED], 0)
 
-
+# %% ../../../nbs/lib/studies/rae/opening.ipynb #ce5a2a4d
 def make_films(
     folder: Path,  # where tables ship
     device: str = "auto",

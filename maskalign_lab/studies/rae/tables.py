@@ -46,7 +46,7 @@ def verdicts(
     )  # more is better
     return pd.concat([losses, probes], ignore_index=True) if pairs else pd.DataFrame()
 
-
+# %% ../../../nbs/lib/studies/rae/tables.ipynb #f44bffb3
 def untrained(rows: Rows, names: Sequence[str]) -> str:
     """Which of some arms have no rows, and what trains them."""
     there = {row["arm"] for row in rows}
@@ -70,7 +70,7 @@ def factor(rows: Rows, metric: str, over: str, under: str) -> Paired:
         raise NotTrained(f"{over} beside {under}")
     return found
 
-
+# %% ../../../nbs/lib/studies/rae/tables.ipynb #6af88932
 def width_table(rows: Rows, networks: Networks, token_dim: int) -> pd.DataFrame:
     """v and ε over x by network and width: factor, interval, verdict, and the bound of v beside its loss."""
     table, trained = [], {row["arm"] for row in rows}
