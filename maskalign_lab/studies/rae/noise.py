@@ -98,9 +98,13 @@ def noise_text(rows: Sequence[Mapping[str, Any]]) -> str:
     samples = {name: at(rows, name, "samples", 0, "frechet") for name in DECODERS}
     clean = {name: at(rows, name, "images", 0, "PSNR") for name in DECODERS}
     one, other = (f"from {low:.1f} to {high:.1f}" for low, high in told.values())
+    back = told["no noise"][0] < told["noise"][0] and clean["no noise"] > clean["noise"]
+    worse = " So the decoder that gives images back better makes the worse samples." * (
+        back and samples["noise"] < samples["no noise"]
+    )
     return (
         f"Clean tokens come back at {clean['noise']:.1f} dB by the decoder that was trained with noise, and at "
         f"{clean['no noise']:.1f} dB by the other. Noise of deviation {top:g} takes the judge's distance of real images "
         f"{one} with the first, and {other} with the second. The network's samples, decoded as they are, have "
-        f"{samples['noise']:.1f} and {samples['no noise']:.1f}."
+        f"{samples['noise']:.1f} and {samples['no noise']:.1f}.{worse}"
     )
