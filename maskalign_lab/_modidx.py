@@ -1373,6 +1373,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                   'maskalign_lab/measure/decoder_training.py'),
                                                         'maskalign_lab.measure.decoder_training.Materials': ( 'lib/measure/decoder_training.html#materials',
                                                                                                               'maskalign_lab/measure/decoder_training.py'),
+                                                        'maskalign_lab.measure.decoder_training.check_eyes': ( 'lib/measure/decoder_training.html#check_eyes',
+                                                                                                               'maskalign_lab/measure/decoder_training.py'),
                                                         'maskalign_lab.measure.decoder_training.claim': ( 'lib/measure/decoder_training.html#claim',
                                                                                                           'maskalign_lab/measure/decoder_training.py'),
                                                         'maskalign_lab.measure.decoder_training.decoder_steps': ( 'lib/measure/decoder_training.html#decoder_steps',

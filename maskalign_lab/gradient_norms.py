@@ -115,19 +115,17 @@ class Observed:
     def features(self, dataset: Dataset) -> Tensor:  # (n, tokens, z) float16
         return self.run.teacher_view(dataset).tokens
 
-# %% ../nbs/01_gradient_norms.ipynb #2328d4ee
+# %% ../nbs/01_gradient_norms.ipynb #61b7fba6
 def read_depth(run: "Run") -> int:  # noqa: F821
     """The block, counted from 1, whose tokens are looked at: where the run is aligned, or a third of the way."""
-    method = innermost(run.method)
-    return method.collect[0] if hasattr(method, "projectors") else min(max(2, run.net.depth // 3), run.net.depth)
+    blocks = run.net.depth
+    return next(iter(innermost(run.method).collect), min(max(2, blocks // 3), blocks))
 
-# %% ../nbs/01_gradient_norms.ipynb #61b7fba6
+
 def observe(run: "Run") -> Observed:  # noqa: F821
     """Look at a run through its own projector, or through an observer if it has none."""
-    method, depth = innermost(run.method), read_depth(run)
-    if hasattr(method, "projectors"):
-        return Observed(run.name, run, method.projectors[0], depth)
-    return Observed(run.name, run, load_observer(run, depth) or fit_observer(run, depth), depth)
+    depth, own = read_depth(run), getattr(innermost(run.method), "projectors", [None])[0]
+    return Observed(run.name, run, own or load_observer(run, depth) or fit_observer(run, depth), depth)
 
 # %% ../nbs/01_gradient_norms.ipynb #a70ae35e
 def analysis_noise(
@@ -229,9 +227,8 @@ class Survey:
 # %% ../nbs/01_gradient_norms.ipynb #8a84c9a4
 def check_times(times: Sequence[float]) -> None:
     """Refuse times outside [0, 1]; a habit of counting to 1000 is the usual cause."""
-    for t in times:
-        if not 0 <= t <= 1:
-            raise ValueError(f"t = {t} is outside [0, 1]: 0 is data, 1 is noise, and t is never multiplied by 1000")
+    if bad := [t for t in times if not 0 <= t <= 1]:
+        raise ValueError(f"t = {bad[0]} is outside [0, 1]: 0 is data, 1 is noise, and t is never multiplied by 1000")
 
 # %% ../nbs/01_gradient_norms.ipynb #461957f3
 def gradient_norms_at(

@@ -99,7 +99,9 @@ def load_shapes(
     placement: Any = "uniform",  # see `shapes.placement_law`
 ) -> Dataset:
     """Procedural images with exact masks and attributes."""
-    sample = shapes.render(n, size, seed, split, placement)
+    kept = size <= 32 and isinstance(placement, str)
+    block_of = shapes.kept_block if kept else shapes.render_block
+    sample = shapes.render(n, size, seed, split, placement, block_of)
     pixels, masks, labels = (sample.pop(name) for name in ("pixels", "masks", "labels"))
     return Dataset("shapes", split, pixels, labels, shapes.CLASSES, masks, sample, shapes.wraps(placement))
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PERCEPTION', 'DecoderConfig', 'decoding_config', 'training_config', 'new_decoder', 'new_discriminator',
            'perception_judge', 'perception_of', 'image_batches', 'decoder_steps', 'trained_decoder', 'claim',
-           'Materials', 'materials', 'train_decoder', 'keep_decoder', 'teach_decoder']
+           'check_eyes', 'Materials', 'materials', 'train_decoder', 'keep_decoder', 'teach_decoder']
 
 # %% ../../nbs/lib/measure/decoder_training.ipynb #530d310e
 import json
@@ -178,6 +178,16 @@ def claim(run: Path, identity: dict) -> None:
     run.mkdir(parents=True, exist_ok=True)
     write_atomic(path, told)
 
+# %% ../../nbs/lib/measure/decoder_training.ipynb #e1aac9bc
+def check_eyes(eyes: Teacher, encoder: TeacherEncoder) -> None:
+    """Refuse a discriminator that looks with the encoder."""
+    if eyes.digest == encoder.digest:
+        other = "tiny-4x4" if eyes.name == "tiny" else "tiny"
+        raise ValueError(
+            f"eyes={eyes.name!r} is the encoder itself, whose tokens of a decoded image are those of the original; take another "
+            f"teacher, such as {other}, or adversarial=0"
+        )
+
 # %% ../../nbs/lib/measure/decoder_training.ipynb #457f2865
 @dataclass
 class Materials:
@@ -196,6 +206,7 @@ def materials(spec: str, config: DecoderConfig, device: torch.device) -> Materia
     new_decoder(encoder, config)
     eyes = load_teacher(config.eyes, config.size, device) if config.adversarial else None
     if eyes:
+        check_eyes(eyes, encoder)
         new_discriminator(eyes, config)
     judge = load_judge(spec, config.size, device=device)
     check_held_out(spec, config.size)
@@ -240,10 +251,12 @@ def teach_decoder(
     command: str = "",  # that makes it again, for the card
     perception: JudgeConfig = PERCEPTION,  # of the classifier in whose features images are compared
     work: Path | None = None,  # of checkpoints; None: a folder in `out`, which goes when all is done
+    anew: bool = False,  # replace what `out` holds, at the end
 ) -> Path:  # the folder, which "rae:PATH" loads
     """Train a decoder for a teacher's tokens and keep both as an autoencoder; a training that was interrupted goes on."""
     place, out = resolve_device(device), home_of(out)
-    check_unused(out, "representation autoencoder", "decoder.safetensors", "card.md")
+    if not anew:
+        check_unused(out, "representation autoencoder", "decoder.safetensors", "card.md")
     given, run = materials(spec, config, place), Path(work or out / "training")
     facts = {"dataset": spec, "config": asdict(config), "perception": asdict(perception)}
     facts |= {"teacher": given.encoder.digest, "dataset_digest": given.dataset.digest, "pictures": len(given.dataset)}

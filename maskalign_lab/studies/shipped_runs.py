@@ -223,10 +223,8 @@ def make(
     if name == "autoencoder":
         return compress(Path(out or paths.data() / name), work, device=device)
     if name in DECODERS:
-        command = f"maskalign-lab make {name}"
-        return teach_decoder(
-            "shapes", Path(out or paths.data() / name), DECODERS[name], device, command=command, work=work
-        )
+        place, told = Path(out or paths.data() / name), {"command": f"maskalign-lab make {name}", "anew": True}
+        return teach_decoder("shapes", place, DECODERS[name], device, work=work, **told)
     recipe, out = shipped_recipe(name), Path(out or paths.data() / "runs" / name)
     train(recipe, work, device)
     pack(work, out)

@@ -7,12 +7,14 @@ from functools import partial
 import pytest
 import torch
 
+from maskalign_lab import cli
 from maskalign_lab.base import paths
 from maskalign_lab.base.checkpoints import steps_of
 from maskalign_lab.encoders.autoencoders import load_autoencoder
 from maskalign_lab.measure import decoder_training, rae_card
 from maskalign_lab.measure.decoder_training import DecoderConfig, decoder_steps, teach_decoder
 from maskalign_lab.measure.judge_training import JudgeConfig
+from maskalign_lab.studies import shipped_runs
 
 CONFIG = DecoderConfig(
     steps=4, batch_size=4, width=16, depth=1, heads=2, n=24, save_every=1, learns=0.25, heard=0.5, precision="float32"
@@ -50,6 +52,7 @@ def test_what_was_taught_is_an_autoencoder_with_a_card(tmp_path):
     [
         ("shapes", {"teacher": "tiny-5x5"}, "'tiny-5x5'.*'tiny-4x4'"),
         ("shapes", {"eyes": "tinny"}, "'tinny'.*'tiny'"),
+        ("shapes", {"eyes": "tiny-4x4"}, "eyes='tiny-4x4' is the encoder itself.*such as tiny,"),
         ("shapes", {"blocks": (6,)}, "has blocks 1 to 5; the discriminator asks for 6"),
         ("shapes", {"law": "gaussian"}, "law of noise 'gaussian'"),
         ("shapes", {"tau": -1.0}, "tau=-1.0"),
@@ -113,6 +116,31 @@ def test_without_perception_and_discriminator_neither_is_made(tmp_path, monkeypa
     out = teach(tmp_path / "out", replace(CONFIG, perceptual=0.0, adversarial=0.0, tau=0.0))
     text = (out / "card.md").read_text()
     assert "adversarial" not in text and "No noise was put on the tokens." in text
+
+
+def test_both_commands_know_it(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def taught(spec, out, config, device, **told):
+        asked.append((spec, out.name, config, device, told["command"]))
+        return out
+
+    monkeypatch.setattr(decoder_training, "teach_decoder", taught)
+    monkeypatch.setattr(shipped_runs, "teach_decoder", taught)
+    assert cli.main(["make", "rae-clean", "--device", "cpu"]) == 0
+    words = ["teach-decoder", "shapes", "--tau", "0.5", "--out", str(tmp_path / "mine")]
+    assert cli.main([*words, "--steps", "7", "--device", "cpu"]) == 0
+    assert asked == [
+        ("shapes", "rae-clean", DecoderConfig(tau=0.0), "cpu", "maskalign-lab make rae-clean"),
+        (
+            "shapes",
+            "mine",
+            DecoderConfig(tau=0.5, steps=7),
+            "cpu",
+            "maskalign-lab teach-decoder shapes --steps 7 --tau 0.5",
+        ),
+    ]
+    assert f"data.autoencoder=rae:{tmp_path / 'mine'}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["rae", "rae-clean"])

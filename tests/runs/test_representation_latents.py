@@ -31,7 +31,13 @@ SMALL = (
     "training.batch_size=8 training.steps=2 training.warmup=1 training.log_every=1 training.save_every=2"
 )
 ALIGNED = "method.depth=1 method.projector_width=16"
-METHODS = {"sit": "", "sra2": "method.depth=1", "repa": ALIGNED, "reg": ALIGNED, "maskalign": ALIGNED.replace("method.", "method.inner.")}
+METHODS = {
+    "sit": "",
+    "sra2": "method.depth=1",
+    "repa": ALIGNED,
+    "reg": ALIGNED,
+    "maskalign": ALIGNED.replace("method.", "method.inner."),
+}
 
 
 def recipe_of(method: str, autoencoder: str, more: str = ""):

@@ -12,13 +12,14 @@ from maskalign_lab.measure.findings import findings_table
 from maskalign_lab.runs.experiments import load_rows
 from maskalign_lab.runs.run import load_run
 from maskalign_lab.runs.rung import UNSEEN
-from maskalign_lab.studies.position_preference import lenses, tables
+from maskalign_lab.studies.position_preference import conflict_courses, lenses, tables
 from maskalign_lab.studies.position_preference.cause_findings import cause_table, follows
 from maskalign_lab.studies.position_preference.depth_film import load_film
 from maskalign_lab.studies.position_preference.gap_quality import correlation_table
 from maskalign_lab.studies.position_preference.opening import SHIPPED, TABLES, open_study
 from maskalign_lab.studies.position_preference.ranked_runs import ROWS as RANKED
 from maskalign_lab.studies.position_preference.ranking_figures import all_findings as ranking_findings
+from maskalign_lab.studies.position_preference.ranking_figures import trust_table
 from maskalign_lab.studies.position_preference.summary import CHOSEN, all_findings
 
 RESULTS = paths.data() / "results"
@@ -121,6 +122,22 @@ def test_what_the_first_screen_says_of_untrained_networks_is_in_the_rows():
 def test_what_the_first_screen_says_of_a_teacher_whose_tokens_are_moved_is_in_the_rows():
     rows = load_rows(RESULTS / "02_causes_shapes.json")
     assert follows(rows, True).verdict.startswith("higher") and follows(rows, False).verdict.startswith("undecided")
+
+
+def test_what_is_said_of_the_first_steps_is_in_the_rows():
+    rows = load_rows(RESULTS / conflict_courses.ROWS)
+    assert not [row for row in rows if row["step"] > 30 and row["mean"] < -row["mean half"]]
+    for row in (row for row in rows if row["part"] == "alignment" and row["step"] == conflict_courses.STEPS):
+        assert row["times"][-1] == 0.95 and row["per t"][-1] > row["per t half"][-1], row["arm"]
+
+
+def test_what_is_said_of_scores_is_in_the_rows():
+    """Integrated gradients predict better than equal scores in every network; delta says nothing of that."""
+    trust = trust_table(load_rows(RESULTS / RANKED))
+    runs = [f"{name}-shapes" for name in SHIPPED]
+    assert set(trust.columns) == {(key, run) for key in ("delta", "infidelity") for run in runs}
+    assert (trust.loc["integrated gradients", "infidelity"] < 1).all()
+    assert trust.loc["own change", "delta"].max() == 0 < trust.loc["own change", "infidelity"].min()
 
 
 def test_other_runs_are_ranked_now_and_in_one_case():

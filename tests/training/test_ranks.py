@@ -112,7 +112,7 @@ def stopped(process, folder, number, ranks=False):
     wait_for_line(folder, max(steps_of(folder), default=0) + 2, process)
     for each in psutil.Process(process.pid).children() if ranks else [process]:
         each.send_signal(number)
-    said, errors = process.communicate(timeout=60)
+    said, errors = process.communicate(timeout=300)
     assert said.count(f"saved after step {(done := steps_of(folder)[-1])}") == 1 and done < 60, errors
     return process.returncode, said + errors, done
 
@@ -146,7 +146,7 @@ def test_every_signal_saves_and_has_its_exit_code(tmp_path, own_folders, number,
 def test_an_error_of_one_process_ends_all_and_is_told_once(tmp_path, own_folders):
     with sole_writer(tmp_path / "run"):
         process = started("-m", "maskalign_lab.cli", *WORDS, "--processes", "2", "--out", str(tmp_path / "run"))
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=300)
     assert (
         process.returncode == 2 and errors.count(f"error: process {os.getpid()} on") == 1 and "Traceback" not in errors
     )
