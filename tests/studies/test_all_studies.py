@@ -116,6 +116,12 @@ def other_arms(page):
     choose(page, "coarse to fine")
 
 
+def other_networks(page):
+    """Another network and target, and another latent through both decoders."""
+    choose(page, "SiT, x")
+    page.locator(".js-plotly-plot").nth(1).scroll_into_view_if_needed()
+
+
 # ---- the studies
 
 
@@ -213,6 +219,19 @@ STUDIES = [
             (smoke(overrides="method.levels=down.0,middle"), "middle"),
             ({"run": "repa-shapes"}, "expected ahpa"),
         ),
+    ),
+    Study(
+        "07_rae",
+        tuple("filmstrip one_image noise decoders arms".split()),
+        ("0.50", "0.59"),
+        other_networks,
+        (
+            (smoke(overrides="network.head_wdith=32"), "Did you mean 'network.head_width'"),
+            (smoke(arms="haed"), "Did you mean 'head'"),
+            ({"run": "ditdh-shaeps"}, "no run 'ditdh-shaeps'"),
+            ({"run": "sit-shapes"}, "sees pixels, and a film of study 07 decodes latents"),
+        ),
+        preset="smoke",
     ),
 ]
 every_study = pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.number)
