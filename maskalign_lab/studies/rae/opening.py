@@ -34,7 +34,7 @@ from .measures import measure_rae
 from .noise import DECODERS, SIGMAS, both_decoders, noise_rows, noised
 
 # %% ../../../nbs/lib/studies/rae/opening.ipynb #f7a9b288
-TABLE, FILM, NOISE, BOTH = "07_rae", "07_film.safetensors", "07_noise.json", "07_decoders.safetensors"
+TABLE, FILM, NOISE, BOTH = "07_rae", "07_film.safetensors", "07_decoder_noise.json", "07_decoders.safetensors"
 
 
 @dataclass(frozen=True)
