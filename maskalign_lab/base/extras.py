@@ -31,7 +31,7 @@ def builds_siglip2() -> bool:
         )
     return hasattr(model, "vision_model")
 
-
+# %% ../../nbs/lib/base/extras.ipynb #9cd1bd8c
 def no_siglip2() -> str:
     """One sentence on a transformers that cannot build SigLIP for diffusers."""
     version = importlib.metadata.version("transformers")

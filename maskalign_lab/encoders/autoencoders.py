@@ -221,7 +221,7 @@ def split_statistics(
     name, _, file = spec.rpartition("@")
     return name, home_of(file)
 
-
+# %% ../../nbs/lib/encoders/autoencoders.ipynb #810a6616
 def stated(
     spec: str,  # as in a recipe
     folder: Path,  # of a run
@@ -230,7 +230,7 @@ def stated(
     file = folder / STATISTICS
     return f"{split_statistics(spec)[0]}@{file}" if file.is_file() else spec
 
-
+# %% ../../nbs/lib/encoders/autoencoders.ipynb #84083d31
 def place_of(
     name: str,  # a folder, or a name on the hub
 ) -> str:
@@ -251,7 +251,7 @@ def load_named(
 ) -> Autoencoder | FrozenRAE:
     """An autoencoder by name, on the CPU."""
     kind, _, place = name.partition(":")
-    if name in RAES or (kind in (*RAES, "rae-latents") and place):
+    if name in RAES or (kind in ("rae", "rae-latents") and place):
         return load_rae(name, statistics)
     if name == "tiny" or (kind == "tiny" and place):
         found = load_tiny(name, home_of(place) if place else data() / "autoencoder")
@@ -266,7 +266,7 @@ def load_named(
         )
     return found
 
-
+# %% ../../nbs/lib/encoders/autoencoders.ipynb #9f770fc0
 def load_autoencoder(
     spec: str = "tiny",  # one of `AUTOENCODERS`
     device: str | torch.device = "cpu",

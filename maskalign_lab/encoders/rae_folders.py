@@ -80,7 +80,7 @@ def read_rae(
         )
     return wrap_rae(encoder, read_decoder(folder, config["decoder"], encoder), statistics, name)
 
-
+# %% ../../nbs/lib/encoders/rae_folders.ipynb #81a5ea65
 def read_decoder(
     folder: Path,
     network: dict[str, Any] | None,  # arguments of `RAEDecoder`; None: there is no decoder
@@ -116,7 +116,7 @@ def folder_of(
             )
     return folder
 
-
+# %% ../../nbs/lib/encoders/rae_folders.ipynb #ed0020d2
 def load_rae(
     name: str,  # one of RAES, "rae:PATH", or "rae-latents:TEACHER"
     statistics: LatentStatistics | None = None,  # instead of its own
@@ -145,7 +145,7 @@ def tiny_only(
         )
     return teacher
 
-
+# %% ../../nbs/lib/encoders/rae_folders.ipynb #33bcb752
 def latents_only(
     name: str,  # "rae-latents:tiny-4x4?random"
     statistics: LatentStatistics | None = None,  # None: they are measured

@@ -40,7 +40,7 @@ def latent_geometry(
     kind, _, place = name.partition(":")
     if name in PUBLISHED:
         return Geometry(name, *PUBLISHED[name])
-    if name in RAES or kind in (*RAES, "rae-latents"):
+    if name in RAES or kind in ("rae", "rae-latents"):
         channels, grid, size = rae_geometry(name)
         return Geometry(name, channels, size // grid, size, 1)
     folder = data() / "autoencoder" if name == "tiny" else home_of(place if kind == "tiny" else name)

@@ -109,7 +109,7 @@ def latents_of_file(
     told = {"autoencoder": name, "autoencoder_digest": loaded.digest, "factor": loaded.factor}
     return told | ({"statistics": loaded.statistics} if loaded.is_point else {})
 
-
+# %% ../../nbs/lib/runs/official_files.ipynb #d9f02c69
 def check_fits(loaded: Autoencoder | FrozenRAE, net: nn.Module) -> None:
     """Refuse an autoencoder of other latents than a network takes."""
     if loaded.channels != net.in_channels:
