@@ -116,7 +116,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
 Optimizers = dict[str, torch.optim.Optimizer]  # of the phases of a step beyond the main one, by name
 NO_OTHERS: Optimizers = {}
 
-
+# %% ../../nbs/lib/base/checkpoints.ipynb #4dd404c7
 def contents(
     model: nn.Module,
     averages: dict[str, nn.Module],  # by name
@@ -133,7 +133,7 @@ def contents(
         tensors["method"] = method.state_dict()
     return tensors
 
-
+# %% ../../nbs/lib/base/checkpoints.ipynb #165de8d3
 def store(
     run: Path,
     step: int,
@@ -151,7 +151,7 @@ def whole_steps(run: Path) -> list[int]:
     """The steps that a training can go on from, ascending."""
     return [step for step in steps_of(run) if (step_folder(run, step) / "optimizer.safetensors").exists()]
 
-
+# %% ../../nbs/lib/base/checkpoints.ipynb #cee3a807
 def fill(
     tensors: dict[str, dict[str, Tensor]],  # of a full checkpoint, as `contents` names them
     model: nn.Module,
@@ -169,7 +169,7 @@ def fill(
     for name, each in others.items():
         load_optimizer(each, tensors[f"optimizer-{name}"])
 
-
+# %% ../../nbs/lib/base/checkpoints.ipynb #2d016bcc
 def resume(
     run: Path,
     model: nn.Module,
@@ -198,7 +198,7 @@ HEAVY = (
     "model",
 )  # what only a training that goes on needs, in the order in which it is removed
 
-
+# %% ../../nbs/lib/base/checkpoints.ipynb #6b50971d
 def discard(
     folder: Path,  # of a step
 ) -> None:
@@ -207,7 +207,7 @@ def discard(
     os.replace(folder, hidden)
     shutil.rmtree(hidden)
 
-
+# %% ../../nbs/lib/base/checkpoints.ipynb #8622cf1f
 def prune(
     run: Path,
     keep: int,  # last steps that stay whole

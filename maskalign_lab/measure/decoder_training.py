@@ -75,13 +75,13 @@ def decoding_config(config: DecoderConfig) -> DecodingConfig:
     begins = {f"{name}_from": round(getattr(config, name) * config.steps) for name in ("learns", "heard")}
     return DecodingConfig(**own, **begins)
 
-
+# %% ../../nbs/lib/measure/decoder_training.ipynb #955fc24a
 def training_config(config: DecoderConfig) -> TrainingConfig:
     """The loop's settings. RAE trains with the same AdamW, and lets the rate fall along a cosine."""
     names = ("steps", "batch_size", "lr", "warmup", "cooldown", "ema", "save_every", "seed", "precision")
     return TrainingConfig(**{name: getattr(config, name) for name in names}, betas=(0.9, 0.95))
 
-
+# %% ../../nbs/lib/measure/decoder_training.ipynb #ab6c78be
 def new_decoder(encoder: TeacherEncoder, config: DecoderConfig) -> PixelDecoder:
     """A decoder whose initial weights depend on the seed alone."""
     with torch.random.fork_rng(devices=[]):
@@ -94,7 +94,7 @@ def new_decoder(encoder: TeacherEncoder, config: DecoderConfig) -> PixelDecoder:
             decoder_intermediate_size=4 * config.width,
         )
 
-
+# %% ../../nbs/lib/measure/decoder_training.ipynb #0cd2e00b
 def new_discriminator(eyes: Teacher, config: DecoderConfig) -> Discriminator:
     """A discriminator whose initial weights depend on the seed alone."""
     with torch.random.fork_rng(devices=[]):
@@ -104,7 +104,7 @@ def new_discriminator(eyes: Teacher, config: DecoderConfig) -> Discriminator:
 # %% ../../nbs/lib/measure/decoder_training.ipynb #97b2fcdd
 PERCEPTION = JudgeConfig(steps=300, batch_size=64, channels=(24, 48, 64, 80), n=10_000, stream=1003, seed=1)
 
-
+# %% ../../nbs/lib/measure/decoder_training.ipynb #66594635
 def perception_judge(
     spec: str,  # the data set
     config: JudgeConfig,
@@ -118,7 +118,7 @@ def perception_judge(
         write_atomic(path, pack_judge(complete(judge_steps(dataset, config, device), print_every).model))
     return unpack_judge(path.read_bytes(), dataset.classes, config.channels).to(resolve_device(device))
 
-
+# %% ../../nbs/lib/measure/decoder_training.ipynb #c8703481
 def perception_of(judge: Judge) -> Perception:
     """Its feature maps."""
     return partial(judge.net.forward_intermediates, intermediates_only=True)
@@ -140,7 +140,7 @@ def image_batches(
 
     return batch
 
-
+# %% ../../nbs/lib/measure/decoder_training.ipynb #25b56b37
 def decoder_steps(
     dataset: Dataset,
     encoder: TeacherEncoder,
@@ -165,7 +165,7 @@ def trained_decoder(run: Path, encoder: TeacherEncoder, config: DecoderConfig) -
     decoder.load_state_dict(load_tensors(step_folder(run), "ema"))
     return decoder.eval().requires_grad_(False)
 
-
+# %% ../../nbs/lib/measure/decoder_training.ipynb #a46abf1d
 def claim(run: Path, identity: dict) -> None:
     """Let a folder be of one training; raises `FileExistsError` if it is of another."""
     told, path = json.dumps(identity, indent=1) + "\n", run / "identity.json"
@@ -198,7 +198,7 @@ class Materials:
     eyes: Teacher | None  # of the discriminator, if there is one
     judge: Judge  # by which the result is measured
 
-
+# %% ../../nbs/lib/measure/decoder_training.ipynb #d016e4e3
 def materials(spec: str, config: DecoderConfig, device: torch.device) -> Materials:
     """Load and try everything, so that nothing is refused after an hour."""
     decoding_config(config), training_config(config)
@@ -231,7 +231,7 @@ def train_decoder(
     for _ in with_log(steps, run, 50, print_every):
         pass
 
-
+# %% ../../nbs/lib/measure/decoder_training.ipynb #35707a31
 def keep_decoder(out: Path, run: Path, given: Materials, config: DecoderConfig, facts: dict) -> None:
     """Write the autoencoder, measure it as it was written, and write its cards."""
     decoder, statistics = trained_decoder(run, given.encoder, config), latent_statistics(given.encoder, given.dataset)

@@ -33,7 +33,7 @@ def encoded(
     rows = [autoencoder.encode(dataset.images(slice(k, k + batch_size), autoencoder.device)) for k in starts]
     return torch.cat([part.cpu() for part in rows])
 
-
+# %% ../../nbs/lib/measure/rae_card.ipynb #0f0cd2a7
 @torch.no_grad()
 def decoded(
     autoencoder: nn.Module,  # with `decode` and `device`
@@ -57,7 +57,7 @@ def fidelity(
     figures = {"PSNR": four_digits(psnr(images, back).mean().item())}
     return figures | {name: found[name] for name in ("frechet", "kernel", "accuracy")}
 
-
+# %% ../../nbs/lib/measure/rae_card.ipynb #4bd5b411
 def knowledge(
     autoencoder: nn.Module,
     splits: tuple[Dataset, Dataset],  # the images of a probe's training and of its test
@@ -72,7 +72,7 @@ def knowledge(
 # %% ../../nbs/lib/measure/rae_card.ipynb #fbfc2c92
 SIGMAS = (0.0, 0.2, 0.4, 0.8)
 
-
+# %% ../../nbs/lib/measure/rae_card.ipynb #89161489
 @torch.no_grad()
 def under_noise(
     rae: FrozenRAE,
@@ -144,14 +144,14 @@ Licence {licence}. Data digest `{dataset_digest}`, weights `{weights}`. Made aga
 # %% ../../nbs/lib/measure/rae_card.ipynb #00a20512
 SHARES = {"uniform": "uniform in [0, 1]", "normal": "the absolute value of a standard normal number"}
 
-
+# %% ../../nbs/lib/measure/rae_card.ipynb #08ba9f52
 def noise_text(config: dict) -> str:
     """What noise the decoder was trained with."""
     if not config["tau"]:
         return "No noise was put on the tokens."
     return f"Noise of deviation {config['tau']:g} u was put on the tokens, u {SHARES[config['law']]}, for each picture anew."
 
-
+# %% ../../nbs/lib/measure/rae_card.ipynb #a1eb67c0
 def adversary_text(config: dict) -> str:
     """What the discriminator was, if there was one."""
     if not config["adversarial"]:
@@ -159,7 +159,7 @@ def adversary_text(config: dict) -> str:
     seen = f"{config['adversarial']:g} times an adversarial loss on tokens of `{config['eyes']}`"
     return f" +\n{seen} (hinge, in proportion, from {config['heard']:.0%} of the steps on)"
 
-
+# %% ../../nbs/lib/measure/rae_card.ipynb #3503f0b6
 def card_text(
     card: dict,  # what card.json holds
 ) -> str:

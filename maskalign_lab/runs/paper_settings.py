@@ -211,6 +211,36 @@ SETTINGS["jit"] |= {
     "training.save_every": Setting("50000", "JiT's code saves by epochs", OURS),
 }
 
+# %% ../../nbs/lib/runs/paper_settings.ipynb #c22a73e6
+SETTINGS["ditdh"] = {
+    "network": Setting("DiTDH-XL", "RAE configs/stage2: 28 blocks of 1,152, a head of 2 blocks of 2,048"),
+    "data.autoencoder": Setting(
+        "nyu-visionx/RAE-dinov2-wReg-base-ViTXL-n08",
+        "RAE: DINOv2-B with registers at 224 px, decoder ViT-XL; tau 0 in stage 2",
+    ),
+    "data.teacher": Setting(
+        "timm:vit_base_patch14_reg4_dinov2",
+        "of REPA on top, which RAEv2 trains and RAE does not; the encoder's weights",
+        OURS,
+    ),
+    "data.precision": Setting("half", "RAE encodes at every step; here latents are kept in float16", OURS),
+    "objective.time_law": Setting("logit-normal", "RAE configs/stage2: logit-normal_0_1"),
+    "objective.time_mean": Setting("0.0", "RAE configs/stage2"),
+    "objective.time_std": Setting("1.0", "RAE configs/stage2"),
+    "objective.time_shift": Setting("6.928203230275509", "RAE: the square root of 196,608 numbers over 4,096"),
+}
+
+# %% ../../nbs/lib/runs/paper_settings.ipynb #9fdfd703
+SETTINGS["ditdh"] |= {
+    "training.steps": Setting("1000800", "RAE: 800 epochs of 1,251 steps"),
+    "training.batch_size": Setting("1024", "RAE configs/stage2"),
+    "training.lr": Setting("2e-4", "RAE configs/stage2"),
+    "training.betas": Setting("(0.9,0.95)", "RAE configs/stage2"),
+    "training.cooldown": Setting("0.95", "RAE configs/stage2: constant to epoch 40, then linear to epoch 800"),
+    "training.cooldown_to": Setting("0.1", "RAE configs/stage2: down to 2e-5"),
+    "training.ema": Setting("0.9995", "RAE configs/stage2"),
+}
+
 # %% ../../nbs/lib/runs/paper_settings.ipynb #0e37e665
 def settings_of(
     name: str,  # of a method, or "jit"

@@ -58,6 +58,13 @@ NAMED: dict[str, dict[str, str]] = {  # what else a name stands for, by preset; 
         "objective.time_mean=0.8 objective.time_std=0.8 training.betas=(0.9,0.95)",
         "smoke": "network.bottleneck=8 network.context_tokens=4 network.context_start=2",
     },
+    "ditdh": {
+        "": "network.name=ditdh data.autoencoder=rae data.teacher=tiny-4x4 data.size=32 network.patch_size=1 "
+        f"network.head_width=192 objective.time_law=logit-normal objective.time_shift={8**0.5} training.betas=(0.9,0.95)",
+        "study": "network.width=96 network.heads=3",
+        "study-gpu": "network.width=192 network.head_width=384",
+        "gpu": "network.head_width=512 network.head_heads=8",
+    },
 }
 
 

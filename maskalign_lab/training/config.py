@@ -18,6 +18,7 @@ RANGES = {  # field -> what is expected, the test
     "lr": ("at least 0", lambda v: v >= 0),
     "warmup": ("at least 0", lambda v: v >= 0),
     "cooldown": ("in [0, 1]", lambda v: 0 <= v <= 1),
+    "cooldown_to": ("in [0, 1]", lambda v: 0 <= v <= 1),
     "clip": ("above 0", lambda v: v > 0),
     "ema": ("in [0, 1)", lambda v: 0 <= v < 1),
     "second_ema": ("in [0, 1), or None", lambda v: v is None or 0 <= v < 1),
@@ -35,7 +36,8 @@ class TrainingConfig:
     batch_size: int = 64
     lr: float = 1e-3
     warmup: int = 200  # steps of linear warm-up from 0
-    cooldown: float = 0.0  # share of the steps, at the end, over which the rate falls linearly to 0
+    cooldown: float = 0.0  # share of the steps, at the end, over which the rate falls linearly
+    cooldown_to: float = 0.0  # share of the rate that it falls to
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
     clip: float = 1.0  # largest gradient norm
@@ -67,4 +69,4 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
     """The rate of one step: linear warm-up, plateau, and a linear cool-down if there is one."""
     rise = (step + 1) / max(1, config.warmup)
     fall = (config.steps - step) / max(1, config.cooldown * config.steps)
-    return config.lr * min(1.0, rise, fall)
+    return config.lr * min(1.0, rise, config.cooldown_to + (1 - config.cooldown_to) * fall)

@@ -111,7 +111,7 @@ def make_trainer(
     objects = trainee, wrapped, weights, averages, averaged, optimizer, accelerator, guard, compiled, phases
     return Trainer(config, execution, *objects)
 
-
+# %% ../../nbs/lib/training/loop.ipynb #4b2a1184
 def open_run(
     trainer: Trainer,
     run: Path | None,  # a folder; None keeps nothing
@@ -122,7 +122,7 @@ def open_run(
     trainer.saver = Saver(mine, trainer.config, trainer.execution, ahead=ahead)
     return same_start(resume(run, *objects) if run else 0, run)
 
-
+# %% ../../nbs/lib/training/loop.ipynb #4e2c5d45
 def objects_of(trainer: Trainer) -> tuple:
     """What a checkpoint is made of, in the order that `base.checkpoints` asks for."""
     trainee, others = trainer.trainee, {phase.name: phase.optimizer for phase in trainer.phases}
@@ -134,7 +134,7 @@ def share(trainer: Trainer, start: int, stop: int) -> Iterator[Portion]:
     accelerator = trainer.accelerator
     return portions(start, stop, accelerator.process_index, accelerator.num_processes, trainer.execution.accumulate)
 
-
+# %% ../../nbs/lib/training/loop.ipynb #d78211f2
 def pieces(trainer: Trainer, step: int) -> list[tuple[int, Batch, Draw]]:
     """What this process works in a step, piece by piece: which of all pieces, its batch and its draws."""
     found, draw = [], None
@@ -144,7 +144,7 @@ def pieces(trainer: Trainer, step: int) -> list[tuple[int, Batch, Draw]]:
         found.append((portion.part, batch, shard(draw, portion.part, portion.parts)))
     return found
 
-
+# %% ../../nbs/lib/training/loop.ipynb #0bc9dcca
 def forward(
     trainer: Trainer,
     step: int,
@@ -204,14 +204,14 @@ def further(
         found |= {f"{phase.name} {name}": part for name, part in parts.items()}
     return found
 
-
+# %% ../../nbs/lib/training/loop.ipynb #6d93fab9
 def advance(trainer: Trainer, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:  # `Step.losses`, `Step.norms`
     """All phases of a step."""
     todo = pieces(trainer, step)
     parts, norms = work(trainer, step, todo), update(trainer, step)
     return parts | further(trainer, step, todo, norms), norms
 
-
+# %% ../../nbs/lib/training/loop.ipynb #75b84ffa
 def sound(trainer: Trainer, step: int) -> bool:
     """Whether all gradients up to a step were finite; waits for the device."""
     guards = [trainer.guard, *(phase.guard for phase in trainer.phases)]
@@ -229,7 +229,7 @@ def keep(trainer: Trainer, done: int) -> None:
     """Take a full checkpoint."""
     trainer.saver.save(done, contents(*objects_of(trainer)))
 
-
+# %% ../../nbs/lib/training/loop.ipynb #b8162bd1
 def give_up(trainer: Trainer, bad: int) -> None:
     """Raise `NonFinite`, which names the step and the module, after the state before that step is saved."""
     with torch.compiler.set_stance("force_eager"):  # hooks see into blocks that are not compiled

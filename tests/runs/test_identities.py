@@ -17,6 +17,7 @@ from maskalign_lab.studies.ahpa import arms as ahpa
 from maskalign_lab.studies.maskalign import arms as maskalign
 from maskalign_lab.studies.position_preference.tables import EXPERIMENTS
 from maskalign_lab.studies.prediction_targets import arms as targets
+from maskalign_lab.studies.rae import arms as rae
 from maskalign_lab.studies.reg import arms as reg
 from maskalign_lab.training.methods import INSTALLED
 
@@ -42,7 +43,7 @@ def test_names_keep_their_identities(preset):
 
 @pytest.mark.parametrize("preset", targets.SCALES)
 def test_arms_keep_their_identities(preset):
-    """Arms of studies 02 to 06, the oracle's among them."""
+    """Arms of studies 02 to 07, the oracle's among them."""
     of = targets.SCALES[preset].recipe_of(preset, "shapes")
     found = {f"03 {arm.name} {preset}": of(arm, 0) for arm in (*targets.ARMS, *targets.JIT_ARMS)}
     for what, study in (("04", reg), ("05", maskalign)):
@@ -56,6 +57,10 @@ def test_arms_keep_their_identities(preset):
     for what, experiment in EXPERIMENTS.items():
         of, arms = experiment.scales[preset].recipe_of(preset, "shapes"), experiment.scales["laptop"].arms
         found |= {f"02 {what} {arm.name} {preset}": of(arm, 0) for arm in arms}
+    scale = rae.SCALES[preset]
+    of = scale.recipe_of(preset, "shapes")
+    arms = scale.table("head shift latents width") + tuple(rae.film_arms(scale).values())
+    found |= {f"07 {arm.name} {preset}": of(arm, 0) for arm in arms}
     there = {name: identity(recipe) for name, recipe in found.items()}
     assert there == {name: FROZEN[name] for name in there}
     assert len(there) == sum(name.endswith(f" {preset}") and not name.startswith("recipe ") for name in FROZEN)

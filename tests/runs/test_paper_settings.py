@@ -38,7 +38,8 @@ def plain(values: dict) -> dict:
 
 
 def tokens(recipe: Recipe) -> int:
-    return (recipe.data.size // (8 if recipe.data.autoencoder else 1) // recipe.network.patch_size) ** 2
+    factor = 16 if "RAE" in recipe.data.autoencoder else 8 if recipe.data.autoencoder else 1
+    return (recipe.data.size // factor // recipe.network.patch_size) ** 2
 
 
 def test_every_name_that_a_paper_has_is_here():
@@ -74,13 +75,15 @@ def test_every_field_that_is_no_default_has_its_source(name):
 def test_a_paper_trains_256_tokens_of_latents_or_pixels(name):
     recipe = make_recipe(name, "paper")
     assert tokens(recipe) == 256 and recipe.data.size == 256
-    assert recipe.data.autoencoder == ("" if name == "jit" else "stabilityai/sd-vae-ft-mse")
+    others = {"jit": "", "ditdh": "nyu-visionx/RAE-dinov2-wReg-base-ViTXL-n08"}
+    assert recipe.data.autoencoder == others.get(name, "stabilityai/sd-vae-ft-mse")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_no_paper_has_is_off(name):
     training = make_recipe(name, "paper").training
-    assert not training.ema_ramp and not training.cooldown and (training.warmup == 0 or name == "jit")
+    assert not training.ema_ramp and (training.warmup == 0 or name == "jit")
+    assert (training.cooldown, training.cooldown_to) == ((0.95, 0.1) if name == "ditdh" else (0, 0))
 
 
 @pytest.mark.parametrize("name", REPA_FAMILY)

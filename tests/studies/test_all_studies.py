@@ -90,7 +90,8 @@ def other_classes(page):
     choose(page, "no label")
 
 
-PLACE = """([number, across, down] = [0, 0.8, 0.8]) => { const plot = document.querySelectorAll('.js-plotly-plot')[number];
+PLACE = """given => { const [number, across, down] = given || [0, 0.8, 0.8];
+  const plot = document.querySelectorAll('.js-plotly-plot')[number];
   const map = plot._fullData.find(trace => trace.type === 'heatmap'), box = plot.getBoundingClientRect();
   const axes = [map.xaxis, map.yaxis].map(name => plot._fullLayout[name[0] + 'axis' + name.slice(1)]);
   return [box.x + axes[0]._offset + across * axes[0]._length, box.y + axes[1]._offset + down * axes[1]._length] }"""
@@ -113,6 +114,12 @@ def other_tokens(page):
 
 def other_arms(page):
     choose(page, "coarse to fine")
+
+
+def other_networks(page):
+    """Another network and target, and another latent through both decoders."""
+    choose(page, "SiT, x")
+    page.locator(".js-plotly-plot").nth(1).scroll_into_view_if_needed()
 
 
 # ---- the studies
@@ -212,6 +219,19 @@ STUDIES = [
             (smoke(overrides="method.levels=down.0,middle"), "middle"),
             ({"run": "repa-shapes"}, "expected ahpa"),
         ),
+    ),
+    Study(
+        "07_rae",
+        tuple("filmstrip one_image noise decoders arms".split()),
+        ("0.50", "0.59"),
+        other_networks,
+        (
+            (smoke(overrides="network.head_wdith=32"), "Did you mean 'network.head_width'"),
+            (smoke(arms="haed"), "Did you mean 'head'"),
+            ({"run": "ditdh-shaeps"}, "no run 'ditdh-shaeps'"),
+            ({"run": "sit-shapes"}, "sees pixels, and a film of study 07 decodes latents"),
+        ),
+        preset="smoke",
     ),
 ]
 every_study = pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.number)

@@ -94,7 +94,7 @@ def content_of(
     along = (map_ @ direction).square() / direction.square().sum().clamp(min=1e-12) / n
     return along.item() - found.noise["common"] / (n - 1)
 
-
+# %% ../../../nbs/lib/studies/position_preference/grid.ipynb #69218a87
 def variance_shares(
     cases: Sequence[Case],  # of one seed
     at: int,  # of TIMES

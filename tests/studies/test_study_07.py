@@ -1,0 +1,150 @@
+"""Study 07: what its smoke run leaves, the fits that ship, and what it says where nothing was trained."""
+
+import math
+from dataclasses import replace
+
+import nbformat
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from shared.studies import check_figure, smoke_fixture
+
+from maskalign_lab.base import paths
+from maskalign_lab.diffusion.objectives import Objective, draw_time, shifted
+from maskalign_lab.measure.findings import check_words, findings_table, headline
+from maskalign_lab.rae import BACKBONES, FIT, ImageFit, dimension_shift, noise_weight, odds_times
+from maskalign_lab.runs.experiments import load_rows
+from maskalign_lab.runs.presets import make_recipe
+from maskalign_lab.studies.rae.arms import SCALES, film_arms, shift_of
+from maskalign_lab.studies.rae.film import check_shown, load_film
+from maskalign_lab.studies.rae.findings import all_findings, wide_enough
+from maskalign_lab.studies.rae.noise import DECODERS
+from maskalign_lab.studies.rae.one_image import CASES, case_of, rows_of, shipped_fits
+from maskalign_lab.studies.rae.opening import BOTH, FILM, NOISE, load_decoded
+from maskalign_lab.studies.rae.tables import PAIRS, untrained, verdicts
+
+BOOK = paths.notebooks() / "07_rae.ipynb"
+smoke = smoke_fixture("07")
+
+
+# ---- one image
+
+
+def test_the_fits_that_ship_are_the_cases_and_are_paired():
+    fits = [case_of(row) for row in shipped_fits()]
+    assert set(fits) == set(CASES) and len(fits) == len(CASES)
+    three = [case for case in CASES if case.size == 16 and case.steps == min(case.steps for case in CASES)]
+    seeds = {
+        replace(case, seed=0): {each.seed for each in three if replace(each, seed=0) == replace(case, seed=0)}
+        for case in three
+    }
+    assert all(found == {0, 1, 2} for found in seeds.values())
+
+
+def test_no_fit_of_v_or_eps_beats_the_bound_of_its_width():
+    """Means over the last steps have some noise, of eps more, since its weight is large near t = 1."""
+    for row in shipped_fits():
+        assert row["prediction"] == "x" or row["missed"] > (0.97 if row["prediction"] == "v" else 0.85) * row["bound"]
+
+
+def test_known_fits_are_not_made_again(tmp_path):
+    assert rows_of(CASES, paths.data() / "results" / "07_one_image.json") == shipped_fits()
+
+
+@given(network=st.sampled_from(list(BACKBONES)), width=st.sampled_from([24, 48, 96]))
+def test_the_width_of_a_case_is_what_a_token_is_read_from(network, width):
+    """The last layer's weights have it as their rank, at most."""
+    net = ImageFit("v", width, 16, network=network).build()
+    assert net.final_layer.linear.weight.shape == (48, width)
+    assert net.width == (width if network == "SiT" else round(BACKBONES[network] * 48))
+
+
+def test_a_wrong_network_is_named():
+    with pytest.raises(ValueError, match="Did you mean 'DiT-DH'"):
+        ImageFit("v", 24, 16, network="DiT-HD")
+
+
+def test_the_weight_of_eps_is_the_mean_over_drawn_times():
+    t = draw_time(Objective(**FIT), 400_000, torch.Generator().manual_seed(0)).double()
+    drawn = (1 - t).clamp(min=FIT["clamp"]).pow(-2).mean().item()
+    assert noise_weight("eps") == pytest.approx(drawn, rel=0.03) and noise_weight("v") == noise_weight("x") == 1
+
+
+# ---- the shift
+
+
+@given(shift=st.floats(1, 20))
+def test_the_axis_of_odds_favours_neither_law(shift):
+    """Turned around its middle, the axis is itself, and the plain law's middle becomes the shifted law's."""
+    logits = odds_times(shift).double().logit()
+    middle = math.log(shift) / 2
+    torch.testing.assert_close(2 * middle - logits.flip(0), logits, rtol=1e-3, atol=1e-3)
+    assert math.isclose(math.log(shifted(0.5, shift) / (1 - shifted(0.5, shift))), 2 * middle, abs_tol=1e-6)
+
+
+def test_the_papers_shift_follows_from_its_rule():
+    assert make_recipe("ditdh", "paper").objective.time_shift == pytest.approx(dimension_shift(256 * 768))
+    assert make_recipe("ditdh", "study").objective.time_shift == pytest.approx(shift_of(SCALES["laptop"].latents))
+
+
+# ---- arms
+
+
+@pytest.mark.parametrize("preset", SCALES)
+def test_arms_of_one_question_differ_in_what_it_asks(preset):
+    scale = SCALES[preset]
+    recipes = {arm.name: scale.recipe_of(preset, "shapes")(arm, 0) for arm in scale.table("head shift latents width")}
+    assert len({each.training for each in recipes.values()}) == 1
+    one, other = recipes["DiT-DH"], recipes["no shift"]
+    assert replace(one, objective=other.objective) == other and other.objective.time_shift == 1
+    wide, head = recipes["SiT"].network, one.network
+    assert (wide.width, wide.depth) == (head.head_width, head.depth + head.head_depth)
+    assert replace(recipes["REPA"], method=recipes["SiT"].method) == recipes["SiT"]
+    assert all(name in recipes for pairs in PAIRS.values() for pair in pairs for name in pair[:2] if preset != "paper")
+    assert {arm.recipe(preset).objective.prediction for arm in film_arms(scale).values()} == {"v", "x"}
+
+
+# ---- nothing trained
+
+
+def test_empty_tables_say_what_trains_them():
+    assert verdicts([], "head").empty and "-p seeds 3" in untrained([], ["DiT-DH"])
+    told = findings_table(all_findings([], [], [], SCALES["laptop"].networks)).data
+    assert "missing here" in told
+
+
+def test_findings_fit_on_a_screen_and_the_first_screen_tells_the_headline():
+    noise = load_rows(paths.data() / "results" / NOISE)
+    text = findings_table(all_findings(shipped_fits(), [], noise, SCALES["laptop"].networks)).data
+    assert check_words(text) <= 250
+    first = nbformat.read(BOOK, as_version=4).cells[0].source
+    assert headline(wide_enough(shipped_fits())) in first
+
+
+# ---- what ships, and what a job leaves
+
+
+def test_film_and_decoders_that_ship_are_whole():
+    folder = paths.data() / "results"
+    film, both, noise = load_film(folder / FILM), load_decoded(folder / BOTH), load_rows(folder / NOISE)
+    assert "DiT-DH, v" in film.said and film.shift == pytest.approx(shift_of(SCALES["laptop"].latents))
+    assert {row["decoder"] for row in noise} == set(DECODERS) == set(both.images)
+    assert {row["latents"] for row in noise} == {"images", "samples"}
+
+
+def test_the_job_keeps_its_rows(smoke):
+    folder = smoke.path(".html").parent
+    assert {row["arm"] for row in load_rows(folder / "07_rows.json")} == {arm.name for arm in SCALES["smoke"].table()}
+    assert list(load_film(folder / FILM).said) == list(SCALES["smoke"].filmed)
+    assert {row["sigma"] for row in load_rows(folder / NOISE)} == {0.0, 0.8}
+    side = check_figure(smoke, "07_rae", "07_one_image")
+    assert {row["token_dim"] for row in side["share of the noise"]} == {48, 192}
+
+
+def test_a_run_that_cannot_be_shown_is_refused():
+    class Pixels:
+        name, net, recipe = "mine", type("Net", (), {"class_dim": None}), make_recipe("sit", "smoke")
+
+    with pytest.raises(ValueError, match="sees pixels"):
+        check_shown(Pixels())
