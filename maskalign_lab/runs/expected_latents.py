@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ..base.paths import data, home_of
-from ..encoders.autoencoders import split_statistics
+from ..encoders.autoencoders import place_of, split_statistics
 from ..encoders.rae_folders import RAES, rae_geometry
 
 # %% ../../nbs/lib/runs/expected_latents.ipynb #1b540bc6
@@ -44,7 +44,7 @@ def latent_geometry(
         channels, grid, size = rae_geometry(name)
         return Geometry(name, channels, size // grid, size, 1)
     folder = data() / "autoencoder" if name == "tiny" else home_of(place if kind == "tiny" else name)
-    config = json.loads((folder / "config.json").read_text()) if folder.is_dir() else _kept_config(name)
+    config = json.loads((folder / "config.json").read_text()) if folder.is_dir() else _kept_config(place_of(name))
     return Geometry(name, *_configured(config))
 
 

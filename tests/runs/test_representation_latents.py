@@ -108,6 +108,12 @@ def test_sizes_that_it_does_not_take_are_refused_before_anything_is_loaded(rae):
             look(recipe_of("repa", rae[0], "data.size=64"))
 
 
+def test_a_mistyped_name_is_refused_by_a_dry_run_too():
+    for look in (load_sources, expect):
+        with pytest.raises(ValueError, match="unknown autoencoder 'raee'. Did you mean 'rae'"):
+            look(recipe_of("repa", "raee"))
+
+
 def test_what_is_prepared_is_what_a_training_reads(rae, tmp_path, capsys):
     prepare(recipe_of("repa", rae[0]), "cpu", verify=True, print_every=0)
     told = capsys.readouterr().out
