@@ -100,7 +100,7 @@ def read_decoder(
     return decoder
 
 # %% ../../nbs/lib/encoders/rae_folders.ipynb #dd7e104b
-RAES = {"rae": "rae", "rae-clean": "rae-clean"}  # folders of data by name
+RAES = {"rae": "rae", "rae-clean": "rae-clean", "rae-8x8": "rae-8x8"}  # folders of data by name
 
 
 def folder_of(

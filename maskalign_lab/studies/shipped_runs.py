@@ -201,6 +201,7 @@ TABLES = {  # of a study -> how they are made
 DECODERS = {  # representation autoencoders -> how their decoders are trained
     "rae": DecoderConfig(),
     "rae-clean": DecoderConfig(tau=0.0),
+    "rae-8x8": DecoderConfig(teacher="tiny", eyes="tiny-4x4"),
 }
 
 

@@ -143,7 +143,7 @@ def test_both_commands_know_it(tmp_path, monkeypatch, capsys):
     assert f"data.autoencoder=rae:{tmp_path / 'mine'}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["rae", "rae-clean"])
+@pytest.mark.parametrize("name", shipped_runs.DECODERS)
 def test_what_ships_is_what_its_card_tells(name):
     folder = paths.data() / name
     rae, card = load_autoencoder(name), json.loads((folder / "card.json").read_text())
