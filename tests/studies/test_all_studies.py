@@ -117,9 +117,8 @@ def other_arms(page):
 
 
 def other_networks(page):
-    """Another network and target, and another latent through both decoders."""
+    """Another network with another target."""
     choose(page, "SiT, x")
-    page.locator(".js-plotly-plot").nth(1).scroll_into_view_if_needed()
 
 
 # ---- the studies
