@@ -30,7 +30,7 @@ def small(name: str, more: str = ""):
 def given(recipe, images: int = 4):
     """Network, method, a batch of noise that holds all that the method may need, and a draw; all on the CPU, in float64."""
     latent = bool(recipe.data.autoencoder)
-    facts, size = ({"channels": 4, "factor": 4}, 16) if latent else ({}, recipe.data.size)
+    facts, size = ({"channels": 4, "factor": 4}, recipe.data.size // 4) if latent else ({}, recipe.data.size)
     net, method = build(recipe, Facts(10, (24,), **facts))
     for p in net.parameters():
         p.data.add_(0.05 * torch.randn(p.shape, generator=generator(0, 0, "given")))
