@@ -4005,8 +4005,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                      'maskalign_lab/studies/rae/findings.py'),
                                                     'maskalign_lab.studies.rae.findings.over_x': ( 'lib/studies/rae/findings.html#over_x',
                                                                                                    'maskalign_lab/studies/rae/findings.py'),
-                                                    'maskalign_lab.studies.rae.findings.repa_helps': ( 'lib/studies/rae/findings.html#repa_helps',
-                                                                                                       'maskalign_lab/studies/rae/findings.py'),
                                                     'maskalign_lab.studies.rae.findings.semantics': ( 'lib/studies/rae/findings.html#semantics',
                                                                                                       'maskalign_lab/studies/rae/findings.py'),
                                                     'maskalign_lab.studies.rae.findings.shift_helps': ( 'lib/studies/rae/findings.html#shift_helps',

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEARNED', 'all_fits', 'wide_enough', 'too_narrow', 'over_x', 'head_alone', 'of_small', 'fits_text', 'width_on_data',
-           'shift_helps', 'noisy_decoder', 'semantics', 'head_helps', 'repa_helps', 'all_findings']
+           'shift_helps', 'noisy_decoder', 'semantics', 'head_helps', 'all_findings']
 
 # %% ../../../nbs/lib/studies/rae/findings.ipynb #dc37af13
 from collections.abc import Callable, Sequence
@@ -40,7 +40,7 @@ def wide_enough(fits: Rows) -> Finding:
         raise NotTrained("v where its bound is zero")
     worst = max(of)
     verdict = "learned" if worst < LEARNED else "not learned"
-    question = "One image, width of a token and more: what share of the noise does v miss at most?"
+    question = f"One image, width of a token and more, {longest} steps: what share of the noise does v miss at most?"
     return of_number(question, worst, verdict, figure="07_one_image", digits=3)
 
 # %% ../../../nbs/lib/studies/rae/findings.ipynb #ee60d2be
@@ -100,9 +100,7 @@ def fits_text(fits: Rows) -> str:
 def width_on_data(rows: Rows, networks: Networks, place: int, claim: int, words: str) -> Finding:
     """v over x in a SiT of one of the widths."""
     v, x = (width_name(kind, "SiT", networks.widths[place]) for kind in ("v", "x"))
-    return of_factor(
-        f"Data set, SiT {words} a token: v's loss over x's?", factor(rows, "odds loss", v, x), claim, "07_widths"
-    )
+    return of_factor(f"Data set, SiT {words} a token: v's loss over x's?", factor(rows, "odds loss", v, x), claim)
 
 # %% ../../../nbs/lib/studies/rae/findings.ipynb #a8d690a0
 def shift_helps(rows: Rows) -> Finding:
@@ -117,7 +115,7 @@ def noisy_decoder(noise: Rows) -> Finding:
     if not noise:
         raise NotTrained("both decoders")
     one, other = (at(noise, name, "samples", 0.0, "frechet") for name in ("noise", "no noise"))
-    verdict = "nearer" if one < other else "farther"
+    verdict = "nearer (one network)" if one < other else "farther (one network)"
     return Finding(
         "Samples by the decoder trained with noise, and without: judge's distance?",
         f"{one:.1f}, {other:.1f}",
@@ -151,11 +149,6 @@ def head_helps(rows: Rows) -> Finding:
         "odds loss",
         figure="07_arms",
     )
-
-
-def repa_helps(rows: Rows) -> Finding:
-    """REPA on RAE latents."""
-    return of_arms("Does REPA lower the loss on RAE latents?", rows, "REPA", "SiT", -1, "odds loss", figure="07_arms")
 
 # %% ../../../nbs/lib/studies/rae/findings.ipynb #5f90547c
 def all_findings(fits: Rows, rows: Rows, noise: Rows, networks: Networks) -> Sequence[Callable[[], Finding]]:

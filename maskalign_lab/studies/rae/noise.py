@@ -99,7 +99,7 @@ def noise_text(rows: Sequence[Mapping[str, Any]]) -> str:
     clean = {name: at(rows, name, "images", 0, "PSNR") for name in DECODERS}
     one, other = (f"from {low:.1f} to {high:.1f}" for low, high in told.values())
     back = told["no noise"][0] < told["noise"][0] and clean["no noise"] > clean["noise"]
-    worse = " So the decoder that gives images back better makes the worse samples." * (
+    worse = " So of this one network the decoder that gives images back better makes the worse samples." * (
         back and samples["noise"] < samples["no noise"]
     )
     return (
