@@ -82,6 +82,7 @@ BETTER = {  # metric of the rows -> the sign of a difference for the better; of 
     "x error": -1,
     "frechet": -1,
     "accuracy": +1,
+    "probe": +1,
 }
 
 

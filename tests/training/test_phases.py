@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shared.clone import ROOT
 from shared.phased import config, duel, train
+from shared.stored import content, same
 from shared.survive import batches
 from torch import nn
 
-from maskalign_lab.base.checkpoints import load_tensors, step_folder, steps_of, whole_steps
+from maskalign_lab.base.checkpoints import step_folder, steps_of, whole_steps
 from maskalign_lab.training.compiling import way_to_compile
 from maskalign_lab.training.config import learning_rate
 from maskalign_lab.training.execution import ExecutionConfig
@@ -25,18 +26,6 @@ from maskalign_lab.training.stopping import Guard, NonFinite
 from maskalign_lab.training.trainee import Trainee
 
 CPU = torch.device("cpu")
-
-
-def content(folder, step=None):
-    """All tensors of a step, by file."""
-    files = sorted(step_folder(folder, step).glob("*.safetensors"))
-    return {file.stem: load_tensors(file.parent, file.stem) for file in files}
-
-
-def same(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert a[name].keys() == b[name].keys() and all(torch.equal(a[name][k], b[name][k]) for k in a[name]), name
 
 
 def steps_of_fit(pair, settings, run=None, batches=batches, **how):

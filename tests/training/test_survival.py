@@ -18,10 +18,11 @@ import torch
 from shared import survive
 from shared.clone import ROOT
 from shared.notebooks import write
+from shared.stored import content, same
 from shared.waits import Waits
 
 from maskalign_lab.base import checkpoints, files
-from maskalign_lab.base.checkpoints import load_tensors, step_folder, steps_of
+from maskalign_lab.base.checkpoints import step_folder, steps_of
 from maskalign_lab.training.loop import fit
 from maskalign_lab.training.stopping import Guard, NonFinite, notice
 
@@ -34,18 +35,6 @@ def start(folder, steps=12, **more):
     path = os.pathsep.join(map(str, (ROOT, HERE.parent, HERE)))
     env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | more
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
-
-
-def content(folder, step=None):
-    """All tensors of a step, by file."""
-    files = sorted(step_folder(folder, step).glob("*.safetensors"))
-    return {file.stem: load_tensors(file.parent, file.stem) for file in files}
-
-
-def same(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert a[name].keys() == b[name].keys() and all(torch.equal(a[name][k], b[name][k]) for k in a[name]), name
 
 
 @pytest.fixture(scope="module")

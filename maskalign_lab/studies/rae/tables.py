@@ -39,12 +39,7 @@ def verdicts(
     pairs = [
         (arm, other, claim * (budget == "steps")) for arm, other, claim in PAIRS[question] if {arm, other} <= trained
     ]
-    metrics = OTHER if question == "latents" else SAME
-    losses = over_metrics(rows, pairs, [name for name in metrics if name != "probe"], budget)
-    probes = over_metrics(
-        rows, [(arm, other, -claim) for arm, other, claim in pairs], ["probe"], budget
-    )  # more is better
-    return pd.concat([losses, probes], ignore_index=True) if pairs else pd.DataFrame()
+    return over_metrics(rows, pairs, OTHER if question == "latents" else SAME, budget)
 
 # %% ../../../nbs/lib/studies/rae/tables.ipynb #f44bffb3
 def untrained(rows: Rows, names: Sequence[str]) -> str:
