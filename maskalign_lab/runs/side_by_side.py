@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from .begun import begin, check_recipe
 
 from ..base.checkpoints import rewind
 from ..base.locks import sole_writer
@@ -22,7 +23,7 @@ from .batches import make_batches
 from .building import build
 from .facts import check_facts
 from .recipe import Recipe, told
-from .run import begin, cached_place, check_recipe, kept_run
+from .run import cached_place, kept_run
 from .sources import load_sources
 from maskalign_lab.training.side_by_side import (
     OnlyAlone,
