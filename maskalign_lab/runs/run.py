@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from .begun import begin, check_recipe
 from torch import Tensor, nn
 
 from ..base import paths
@@ -32,6 +31,7 @@ from ..encoders.autoencoders import Autoencoder, stated
 from ..encoders.representation_autoencoders import FrozenRAE, check_decodes
 from ..encoders.teachers import Features, Teacher
 from .batches import make_batches
+from .begun import begin, check_recipe
 from .building import build
 from .eyes import eyes_of
 from .facts import Facts, check_facts, read_facts

@@ -13,13 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from .begun import begin, check_recipe
 
 from ..base.checkpoints import rewind
 from ..base.locks import sole_writer
 from ..base.processes import process_count
 from ..base.terminal import say
 from .batches import make_batches
+from .begun import begin, check_recipe
 from .building import build
 from .facts import check_facts
 from .recipe import Recipe, told
