@@ -78,10 +78,6 @@ class SelfDistillationConfig(MethodConfig):
         one_of(self.predicts, TARGETS, "method.predicts")
         one_of(self.gradient, GRADIENTS, "method.gradient")
         one_of(self.target, ENCODERS, "method.target")
-        if self.gradient == "both" and self.target == "ema":
-            raise ValueError(
-                "method.gradient=both: no gradient passes an average; expected method.target=online, or gradient=input"
-            )
         for name, top in (("views", 0.9), ("hidden", 0.75), ("decoder_noise", 1.0)):
             if not 0 <= (value := getattr(self, name)) <= top:
                 raise ValueError(f"method.{name}={value}: expected a share in [0, {top:g}]")
@@ -117,6 +113,10 @@ class SelfDistillation(Method, name="dsd"):
     def build(self, net: DSD, teacher_dims: tuple[int, ...]) -> None:
         config, dim = self.config, net.in_channels
         check_depths((config.depth,), net.depth)
+        if config.gradient == "both" and config.target == "ema":
+            raise ValueError(
+                "method.gradient=both: no gradient passes an average; expected method.target=online, or gradient=input"
+            )
         self.latent = dim, net.side, net.side
         self.projector = projector(net.width, config.projector_width, teacher_dims[0]) if config.alignment else None
         self.deep_projector = projector(net.width, config.projector_width, net.width) if config.deep else None

@@ -150,7 +150,6 @@ def test_a_prediction_through_few_channels_has_a_low_rank():
         ({"predicts": "z"}, "expected one of|Did you mean|predicts"),
         ({"gradient": "inputs"}, "input"),
         ({"target": "mean"}, "method.target"),
-        ({"gradient": "both"}, "no gradient passes an average"),
         ({"views": 1.0}, "method.views=1.0: expected a share in \\[0, 0.9\\]"),
         ({"reconstruction": -1.0}, "method.reconstruction=-1.0: expected at least 0"),
     ],
@@ -166,6 +165,7 @@ def test_bad_settings_are_refused(setting, message):
         ("dsd", "network.name=sit", "expected network dsd"),
         ("repa", "network.name=dsd", "does not train the network to make its own latents"),
         ("dsd", "data.autoencoder=tiny", "makes its own latents; expected none"),
+        ("dsd", "method.gradient=both", "no gradient passes an average"),
     ],
 )
 def test_network_and_method_belong_together(method, more, message):
