@@ -168,7 +168,7 @@ def _curve_traces(curve: Curve) -> list[dict[str, Any]]:
     axes = {"type": "scatter", "xaxis": "x99", "yaxis": "y99"}
     lines = [{"mode": "lines", "line": {"color": c, "width": 2}, "hovertemplate": "%{y:.3g}", **axes}
              for c, _ in zip(PALETTE, curve.ys, strict=False)]  # fmt: skip
-    mark = axes | {"hoverinfo": "skip", "showlegend": False}
+    mark = axes | {"hoverinfo": "skip", "showlegend": False, "cliponaxis": False}
     rule = {"mode": "lines", "line": {"color": QUIET, "width": 1.5, "dash": "dot"}, **mark, "yaxis": "y100"}
     dot = {"color": PALETTE[: len(lines)], "size": 9, "line": {"color": "white", "width": 1.5}}
     marks = [rule, {"mode": "markers", "marker": dot, **mark}]

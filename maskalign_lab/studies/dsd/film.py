@@ -10,6 +10,7 @@ __all__ = ['BARE', 'FILMED', 'COURSES', 'CLASS_COLOURS', 'COMPONENTS', 'Film', '
 
 # %% ../../../nbs/lib/studies/dsd/film.ipynb #68c51e47
 import json
+import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +33,7 @@ from ...runs.run import Run
 from .courses import COLLAPSED, Look, course_of, looks_of
 from ...training.latent_terms import around_places
 from ...workbench.colours import MISSING, PALETTE, QUIET
-from ...workbench.plots import Curve, Panels, Picture, Points, Spectrum, scatter, theme
+from ...workbench.plots import Curve, Panels, Picture, Points, Spectrum, scatter, spectrum, theme
 from ...workbench.scrubber import Control, Scrubber
 
 # %% ../../../nbs/lib/studies/dsd/film.ipynb #72ba8b9c
@@ -235,13 +236,14 @@ COMPONENTS = ("first component", "second")
 
 
 def reach_of(film: Film, arm: int) -> float:
-    """Half the width of an arm's plane: nearly all points of all steps are on it."""
-    return max(1e-3, 1.15 * float(np.quantile(np.abs(film.clouds[arm].astype(np.float32)), 0.998)))
+    """Half the width of an arm's plane: all points of all steps are on it."""
+    return max(1e-3, 1.08 * float(np.abs(film.clouds[arm]).max()))
 
 
 def cloud_panel(film: Film, arm: int, time: int) -> Points:
     """The latents of an arm at one step."""
-    title = f"{film.arms[arm]}: spread {film.courses[arm, time, 0]:.2f}"
+    name = film.arms[arm].replace(" ", "\xa0")  # a title breaks behind the name
+    title = f"{name}: spread\xa0{film.courses[arm, time, 0]:.2f}"
     points = film.clouds[arm, time].astype(np.float32)
     return Points(title, points, reach_of(film, arm), colour=colours_of(film), labels=COMPONENTS)
 
@@ -320,22 +322,15 @@ def _arm_row(axes: np.ndarray, film: Film, arm: int, columns: list[int]) -> None
         below.imshow(mosaic(film, arm, time), interpolation="nearest")
         below.set_xlabel(f"{film.courses[arm, time, 5]:.1f} dB", fontsize=8, labelpad=2)
     step = film.collapsed[arm]
-    told = film.arms[arm].replace(": ", ":\n").replace(", ", ",\n") + (
-        f"\ncollapsed\nat {step}" if step is not None else ""
-    )
-    axes[0, 0].set_ylabel(told, rotation=0, ha="right", va="center", fontsize=9)
+    told = textwrap.wrap(film.arms[arm], 14) + ([] if step is None else ["collapsed", f"at step {step}"])
+    axes[0, 0].set_ylabel("\n".join(told), rotation=0, ha="right", va="center", fontsize=9)
     axes[1, 0].set_ylabel("images,\ndecoded", rotation=0, ha="right", va="center", fontsize=8, color=QUIET)
-    _paper_spectrum(axes[0, -1], spectrum_panel(film, arm, columns[-1]))
-
-
-def _paper_spectrum(axis: object, panel: Spectrum) -> None:
-    for colour, (name, line) in zip(PALETTE, panel.shown().items()):
-        axis.semilogy(range(1, len(line) + 1), line, ".-", color=colour, lw=1.1, ms=3, label=name)
-    axis.set(ylim=panel.range)
-    axis.yaxis.tick_right()
-    axis.spines[:].set(visible=True, linewidth=0.8)
-    axis.tick_params(labelsize=7, length=2)
-    axis.legend(fontsize=7, handlelength=0.8, loc="lower left", borderpad=0.1, labelspacing=0.2)
+    panel = spectrum_panel(film, arm, columns[-1])
+    spectrum(axes[0, -1], panel)
+    axes[0, -1].yaxis.tick_right()
+    axes[0, -1].tick_params(labelsize=7, length=2)
+    for line, (name, colour) in enumerate(zip(panel.lines, PALETTE)):
+        axes[1, -1].text(0.5, 0.9 - 0.3 * line, f"rank: {name}", color=colour, fontsize=8, ha="center", va="top")
 
 
 def _courses(figure: Figure, film: Film) -> None:
@@ -348,4 +343,4 @@ def _courses(figure: Figure, film: Film) -> None:
                 axis.plot(curve.crosses[name], np.interp(curve.crosses[name], curve.x, line), "X", color=colour, ms=8)
         axis.set(xlabel=curve.x_label, ylabel=curve.y_label, ylim=(0, None))
         axis.set_title(quantity, fontsize=9)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
