@@ -70,6 +70,7 @@ class SelfDistillationConfig(MethodConfig):
     classification: float = 0.1  # from the encoder's last tokens
     decoder_noise: float = 0.3  # largest time at which the decoder is given noised latents
     rank: int = 0  # channels through which the prediction must pass, a low-pass filter; 0: no filter
+    grain: float = 0.0  # deviation of fresh noise that is added to the prediction, which gives it a full rank
     floor: float = 0.0  # weight of the shortfall of the latents' deviations below 1
     whitening: float = 0.0  # weight of the distance of their covariance from the identity
 
@@ -77,14 +78,10 @@ class SelfDistillationConfig(MethodConfig):
         one_of(self.predicts, TARGETS, "method.predicts")
         one_of(self.gradient, GRADIENTS, "method.gradient")
         one_of(self.target, ENCODERS, "method.target")
-        if self.gradient == "both" and self.target == "ema":
-            raise ValueError(
-                "method.gradient=both: no gradient passes an average; expected method.target=online, or gradient=input"
-            )
         for name, top in (("views", 0.9), ("hidden", 0.75), ("decoder_noise", 1.0)):
             if not 0 <= (value := getattr(self, name)) <= top:
                 raise ValueError(f"method.{name}={value}: expected a share in [0, {top:g}]")
-        for name in (*WEIGHTS.values(), "adversarial", "heard_from", "rank"):
+        for name in (*WEIGHTS.values(), "adversarial", "heard_from", "rank", "grain"):
             if (value := getattr(self, name)) < 0:
                 raise ValueError(f"method.{name}={value}: expected at least 0")
 
@@ -98,6 +95,7 @@ class SelfDistillationDraw(Draw):
     colours: Tensor | None = None  # (b, 3, 3) colour maps of the views
     decoder_t: Tensor | None = None  # (b,) times of the latents that are decoded
     decoder_noise: Tensor | None = None  # (b, d, side, side)
+    grain: Tensor | None = None  # (b, d, side, side) what is added to the prediction
     lots: Tensor | None = None  # (b, 3, 7) how the discriminator is shown images, see `draw_views`
 
     def view(self, x: Tensor) -> Tensor:  # (b, 3, h, w) -> (b, 3, h, w)
@@ -115,6 +113,10 @@ class SelfDistillation(Method, name="dsd"):
     def build(self, net: DSD, teacher_dims: tuple[int, ...]) -> None:
         config, dim = self.config, net.in_channels
         check_depths((config.depth,), net.depth)
+        if config.gradient == "both" and config.target == "ema":
+            raise ValueError(
+                "method.gradient=both: no gradient passes an average; expected method.target=online, or gradient=input"
+            )
         self.latent = dim, net.side, net.side
         self.projector = projector(net.width, config.projector_width, teacher_dims[0]) if config.alignment else None
         self.deep_projector = projector(net.width, config.projector_width, net.width) if config.deep else None
@@ -148,6 +150,10 @@ class SelfDistillation(Method, name="dsd"):
         time, coin = torch.rand(2, b, generator=(g := generator(step, "decoder time")), device=g.device)
         found = SelfDistillationDraw(plain.t, noise, plain.y, decoder_noise=decoder_noise)
         found.decoder_t = config.decoder_noise * torch.where(coin < 0.5, time, 0.0)
+        if config.grain:
+            found.grain = config.grain * torch.randn(
+                noise.shape, generator=generator(step, "grain"), device=noise.device
+            )
         if config.views:
             g = generator(step, "view")
             found.shown = torch.rand(b, generator=g, device=g.device) < config.views
@@ -192,7 +198,7 @@ class SelfDistillation(Method, name="dsd"):
         given = z.detach() if self.config.gradient == "none" else z
         z_t = interpolate(given, draw.noise, draw.t, self.objective.interpolant)
         said, out = net.distil(z_t, draw.t, draw.y, (self.config.depth,))
-        said = unpatchify(self.low_pass(patchify(said, 1)), 1)
+        said = unpatchify(self.low_pass(patchify(said, 1)), 1) + (0 if draw.grain is None else draw.grain)
         missed = F.mse_loss(said, p * wanted + q * draw.noise)
         path = z.detach(), draw.noise, draw.t, z_t.detach()
         velocity = denoising_loss(self.objective, out.prediction, *path)  # (b,)
