@@ -62,9 +62,10 @@ def wrapped(
 ) -> str:
     """A title broken into as few lines as fit a panel, all about equally long."""
     widest = max(8, int((size + GAP / 2) / 7.6))
-    fewest = len(textwrap.wrap(title, widest))
-    ways = (textwrap.wrap(title, width) for width in range(1, widest + 1))
-    return "<br>".join(next(lines for lines in ways if len(lines) <= fewest))
+    found = textwrap.wrap(title, widest)
+    ways = (textwrap.wrap(title, width, break_long_words=False) for width in range(1, widest + 1))
+    fit = (lines for lines in ways if len(lines) <= len(found) and max(map(len, lines), default=0) <= widest)
+    return "<br>".join(next(fit, found))
 
 # %% ../../nbs/lib/workbench/figure_layout.ipynb #1117be2c
 def coloured(
