@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TARGETS', 'GRADIENTS', 'ENCODERS', 'WEIGHTS', 'SelfDistillationConfig', 'SelfDistillationDraw', 'Representing',
-           'Rebuilding', 'SelfDistillation']
+           'SelfDistillation']
 
 # %% ../nbs/08_dsd.ipynb #f6afc1e4
 from collections.abc import Callable
@@ -22,18 +22,11 @@ from .diffusion.layers import patchify, unpatchify
 from .diffusion.objectives import denoising_loss, draw_noise
 from .diffusion.sit import Output, check_depths
 from .encoders.teachers import Teacher
-from maskalign_lab.training.adversarial import (
-    Discriminator,
-    adaptive_weight,
-    as_bytes,
-    augment,
-    discriminator_loss,
-    draw_views,
-    generator_loss,
-)
+from .training.adversarial import Discriminator, draw_views
 from .training.latent_terms import draw_hidden, spread, variance_floor, whitening
 from .training.methods import Batch, Draw, Losses, Method, MethodConfig, Phase, State
-from .training.rae_decoding import Perception, perceptual_distance
+from .training.rae_decoding import Perception
+from .training.rebuilding import Rebuilding
 from .training.repa import cosine_alignment, projector
 
 # %% ../nbs/08_dsd.ipynb #cdb1e9d3
@@ -126,34 +119,6 @@ class Representing(nn.Module):
             found["classification"] = F.cross_entropy(self.classifier(seen.tokens.mean(1)).float(), batch.y)
         return found
 
-# %% ../nbs/08_dsd.ipynb #72b62a79
-class Rebuilding(nn.Module):
-    """How far decoded pictures are from the real ones."""
-
-    def __init__(self, config: SelfDistillationConfig, teacher_dim: int):
-        super().__init__()
-        self.config, self.counted = config, 1 - config.views
-        self.discriminator = Discriminator(teacher_dim, config.eyes) if config.adversarial else None
-        self.perception: tuple[Perception, ...] = ()  # in a tuple, a module is not registered
-
-    def forward(self, decoded: Tensor, x: Tensor) -> dict[str, Tensor]:
-        found = {"pixels": F.mse_loss(decoded, x)}
-        if self.perception:
-            found["perceptual"] = perceptual_distance(self.perception[0], decoded, x)
-        return {name: value / self.counted for name, value in found.items()}
-
-    def voice(self, decoded: Tensor, lots: Tensor, parts: dict[str, Tensor], last: Tensor) -> dict[str, Tensor]:
-        """What the discriminator says of decoded pictures, and the weight with which it pulls as hard as the other parts."""
-        told = generator_loss(self.discriminator(augment(decoded, lots[:, 0])))
-        others = self.config.reconstruction * parts["pixels"] + self.config.perceptual * parts.get("perceptual", 0.0)
-        return {"adversarial": told, "weight": adaptive_weight(others, told, last)}
-
-    def telling_apart(self, decoded: Tensor, x: Tensor, lots: Tensor) -> Losses:
-        """The discriminator's loss."""
-        real, fake = (self.discriminator(augment(each, lots[:, k])) for k, each in ((1, x), (2, as_bytes(decoded))))
-        told = discriminator_loss(real, fake)
-        return Losses(told, {"loss": told, "real": real.mean(), "decoded": fake.mean()})
-
 # %% ../nbs/08_dsd.ipynb #2a9878cc
 class SelfDistillation(Method, name="dsd"):
     """Encoder, denoiser and decoder in one, trained at once (arXiv 2511.14716)."""
@@ -171,7 +136,8 @@ class SelfDistillation(Method, name="dsd"):
             )
         self.latent = dim, net.side, net.side
         self.representing = Representing(config, net, teacher_dims[0])
-        self.rebuilding = Rebuilding(config, teacher_dims[0])
+        told = Discriminator(teacher_dims[0], config.eyes) if config.adversarial else None
+        self.rebuilding = Rebuilding(config.reconstruction, config.perceptual, told, 1 - config.views)
         narrow = (nn.Linear(dim, config.rank, bias=False), nn.Linear(config.rank, dim)) if config.rank else ()
         self.low_pass = nn.Sequential(*narrow)
         if config.target == "ema":
@@ -228,7 +194,7 @@ class SelfDistillation(Method, name="dsd"):
         decoded = self.decoded(net, seen.z, x, draw)
         parts |= self.rebuilding(decoded, x) | self.representing(out, seen, wanted, batch) | self.kept_apart(seen.z)
         weighted = [getattr(config, field) * parts[name] for name, field in WEIGHTS.items() if name in parts]
-        if config.adversarial and self.rebuilding.discriminator.eyes and state.step >= config.heard_from:
+        if self.rebuilding.hears and state.step >= config.heard_from:
             parts |= self.rebuilding.voice(decoded, draw.lots, parts, net.image_head.linear.weight)
             weighted.append(config.adversarial * parts["weight"] * parts["adversarial"])
         return Losses(parts["velocity"] + sum(weighted), parts | {"spread": spread(seen.z.detach())})
