@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COURSES', 'CLASS_COLOURS', 'COMPONENTS', 'Film', 'check_encodes', 'check_alike', 'shared_steps', 'on_plane',
            'deviations_of', 'small', 'one_of_each', 'Arm', 'arm_of', 'film_of', 'save_film', 'load_film', 'key_of',
-           'colours_of', 'mosaic', 'reach_of', 'cloud_panel', 'ends_of', 'spectrum_panel', 'picture_panel', 'curve_of',
-           'view', 'scrubber', 'strip']
+           'colours_of', 'pair_of', 'mosaic', 'reach_of', 'cloud_panel', 'ends_of', 'spectrum_panel', 'picture_panel',
+           'curve_of', 'view', 'scrubber', 'strip']
 
 # %% ../../../nbs/lib/studies/dsd/film.ipynb #68c51e47
 import json
@@ -208,18 +208,23 @@ def colours_of(film: Film) -> list[str]:  # (n,)
     return [key.get(film.classes[label], MISSING) for label in film.labels]
 
 # %% ../../../nbs/lib/studies/dsd/film.ipynb #8690efe6
-def mosaic(film: Film, arm: int, time: int) -> np.ndarray:  # (h, w, 3) uint8
+def pair_of(
+    original: np.ndarray, decoded: np.ndarray, colour: str
+) -> np.ndarray:  # (h, w, 3) each -> one above the other
+    """An image in a frame, above what is decoded."""
+    edge = max(1, len(original) // 16)
+    tall, wide = (side + 2 * edge for side in original.shape[:2])
+    pair = np.full((2 * tall, wide + 2 * edge, 3), 255, np.uint8)
+    pair[:tall, edge:-edge] = np.frombuffer(bytes.fromhex(colour[1:]), np.uint8)
+    pair[edge : tall - edge, 2 * edge : -2 * edge] = original
+    pair[tall + edge : -edge, 2 * edge : -2 * edge] = decoded
+    return pair
+
+
+def mosaic(film: Film, arm: int, time: int, most: int = 4) -> np.ndarray:  # (h, w, 3) uint8
     """Originals, framed in the colours of their classes, above what is decoded."""
-    frames = [np.frombuffer(bytes.fromhex(colours_of(film)[i][1:]), np.uint8) for i in film.shown]
-    columns = []
-    for frame, original, decoded in zip(frames, film.originals, film.decoded[arm, time], strict=True):
-        edge = max(1, len(original) // 16)
-        around = ((edge, edge), (edge, edge), (0, 0))
-        framed = np.pad(original, around)
-        inside = np.pad(np.ones(original.shape, bool), around)
-        pair = np.concatenate([np.where(inside, framed, frame), np.pad(decoded, around, constant_values=255)])
-        columns.append(np.pad(pair, ((0, 0), (edge, edge), (0, 0)), constant_values=255))
-    return np.concatenate(columns, 1)
+    frames = [colours_of(film)[i] for i in film.shown]
+    return np.concatenate(list(map(pair_of, film.originals, film.decoded[arm, time], frames))[:most], 1)
 
 # %% ../../../nbs/lib/studies/dsd/film.ipynb #a035cf7d
 COMPONENTS = ("first component", "second")
@@ -284,12 +289,12 @@ def scrubber(film: Film) -> Scrubber:
     return Scrubber(partial(view, film), controls, lambda: strip(film))
 
 # %% ../../../nbs/lib/studies/dsd/film.ipynb #86002d7c
-def strip(film: Film, most: int = 5) -> Figure:
+def strip(film: Film, most: int = 4) -> Figure:
     """The filmstrip: all arms at some steps, and two courses."""
     theme()
     columns = np.unique(np.linspace(0, len(film.steps) - 1, most).round().astype(int)).tolist()
     arms, width = len(film.arms), len(columns) + 1
-    figure = Figure(figsize=(1.2 + 1.35 * max(width, 4), 2.0 * arms + 2.6), layout="constrained")
+    figure = Figure(figsize=(1.2 + 1.3 * max(width, 5), 2.0 * arms + 2.6), layout="constrained")
     rows, below = figure.subfigures(2, 1, height_ratios=(2.0 * arms, 2.6))
     axes = rows.subplots(2 * arms, width, squeeze=False, gridspec_kw={"height_ratios": [1.3, 0.6] * arms})
     for arm in range(arms):
@@ -297,12 +302,20 @@ def strip(film: Film, most: int = 5) -> Figure:
     for axis, time in zip(axes[0], columns):
         axis.set_title(f"step {film.steps[time]}", fontsize=9)
     axes[0, -1].set_title(f"spectrum at {film.steps[columns[-1]]}", fontsize=9)
-    dots = [Line2D([], [], marker="o", ls="", ms=4, color=colour, label=name) for name, colour in key_of(film).items()]
-    rows.legend(handles=dots, loc="outside upper center", ncols=6, fontsize=8, handletextpad=0.1, columnspacing=1.2)
+    _class_legend(rows, film)
     _courses(below, film)
     return figure
 
 # %% ../../../nbs/lib/studies/dsd/film.ipynb #e4e93c43
+def _class_legend(figure: Figure, film: Film) -> None:
+    key = key_of(film)
+    dots = [Line2D([], [], marker="o", ls="", ms=4, color=colour, label=name) for name, colour in key.items()]
+    columns = 10 if len(" ".join(key)) < 80 else 5
+    figure.legend(
+        handles=dots, loc="outside upper center", ncols=columns, fontsize=8, handletextpad=0, columnspacing=0.8
+    )
+
+
 def _arm_row(axes: np.ndarray, film: Film, arm: int, columns: list[int]) -> None:
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
@@ -310,18 +323,21 @@ def _arm_row(axes: np.ndarray, film: Film, arm: int, columns: list[int]) -> None
     for above, below, time in zip(*axes, columns):
         scatter(above, cloud_panel(film, arm, time), 1.5)
         above.set_xlabel(f"spread {film.courses[arm, time, 0]:.2f}", fontsize=8, labelpad=2)
-        below.imshow(mosaic(film, arm, time), interpolation="nearest")
+        below.imshow(mosaic(film, arm, time, 3), interpolation="nearest")
         below.set_xlabel(f"{film.courses[arm, time, 5]:.1f} dB", fontsize=8, labelpad=2)
     step = film.collapsed[arm]
     told = textwrap.wrap(film.arms[arm], 14) + ([] if step is None else ["collapsed", f"at step {step}"])
     axes[0, 0].set_ylabel("\n".join(told), rotation=0, ha="right", va="center", fontsize=9)
     axes[1, 0].set_ylabel("images,\ndecoded", rotation=0, ha="right", va="center", fontsize=8, color=QUIET)
-    panel = spectrum_panel(film, arm, columns[-1])
-    spectrum(axes[0, -1], panel)
-    axes[0, -1].yaxis.tick_right()
-    axes[0, -1].tick_params(labelsize=7, length=2)
+    _last_spectrum(axes[:, -1], spectrum_panel(film, arm, columns[-1]))
+
+
+def _last_spectrum(axes: np.ndarray, panel: Spectrum) -> None:
+    spectrum(axes[0], panel)
+    axes[0].yaxis.tick_right()
+    axes[0].tick_params(labelsize=7, length=2)
     for line, (name, colour) in enumerate(zip(panel.lines, PALETTE)):
-        axes[1, -1].text(0.5, 0.9 - 0.3 * line, f"rank: {name}", color=colour, fontsize=8, ha="center", va="top")
+        axes[1].text(0.5, 0.9 - 0.3 * line, f"rank: {name}", color=colour, fontsize=8, ha="center", va="top")
 
 
 def _courses(figure: Figure, film: Film) -> None:
@@ -332,6 +348,6 @@ def _courses(figure: Figure, film: Film) -> None:
             axis.plot(curve.x, line, ".-", color=colour, lw=1.4, ms=4, label=name)
             if name in curve.crosses:
                 axis.plot(curve.crosses[name], np.interp(curve.crosses[name], curve.x, line), "X", color=colour, ms=8)
-        axis.set(xlabel=curve.x_label, ylabel=curve.y_label, ylim=(0, None))
+        axis.set(xlabel=curve.x_label, ylabel=curve.y_label, ylim=(0, 1.1 * max(map(max, curve.ys.values()))))
         axis.set_title(quantity, fontsize=9)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
