@@ -1,5 +1,6 @@
 """The films of study 08: what they hold, that they can be kept, seen and refused, and that a collapse is marked."""
 
+import io
 import json
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from maskalign_lab.studies.dsd.film_view import CLASS_COLOURS, curve_of, key_of, mosaic, scrubber, strip, view
 from PIL import Image
 
 from maskalign_lab.diffusion.interpolants import interpolate
@@ -17,26 +19,10 @@ from maskalign_lab.runs.run import load_run, train
 from maskalign_lab.studies.dsd import denoising_film
 from maskalign_lab.studies.dsd.courses import looks_of
 from maskalign_lab.studies.dsd.denoising_film import Denoising, both_heads, clean_of, denoising_of
-from maskalign_lab.studies.dsd.film import (
-    CLASS_COLOURS,
-    COURSES,
-    Film,
-    curve_of,
-    film_of,
-    key_of,
-    load_film,
-    mosaic,
-    on_plane,
-    save_film,
-    scrubber,
-    shared_steps,
-    strip,
-    view,
-)
+from maskalign_lab.studies.dsd.film import COURSES, Film, film_of, load_film, on_plane, save_film, shared_steps
 from maskalign_lab.studies.dsd.opening import film_saves, open_study
 from maskalign_lab.training.latent_terms import spread
 from maskalign_lab.workbench import plotly_figure
-from maskalign_lab.workbench.plots import png
 
 SMALL = (
     "method.alignment=0 method.deep=0 method.classification=0 method.perceptual=0 method.views=0 method.target=online "
@@ -46,6 +32,12 @@ SMALL = (
 
 def trained(path, more="", dataset="shapes"):
     return load_run(train(make_recipe("dsd", "smoke", dataset, overrides=f"{SMALL} {more}"), path, "cpu", 0))
+
+
+def drawn(figure) -> bytes:
+    """A coarse picture of a figure: all of it is drawn."""
+    figure.savefig(file := io.BytesIO(), dpi=30)
+    return file.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +110,7 @@ def test_moving_the_slider_and_the_list_changes_values_only(film):
         assert shown.layout.yaxis99.title.text == COURSES[curve][1]
     again = plotly_figure.figure(view(film, 0, list(COURSES)[-1]))
     assert json.loads(shown.to_json()) == json.loads(again.to_json())
-    assert png(strip(film)) and scrubber(film).defaults() == {"time": 1, "curve": "spread of the latents"}
+    assert drawn(strip(film)) and scrubber(film).defaults() == {"time": 1, "curve": "spread of the latents"}
 
 
 def test_a_collapse_is_marked_on_its_line(film):
@@ -132,7 +124,7 @@ def test_a_collapse_is_marked_on_its_line(film):
 
 def test_latents_that_are_all_the_same_can_be_drawn(film):
     still = replace(film, clouds=0 * film.clouds, spectra=0 * film.spectra, courses=0 * film.courses, collapsed=[2, 2])
-    assert plotly_figure.figure(view(still, 0, "PSNR of the pictures")) and png(strip(still))
+    assert plotly_figure.figure(view(still, 0, "PSNR of the pictures")) and drawn(strip(still))
 
 
 def test_pictures_stand_above_what_is_decoded(film):
@@ -186,7 +178,7 @@ def test_the_denoising_scrubber(denoising):
     shown = plotly_figure.figure(denoising_film.view(denoising, 0, 0))
     plotly_figure.update(shown, denoising_film.view(denoising, 2, 1))
     assert [word.text for word in shown.layout.annotations][4].endswith(denoising.labels[1])
-    assert png(denoising_film.strip(denoising))
+    assert drawn(denoising_film.strip(denoising))
 
 
 # any run, any data, and what is refused
@@ -195,7 +187,7 @@ def test_the_denoising_scrubber(denoising):
 def test_a_run_that_kept_its_last_checkpoint_has_one_place(runs, tmp_path):
     film = film_of({"last": trained(tmp_path / "last")}, 10)
     assert film.steps == [4] and film.courses.shape[1] == 1
-    assert plotly_figure.figure(view(film, 0, "drift of the latents")) and png(strip(film))
+    assert plotly_figure.figure(view(film, 0, "drift of the latents")) and drawn(strip(film))
 
 
 def test_a_small_folder_with_fewer_images_than_classes(tmp_path):
