@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from maskalign_lab.studies.dsd.film_view import CLASS_COLOURS, curve_of, key_of, mosaic, scrubber, strip, view
 from PIL import Image
 
 from maskalign_lab.diffusion.interpolants import interpolate
@@ -19,7 +18,8 @@ from maskalign_lab.runs.run import load_run, train
 from maskalign_lab.studies.dsd import denoising_film
 from maskalign_lab.studies.dsd.courses import looks_of
 from maskalign_lab.studies.dsd.denoising_film import Denoising, both_heads, clean_of, denoising_of
-from maskalign_lab.studies.dsd.film import COURSES, Film, film_of, load_film, on_plane, save_film, shared_steps
+from maskalign_lab.studies.dsd.film import CLASS_COLOURS, curve_of, key_of, mosaic, scrubber, strip, view
+from maskalign_lab.studies.dsd.filming import COURSES, Film, film_of, load_film, on_plane, save_film, shared_steps
 from maskalign_lab.studies.dsd.opening import film_saves, open_study
 from maskalign_lab.training.latent_terms import spread
 from maskalign_lab.workbench import plotly_figure

@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .filming import Film, film_of, load_film, save_film
+
 from ...base import paths
 from ...base.errors import one_of
 from ...runs.experiments import Arm, load_rows, results_file, shipped_rows
@@ -20,7 +22,6 @@ from ...runs.run import Run, ensure_run, load_run
 from ...runs.rung import rung_rows, samples_judged
 from .arms import SCALES, Scale, arms_of
 from .denoising_film import Denoising, denoising_of
-from .film import Film, film_of, load_film, save_film
 from .measures import measure_dsd
 
 # %% ../../../nbs/lib/studies/dsd/opening.ipynb #8de63da8
