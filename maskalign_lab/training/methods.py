@@ -145,6 +145,7 @@ class Method(nn.Module):
     collect: tuple[int, ...] = ()  # depths of hidden tokens that the loss reads
     network: str = ""  # what a recipe changes about the network, e.g. "network.mixer_depth=2"
     uncompilable: str = ""  # why the loss cannot be compiled as a whole; empty: it can
+    reads_average: str = ""  # why the loss needs the averaged network; empty: it does not
     indivisible: str = ""  # why the loss of a batch is not the mean over its samples; empty: it is
     idle: bool = False  # whether at some step a parameter gets no gradient
     makes_latents: bool = False  # whether its network encodes the images that it is given, such as a DSD

@@ -121,6 +121,11 @@ class Scale:
     images: int = 250  # held out, behind losses and ranks
     judged: int = 500  # samples
 
+    @property
+    def whole(self) -> set[str]:
+        """The arms that are whole networks; the others are bare."""
+        return {arm.name for arm in arms_of("unity parts", self.small)}
+
     def recipe_of(self, preset: str, dataset: str, overrides: str = "") -> Callable[[Arm, int], Recipe]:
         """What `run_arms` asks for: arm and seed -> recipe."""
         return recipes_of(preset, dataset, self.overrides, overrides, "dsd")

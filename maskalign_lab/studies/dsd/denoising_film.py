@@ -13,7 +13,6 @@ from functools import partial
 import numpy as np
 import torch
 import torch.nn.functional as F
-from .filming import check_encodes, one_of_each, small
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from ...diffusion.layers import patchify, unpatchify
 from ...diffusion.objectives import draw_noise
 from ...dsd import TARGETS
 from ...runs.run import Run
+from .filming import check_encodes, one_of_each, small
 from ...training.latent_terms import spread
 from ...workbench.plots import Curve, Panels, Picture, filmstrip
 from ...workbench.scrubber import Control, Scrubber

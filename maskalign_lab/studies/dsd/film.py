@@ -11,11 +11,11 @@ import textwrap
 from functools import partial
 
 import numpy as np
-from .filming import COURSES, Film
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from ...base.errors import one_of
+from .filming import COURSES, Film
 from ...training.latent_terms import COLLAPSED
 from ...workbench.colours import MISSING, PALETTE, QUIET
 from ...workbench.plots import Curve, Panels, Picture, Points, Spectrum, scatter, spectrum, theme

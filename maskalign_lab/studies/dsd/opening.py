@@ -12,16 +12,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .filming import Film, film_of, load_film, save_film
-
 from ...base import paths
 from ...base.errors import one_of
-from ...runs.experiments import Arm, load_rows, results_file, shipped_rows
+from ...runs.experiments import Arm, load_rows, results_file, run_arms, shipped_rows
 from ...runs.recipe import Recipe
 from ...runs.run import Run, ensure_run, load_run
-from ...runs.rung import rung_rows, samples_judged
-from .arms import SCALES, Scale, arms_of
+from ...runs.rung import EARLY, samples_judged, table_seeds
+from .arms import DSD, SCALES, Scale, arms_of
 from .denoising_film import Denoising, denoising_of
+from .filming import Film, film_of, load_film, save_film
 from .measures import measure_dsd
 
 # %% ../../../nbs/lib/studies/dsd/opening.ipynb #8de63da8
@@ -127,6 +126,13 @@ def table_rows(study: Study) -> list[dict[str, Any]]:
     """The rows of the tables: those that ship, or those of `count` seeds, of which unknown ones are trained."""
     if not study.count:
         return shipped_rows(TABLE, study.preset, study.dataset, study.overrides)
-    scale, known = study.scale, load_rows(results_file(TABLE, study.dataset))
-    measure = partial(measure_dsd, images=scale.images, samples=samples_judged(study.dataset, scale.judged))
-    return rung_rows(study.arms, study.count, study.recipe_of, measure, known, study.kept("08_rows.json"), study.device)
+    scale, seeds, keep = study.scale, table_seeds(study.count), study.kept("08_rows.json")
+    known, rows = load_rows(results_file(TABLE, study.dataset)), []
+    judge = samples_judged(study.dataset, scale.judged)
+    for whole in (False, True):
+        arms = [arm for arm in study.arms if (arm.name in scale.whole) is whole]
+        measure = partial(measure_dsd, images=scale.images, samples=judge * whole)
+        if arms:
+            baseline = DSD.name if whole else None
+            rows += run_arms(arms, seeds, study.recipe_of, baseline, measure, known, keep, study.device, EARLY)
+    return rows
