@@ -23,7 +23,7 @@ from ...diffusion.layers import patchify, unpatchify
 from ...diffusion.objectives import draw_noise
 from ...dsd import TARGETS
 from ...runs.run import Run
-from .film import check_encodes, one_of_each, small
+from .filming import check_encodes, one_of_each, small
 from ...training.latent_terms import spread
 from ...workbench.plots import Curve, Panels, Picture, filmstrip
 from ...workbench.scrubber import Control, Scrubber

@@ -20,7 +20,7 @@ from ...runs.run import Run, ensure_run, load_run
 from ...runs.rung import EARLY, samples_judged, table_seeds
 from .arms import DSD, SCALES, Scale, arms_of
 from .denoising_film import Denoising, denoising_of
-from .film import Film, film_of, load_film, save_film
+from .filming import Film, film_of, load_film, save_film
 from .measures import measure_dsd
 
 # %% ../../../nbs/lib/studies/dsd/opening.ipynb #8de63da8
