@@ -6,6 +6,7 @@
 __all__ = ['TARGETS', 'times', 'Best', 'best_denoiser', 'least_loss', 'pull', 'flow']
 
 # %% ../../../nbs/lib/studies/dsd/variance_term.ipynb #beb639bd
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from ...base.errors import one_of
 TARGETS = {"x": (1.0, 0.0), "eps": (0.0, 1.0), "v": (-1.0, 1.0)}  # prediction -> shares (p, q) of latent and noise
 
 
+@cache
 def times(
     nodes: int = 400,
 ) -> tuple[Tensor, Tensor]:  # times in (0, 1) and their weights, which sum to 1
