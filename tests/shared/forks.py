@@ -9,10 +9,13 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from shared.clone import ROOT
+
+MODULES = ("phased", "ranks", "survive")  # of this folder
 
 
 class Forked:
@@ -54,10 +57,10 @@ class Forks:
         self.process = subprocess.Popen(command, env=self.env, pass_fds=[there.fileno()])
         there.close()
 
-    def start(self, module: str, *words: object, **env: str) -> Forked:
-        """What `python MODULE.py WORDS...` does for a module of this folder, with more in its environment."""
+    def start(self, program: str, *words: object, **env: str) -> Forked:
+        """A module of this folder as a script, or code, with words behind it and more in its environment."""
         reading, writing = os.pipe()
-        asked = {"module": module, "words": list(map(str, words)), "env": self.changed() | env}
+        asked = {"program": program, "words": list(map(str, words)), "env": self.changed() | env}
         self.server.settimeout(120)  # the first time it imports
         socket.send_fds(self.server, [json.dumps(asked).encode()], [writing])
         os.close(writing)
@@ -92,7 +95,10 @@ def become(asked: dict, writing: int) -> None:
     code = 1
     try:
         sys.argv[1:] = asked["words"]
-        sys.modules[asked["module"]].main()
+        if asked["program"] in MODULES:
+            sys.modules[asked["program"]].main()
+        else:
+            exec(compile(asked["program"], "<program>", "exec"), {"__name__": "__main__"})
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -121,10 +127,9 @@ def serve(connection: socket.socket) -> None:
 
 
 if __name__ == "__main__":
-    import phased  # noqa: F401
-    import survive  # noqa: F401
     import torch
-    from accelerate import Accelerator  # noqa: F401
 
+    for name in (*MODULES, "accelerate", "maskalign_lab.runs.preparing"):
+        import_module(name)
     torch.set_num_threads(1)
     serve(socket.socket(fileno=int(sys.argv[1])))

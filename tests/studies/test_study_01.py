@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import nbformat
 import pytest
-from shared.studies import run_job
+from shared.studies import run_cells, run_job
 
 from maskalign_lab.base import paths
 from maskalign_lab.data.datasets import load_dataset
@@ -38,9 +38,9 @@ def test_an_empty_folder_and_one_class_are_refused(tmp_path):
 def test_a_given_run_is_studied(tmp_path, after_smoke):
     after_smoke("01")
     path = train(make_recipe("sit", "smoke", overrides="training.steps=2"), tmp_path / "mine", "cpu", 0)
-    job = run_job("01", {"preset": "smoke", "run": str(path), "seeds": 1}, tmp_path / "job")  # a short table of arms
-    assert job.status == "ok", job.error
-    findings = json.loads((tmp_path / "job" / "01_filmstrip.json").read_text())["findings"]
+    out = str(tmp_path / "out")
+    run_cells("01", {"preset": "smoke", "run": str(path), "seeds": 1, "out_dir": out})  # a short table of arms
+    findings = json.loads((tmp_path / "out" / "01_filmstrip.json").read_text())["findings"]
     assert findings[0]["run"] == "mine"
 
 
