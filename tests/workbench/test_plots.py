@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import plotly.graph_objects as go
@@ -14,7 +15,7 @@ from PIL import Image
 
 from maskalign_lab.workbench import figure_layout, plotly_figure, plots, small_png
 from maskalign_lab.workbench.colours import MISSING, PALETTE, QUANTITIES, colours
-from maskalign_lab.workbench.plots import Curve, Panels, Picture, Points, TokenMap
+from maskalign_lab.workbench.plots import Curve, Panels, Picture, Points, Spectrum, TokenMap
 
 SHOWN = ("norm", "top", "probability", "loss", "cosine")  # as many panels as a study shows
 
@@ -180,8 +181,8 @@ def test_moving_points_equals_making_anew_and_sends_no_map():
 
 def test_the_numbers_of_points_and_their_words_do_not_reach_the_curve():
     at = figure_layout.place(cloud())
-    assert at.curve - 36 - (at.top + at.size) >= figure_layout.AXIS
-    assert figure_layout.place(Panels(cloud().panels[:2])).height - (at.top + at.size) >= figure_layout.AXIS
+    assert at.curve - 36 - (at.rows[0] + at.size) >= figure_layout.AXIS
+    assert figure_layout.place(Panels(cloud().panels[:2])).height - (at.rows[0] + at.size) >= figure_layout.AXIS
 
 
 def test_a_film_of_points_is_small():
@@ -271,14 +272,14 @@ def test_a_figure_is_drawn_again_only_if_it_has_changed(monkeypatch, tmp_path, c
     before = plots.png(figure)
     if change:
         CHANGES[change](figure)
-    after = plots.save_png(figure, tmp_path / "figure.png").read_bytes()
+    after = small_png.save_png(figure, tmp_path / "figure.png").read_bytes()
     assert (len(drawn), before == after) == ((2, False) if change else (1, True))
     monkeypatch.undo()
     assert small_png.draw(figure, 100_000) == after  # what is shown is the present state
 
 
 def test_save_png_makes_the_folder(tmp_path):
-    path = plots.save_png(plots.loss_per_t({"run": (np.ones(4), np.ones(4))}), tmp_path / "new" / "figure.png")
+    path = small_png.save_png(plots.loss_per_t({"run": (np.ones(4), np.ones(4))}), tmp_path / "new" / "figure.png")
     assert Image.open(path).format == "PNG"
 
 
@@ -300,3 +301,66 @@ def test_sample_grids_keep_order_and_fill_the_last_row():
     images = np.arange(7, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8)
     shown = plots.sample_grid(images, 3, ["a", "b", "c"]).axes[0].images[0].get_array()
     assert shown[3::6, 3::6, 0].tolist() == [[0, 1, 2], [3, 4, 5], [6, 255, 255]]
+
+
+# spectra, wide pictures, keys, crosses
+
+
+def spectra(scale=1.0, names=("latents", "predicted")):
+    lines = {name: scale * 0.5 ** np.arange(1, 9 - i) for i, name in enumerate(names)}
+    return Spectrum("spectrum", lines, (1e-3, 1), ("component", "deviation"))
+
+
+@given(st.floats(1e-9, 1e9))
+def test_a_spectrum_stays_on_its_axis(scale):
+    first, second, empty = plotly_figure.values(Panels((spectra(scale),)))
+    assert all(1e-3 * 0.99 <= v <= 1.01 for v in (*first["y"], *second["y"])) and empty["x"] == [None]
+    assert (first["x"], second["x"]) == (list(range(1, 9)), list(range(1, 8)))
+
+
+def test_spectra_of_other_values_and_names_follow_each_other():
+    figure, other = plotly_figure.figure(Panels((spectra(),))), Panels((spectra(0.1, ("z 1.0", "said 2.0", "v 3.0")),))
+    plotly_figure.update(figure, other)
+    assert json.loads(figure.to_json()) == json.loads(plotly_figure.figure(other).to_json())
+    assert all(name in figure.layout.annotations[0].text for name in other.panels[0].lines)
+
+
+@pytest.mark.parametrize(
+    "lines, range", [({}, (0.1, 1)), (dict.fromkeys("abcd", [1.0]), (0.1, 1)), ({"a": [1.0]}, (0, 1))]
+)
+def test_a_spectrum_that_cannot_be_drawn_is_refused(lines, range):
+    with pytest.raises(ValueError, match="expected"):
+        Spectrum("", lines, range)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 6), st.integers(8, 300), st.integers(1, 3))
+def test_a_wide_picture_fills_a_panel_as_much_lower(times, side, columns):
+    pixels = np.zeros((side, times * side, 3), np.uint8)
+    panels = Panels((picture(), Picture("wide", pixels)), per_row=columns, key={"a": "red"})
+    figure = plotly_figure.figure(panels)
+    width, height, _ = squares(figure, 2)
+    assert np.allclose(width / height, (1, times))
+    image, (low, high) = figure.data[3], figure.layout.xaxis2.range
+    sent = np.asarray(Image.open(io.BytesIO(base64.b64decode(image.source.split(",")[1]))))
+    assert np.isclose(image.x0 - image.dx / 2, low) and np.isclose(sent.shape[1] * image.dx, high - low, rtol=0.02)
+
+
+def test_the_key_names_colours_and_moves_all_down():
+    plain, keyed = Panels((picture(),)), Panels((picture(),), key={"disc": "#0072B2", "ring": "#D55E00"})
+    assert figure_layout.place(keyed).above(0) - figure_layout.place(plain).above(0) == figure_layout.KEY
+    assert plotly_figure.figure(keyed).layout.annotations[-1].text.count("●") == 2
+
+
+def test_a_cross_sits_on_its_line_and_may_be_missing():
+    crossed = replace(view().curve, crosses={"b": 0.25})
+    cross = plotly_figure.figure(Panels(view().panels, crossed)).data[-1]
+    assert (cross.x, cross.y, cross.marker.color) == ((0.25,), (0.75,), (PALETTE[1],))
+    none = plotly_figure.figure(Panels(view().panels, replace(crossed, crosses={})))
+    assert none.data[-1].x == (None,) and len(none.data) == len(plotly_figure.figure(view()).data) + 1
+
+
+def test_the_name_of_the_curves_axis_follows():
+    figure = plotly_figure.figure(view())
+    plotly_figure.update(figure, Panels(view().panels, replace(view().curve, y_label="decibels")))
+    assert figure.layout.yaxis99.title.text == "decibels"
