@@ -31,7 +31,7 @@ from maskalign_lab.workbench.benchmarking import Comparison, Ratio, in_turn, rat
 REG, RATIOS, BAR = "REG, all tokens", (0.0, 0.25, 0.5, 0.75), 0.04
 INSIDE = 2048  # the projector
 PLANS = {  # size -> blocks, batch
-    "short": {"S": (6, 1)},
+    "short": {"S": (2, 1)},
     "cpu": {"S": (12, 4), "B": (12, 4), "XL": (14, 4)},
     "cuda": {"S": (12, 256), "B": (12, 256), "XL": (28, 64)},
 }

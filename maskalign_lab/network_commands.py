@@ -152,7 +152,8 @@ def run_sample(options: Sample) -> int:
     from maskalign_lab.data.datasets import to_pixels
     from maskalign_lab.diffusion.sampling import last_sample
     from maskalign_lab.runs.run import load_run
-    from maskalign_lab.workbench.plots import sample_grid, save_png
+    from maskalign_lab.workbench.plots import sample_grid
+    from maskalign_lab.workbench.small_png import save_png
 
     if options.n < 1:
         raise ValueError(f"--n {options.n}: expected at least one image of each class")

@@ -6,7 +6,7 @@ import pytest
 from shared.clone import copied
 from shared.groups import LONG, group_of
 
-pytest_plugins = ["shared.browser", "shared.studies", "shared.tracing"]
+pytest_plugins = ["shared.browser", "shared.forks", "shared.studies", "shared.tracing"]
 
 
 @pytest.fixture(autouse=True, scope="session")

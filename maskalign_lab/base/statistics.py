@@ -13,7 +13,6 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy import stats
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
@@ -62,8 +61,10 @@ def few_interval(
     values: Tensor,  # (..., n) independent values, also few of them
 ) -> tuple[Tensor, Tensor]:  # (...,) mean and half-width of the 95 % interval; nan for a single value
     """Mean and half-width of its 95 % interval over the last axis, by Student's t."""
+    from scipy.stats import t
+
     mean, half = mean_interval(values)
-    wider = stats.t.ppf(0.975, values.shape[-1] - 1) / 1.96 if values.shape[-1] > 1 else 1.0
+    wider = t.ppf(0.975, values.shape[-1] - 1) / 1.96 if values.shape[-1] > 1 else 1.0
     return mean, half * wider
 
 # %% ../../nbs/lib/base/statistics.ipynb #3d7d9f55

@@ -121,10 +121,10 @@ def unpack_judge(
 ) -> Judge:
     """The judge that a file of weights holds: float32, evaluation mode, no gradients."""
     state = load(content)
-    judge = Judge(classes, len(state["centre"]), channels)
-    judge.load_state_dict(
-        {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
-    )
+    with torch.device("meta"):  # no weights are drawn only to be replaced
+        judge = Judge(classes, len(state["centre"]), channels)
+    state = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+    judge.load_state_dict(state, assign=True)
     judge.digest = hashlib.blake2b(content, digest_size=8).hexdigest()
     return judge.eval().requires_grad_(False)
 

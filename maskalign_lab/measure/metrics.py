@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FEWEST', 'velocity_error', 'validation_loss', 'Reading', 'read', 'frechet_distance', 'kernel_distance', 'Share',
            'judge_accuracy', 'circular_distance', 'attribute_distances', 'balanced_labels', 'accuracy_by_class',
-           'judged']
+           'judged', 'judged_briefly']
 
 # %% ../../nbs/lib/measure/metrics.ipynb #7ca35648
 import warnings
@@ -243,4 +243,20 @@ def judged(
         "accuracy 95": [four_digits(share.low), four_digits(share.high)],
         "accuracy by class": accuracy_by_class(judge, fake, labels),
         "attributes": {name: four_digits(value) for name, value in distances.items()},
+    }
+
+# %% ../../nbs/lib/measure/metrics.ipynb #66cac05d
+def judged_briefly(
+    judge: nn.Module,  # images -> Reading
+    real: Tensor | Reading,  # images (n, 3, h, w), or their reading
+    fake: Tensor | Reading,
+    other: Tensor | Reading,  # real images in the place of `fake`
+    labels: Tensor,  # (n,) of `fake`
+) -> dict[str, float]:
+    """Distance of images, its floor, and accuracy, as `judged` gives them."""
+    real, fake = read(judge, real), read(judge, fake)
+    return {
+        "frechet": four_digits(frechet_distance(judge, real, fake)),
+        "frechet floor": four_digits(frechet_distance(judge, real, other)),
+        "accuracy": four_digits(judge_accuracy(judge, fake, labels).value),
     }

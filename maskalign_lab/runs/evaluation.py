@@ -26,7 +26,7 @@ from ..base.terminal import say
 from ..data.datasets import Dataset
 from ..diffusion.sampling import SamplerConfig, SampleStep, sample
 from ..measure.judge import Judge, load_judge, real_pair
-from ..measure.metrics import FEWEST, balanced_labels, judged, validation_loss
+from ..measure.metrics import FEWEST, balanced_labels, judged, judged_briefly, validation_loss
 from .run import Run
 from .sources import options_of
 
@@ -209,7 +209,7 @@ def judge_samples(
     sampler: SamplerConfig = SamplerConfig(steps=12, precision="float32"),
     ends: list[SampleStep] | None = None,  # where the samples end is put here, for those who ask for more than images
 ) -> dict[str, Any]:
-    """Distances and accuracy of samples, and of as many real images, by the judge of the data set."""
+    """Distance and accuracy of samples, and the distance of as many real images, by the judge of the data set."""
     run.check_images()
     judge = load_judge(run.recipe.data.name, device=run.device)
     held_out, labels = run.images("validation", 2 * n), balanced_labels(n, run.net.num_classes)
@@ -217,13 +217,12 @@ def judge_samples(
         raise ValueError(
             f"to judge {n} samples takes {2 * n} held-out images, and {held_out.name!r} has {len(held_out)}"
         )
+    check_number(n)
     steps = [] if ends is None else ends
     steps += final_steps(run, labels, sampler)
     fake = torch.cat([final_images(run, step) for step in steps]).cpu()
     reference, other = at_side(as_bytes(held_out.images()), 32).split(n)
-    verdict = judged(judge, reference, at_side(fake.nan_to_num(0), 32), labels)
-    floor = judged(judge, reference, other, labels)
-    return {"frechet": verdict["frechet"], "frechet floor": floor["frechet"], "accuracy": verdict["accuracy"]}
+    return judged_briefly(judge, reference, at_side(fake.nan_to_num(0), 32), other, labels)
 
 # %% ../../nbs/lib/runs/evaluation.ipynb #bd005d49
 QUICK = SamplerConfig(steps=10, precision="bfloat16")  # 20 evaluations of the network for each sample

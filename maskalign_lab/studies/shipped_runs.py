@@ -43,7 +43,8 @@ from .rae.one_image import make_one_image
 from .rae.opening import make_films, network_recipe
 from ..training.log import training_seconds
 from ..training.methods import innermost
-from ..workbench.plots import loss_per_t, sample_grid, save_png
+from ..workbench.plots import loss_per_t, sample_grid
+from ..workbench.small_png import save_png
 
 # %% ../../nbs/lib/studies/shipped_runs.ipynb #ad25ba91
 SHIPPED = {name: tuple(name.split("-")) for name in paths.SHIPPED_RUNS}  # name -> method, data set

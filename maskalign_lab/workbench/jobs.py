@@ -207,7 +207,7 @@ def save_figure(
     """Write a figure as a PNG of at most 100 KB, and beside it a JSON file that tells where it comes from."""
     if not out_dir:
         return None
-    from maskalign_lab.workbench.plots import save_png
+    from maskalign_lab.workbench.small_png import save_png
 
     path = save_png(figure, Path(out_dir) / f"{name}.png")
     side = plain({"figure": name, **facts, **origin()})

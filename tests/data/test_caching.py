@@ -2,7 +2,6 @@
 
 import json
 import signal
-import subprocess
 import sys
 from multiprocessing import get_context
 from pathlib import Path
@@ -11,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shared.clone import ROOT
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from maskalign_lab.base import paths
@@ -157,11 +155,10 @@ cache_filling.fill(Path(sys.argv[1]), {"data": "d1"}, 20, lambda a, b: rows[a:b]
 
 
 @pytest.mark.parametrize(("steps", "made"), [(0, 0), (1, 0), (2, 0), (3, 1), (6, 2)])
-def test_a_killed_filling_goes_on(tmp_path, steps, made):
+def test_a_killed_filling_goes_on(forks, tmp_path, steps, made):
     """Killed before the index, a shard, its line, and later; where a file was to be renamed, the temporary one is there."""
     whole = fill(tmp_path / "whole", {"data": "d1"}, 20, Counted(), 6).folder
-    command = [sys.executable, "-c", KILLED, tmp_path / "broken", str(steps)]
-    assert subprocess.run(command, cwd=ROOT).returncode == -signal.SIGKILL
+    assert forks.start(KILLED, tmp_path / "broken", steps).wait(60) == -signal.SIGKILL
     assert any(path.name.count(".") == 3 for path in (tmp_path / "broken").iterdir()) == (steps in (0, 1, 3))
     rest = Counted()
     fill(tmp_path / "broken", {"data": "d1"}, 20, rest, 6)

@@ -1,8 +1,5 @@
 """The oracle: what it says is true, its dials do what their names say, and noise belongs to the image."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -63,12 +60,12 @@ def test_noise_belongs_to_the_image(seed, rows):
     assert np.array_equal(features[:7], oracle_features(load_dataset("shapes", 16, n=7, seed=seed), 4, oracle))
 
 
-def test_noise_is_the_same_in_another_process():
+def test_noise_is_the_same_in_another_process(forks):
     code = (
         "from maskalign_lab.data.datasets import load_dataset; from maskalign_lab.data.oracle import *;"
         "print(oracle_features(load_dataset('shapes', n=3), 8, Oracle(0.5)).tobytes().hex()[:4000])"
     )
-    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    there = forks.start(code).communicate()[0].strip()
     assert there == oracle_features(load_dataset("shapes", n=3), 8, Oracle(0.5)).tobytes().hex()[:4000]
 
 

@@ -18,7 +18,7 @@ from maskalign_lab.measure import judge_card, judge_training, metrics
 from maskalign_lab.measure.judge import ATTRIBUTES, load_judge, pack_judge, real_pair, soften, to_columns
 from maskalign_lab.runs import evaluation
 from maskalign_lab.runs.presets import make_recipe
-from maskalign_lab.runs.run import load_run, train
+from maskalign_lab.runs.run import Run, load_run, train
 from maskalign_lab.studies.prediction_targets.arms import sheet
 
 SHIPPED = data() / "judge" / "shapes"
@@ -250,7 +250,14 @@ def run(tmp_path_factory):
     return load_run(train(recipe, tmp_path_factory.mktemp("runs") / "short", "cpu", 0))
 
 
-def test_a_measured_run(run, card):
+@pytest.fixture
+def few_held_out(monkeypatch):
+    """The loss of a run is taken over a few images."""
+    images = Run.images
+    monkeypatch.setattr(Run, "images", lambda self, split, n=100: images(self, split, n))
+
+
+def test_a_measured_run(few_held_out, run, card):
     config = SamplerConfig(steps=2)
     found = evaluation.measure(run, 60, config, print_every=0)
     assert found == evaluation.measure(run, 60, config, print_every=0) == json.loads(json.dumps(found))
@@ -261,7 +268,7 @@ def test_a_measured_run(run, card):
     assert "guidance 1" in evaluation.measured_text(found)
 
 
-def test_a_run_is_measured_beside_its_own_variant(run, judge):
+def test_a_run_is_measured_beside_its_own_variant(few_held_out, run, judge):
     """A placement law moves the real pictures too, so that the floor stays a floor."""
     recipe = replace(run.recipe, data=replace(run.recipe.data, variant="left"))
     found = evaluation.measure(replace(run, recipe=recipe), 60, SamplerConfig("euler", steps=1), print_every=0)
@@ -300,7 +307,7 @@ def test_a_measurement_is_in_float32_or_tells_what_it_is_in(run, monkeypatch):
     assert found["sampler"]["precision"] == used[-1] == "bfloat16"
 
 
-def test_the_commands(run, tmp_path, monkeypatch, capsys):
+def test_the_commands(few_held_out, run, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MASKALIGN_LAB_OUTPUT", str(tmp_path / "runs"))
     assert network_commands.TrainJudge("shapes").steps == judge_training.JudgeConfig().steps
     assert cli.main(["measure", str(run.path), "--n", "20", "--steps", "1", "--guidance", "1.5"]) == 0

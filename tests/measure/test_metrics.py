@@ -203,6 +203,14 @@ def test_judged_is_json_and_agrees_with_its_parts():
     assert found["accuracy"] == 1 and set(found["accuracy by class"].values()) == {1.0}
 
 
+def test_judged_briefly_is_a_part_of_judged():
+    real, fake, other = cloud(200, 3, "a"), cloud(200, 3, "b", 0.3), cloud(200, 3, "c")
+    labels = fake.logits.argmax(1).roll(1)
+    brief, found = metrics.judged_briefly(JUDGE, real, fake, other, labels), metrics.judged(JUDGE, real, fake, labels)
+    floor = metrics.judged(JUDGE, real, other, labels)["frechet"]
+    assert brief == {"frechet": found["frechet"], "frechet floor": floor, "accuracy": found["accuracy"]}
+
+
 # ---- the loss
 
 

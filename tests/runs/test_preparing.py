@@ -1,10 +1,7 @@
 """`prepare`: what a training reads, made beforehand; killed and gone on with, by one process or by two, from broken files too."""
 
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from shared.clone import ROOT
 
 from maskalign_lab.base import paths
 from maskalign_lab.cli import main
@@ -88,24 +84,18 @@ def everything(cache: Path) -> dict[str, bytes]:
     }
 
 
-def start(code, folder, cache, **more):
-    command = [sys.executable, "-c", code, f"folder:{folder}", WORDS]
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"MASKALIGN_LAB_CACHE": str(cache)} | more)
-
-
-def test_killed_or_shared_the_caches_are_the_same(folder, tmp_path, large, monkeypatch):
+def test_killed_or_shared_the_caches_are_the_same(forks, folder, tmp_path, large, monkeypatch):
     """One alone; one that was killed in the middle and gone on with; this process and another one at once."""
-    killed, other = (
-        start(KILLED, folder, tmp_path / "killed"),
-        start(PREPARE, folder, tmp_path / "pair", RANK="1", WORLD_SIZE="2"),
-    )
+    words, places = (f"folder:{folder}", WORDS), [str(tmp_path / name) for name in ("killed", "pair")]
+    killed = forks.start(KILLED, *words, MASKALIGN_LAB_CACHE=places[0])
+    other = forks.start(PREPARE, *words, MASKALIGN_LAB_CACHE=places[1], RANK="1", WORLD_SIZE="2")
     prepare(recipe(folder), "cpu")
     alone = everything(paths.cache())
     with monkeypatch.context() as patch:
         for name, value in {"MASKALIGN_LAB_CACHE": str(tmp_path / "pair"), "RANK": "0", "WORLD_SIZE": "2"}.items():
             patch.setenv(name, value)
         prepare(recipe(folder), "cpu")  # waits for the other one's share
-    assert (killed.wait(), other.wait()) == (-signal.SIGKILL, 0)
+    assert (killed.wait(120), other.wait(120)) == (-signal.SIGKILL, 0)
     assert 0 < len(shards(tmp_path / "killed")) < len(shards(paths.cache())) == 16
     monkeypatch.setenv("MASKALIGN_LAB_CACHE", str(tmp_path / "killed"))
     seen = []

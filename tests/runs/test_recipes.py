@@ -2,14 +2,11 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shared.clone import ROOT
 
 from maskalign_lab.base.checkpoints import load_tensors, step_folder
 from maskalign_lab.cli import main
@@ -125,7 +122,7 @@ def test_a_step_that_was_not_saved_names_those_that_were(tmp_path):
         load_run(tmp_path / "run", step=7)
 
 
-def test_resuming_in_a_new_process_is_exact(tmp_path):
+def test_resuming_in_a_new_process_is_exact(forks, tmp_path):
     more = "training.save_every=1 training.precision=float32 execution.keep=6"  # whole ones, to go on from each
     whole = train(tiny("repa", more=more), tmp_path / "whole", "cpu", 0)
     broken = [tmp_path / f"broken{stop}" for stop in (1, 3, 5)]
@@ -138,7 +135,7 @@ def test_resuming_in_a_new_process_is_exact(tmp_path):
         "import sys; from pathlib import Path; from maskalign_lab.runs.run import from_json, train\n"
         "for path in map(Path, sys.argv[1:]): train(from_json((path / 'recipe.json').read_text()), path, 'cpu', 0)"
     )
-    subprocess.run([sys.executable, "-c", code, *map(str, broken)], check=True, cwd=ROOT)
+    assert forks.start(code, *broken).wait(120) == 0
     for run in broken:
         for name in ("model", "ema", "method", "optimizer"):
             a, b = (load_tensors(step_folder(each), name) for each in (whole, run))

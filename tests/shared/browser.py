@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from shared.clone import ROOT
+from shared.notebooks import needed
 
 from maskalign_lab.base import paths
 
@@ -201,18 +202,19 @@ FIGURE = """number => { const plot = document.querySelectorAll('.js-plotly-plot'
 HANDLE = ".widget-slider .noUi-handle, .jupyter-widgets .noUi-handle"
 
 
-def run_study_in_lab(page, lab: Lab, study: str, preset: str) -> None:
-    """Open a study in JupyterLab, run its cells, and bring its scrubber into view; nothing may be said in red.
+def run_study_in_lab(page, lab: Lab, study: str, preset: str, also: tuple[str, ...] = ()) -> None:
+    """Open a study in JupyterLab as far as its scrubber, run it, and bring the scrubber into view; nothing may be said in red.
 
-    With preset smoke these are its cells as far as the scrubber: a job has run all of them, and its copy holds nothing in red.
+    `also` names cells further below by words in them. They are run too, with those that they need; a job has run all.
     """
     book = json.loads((paths.notebooks() / f"{study}.ipynb").read_text(encoding="utf-8"))
     sources = ["".join(cell["source"]) for cell in book["cells"]]
     (tagged,) = (k for k, source in enumerate(sources) if 'preset: str = "laptop"' in source)
     book["cells"][tagged]["source"] = sources[tagged].replace('preset: str = "laptop"', f'preset: str = "{preset}"')
-    if preset == "smoke":
-        last = next(k for k, source in enumerate(sources) if "show(scrubber" in source)
-        del book["cells"][last + 1 :]
+    last = next(k for k, source in enumerate(sources) if "show(scrubber" in source)
+    code = {k: sources[k] for k, cell in enumerate(book["cells"]) if cell["cell_type"] == "code"}
+    kept = needed(code, {k for k, source in code.items() if k <= last or any(words in source for words in also)})
+    book["cells"] = [cell for k, cell in enumerate(book["cells"]) if k <= last or k in kept]
     (lab.folder / f"{study}.ipynb").write_text(json.dumps(book), encoding="utf-8")
     run_all(page, lab, f"{study}.ipynb")
     settled(page, 400)

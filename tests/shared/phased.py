@@ -65,6 +65,11 @@ def train(folder, steps=8, batches=batches, settings=None, **options):
     return step
 
 
-if __name__ == "__main__":
+def main():
+    """What the process does."""
     torch.set_num_threads(1)
     train(Path(sys.argv[1]), int(sys.argv[2]))
+
+
+if __name__ == "__main__":
+    main()

@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 import pytest
+from IPython.display import display
 
 from maskalign_lab.workbench.jobs import Job, find_study, run_study
 
@@ -72,11 +73,16 @@ def code_cells(number: str, parameters: dict[str, Any] | None = None) -> list:
     return [cell for cell in book.cells if cell.cell_type == "code"]
 
 
-def run_opening(number: str, parameters: dict[str, Any]) -> None:
-    """Execute a study up to its scrubber, in this process, which has imported what each kernel must import anew."""
-    space = {"__name__": "__main__", "In": [""]}
+def run_cells(number: str, parameters: dict[str, Any], until: str = "\0") -> None:
+    """Execute a study, as far as a cell with given words, in this process: it has imported what each kernel must import anew."""
+    space = {"__name__": "__main__", "In": [""], "display": display}
     for cell in code_cells(number, parameters):
         space["In"].append(cell.source)
         exec(compile(cell.source, f"<cell {len(space['In']) - 1} of study {number}>", "exec"), space)
-        if "show(scrubber" in cell.source:
+        if until in cell.source:
             return
+
+
+def run_opening(number: str, parameters: dict[str, Any]) -> None:
+    """Execute a study up to its scrubber."""
+    run_cells(number, parameters, "show(scrubber")

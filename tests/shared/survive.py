@@ -63,6 +63,11 @@ def train(folder, steps=12, batches=batches, **changes):
     return step.state
 
 
-if __name__ == "__main__":
+def main():
+    """What the process does."""
     torch.set_num_threads(1)
     train(Path(sys.argv[1]), int(sys.argv[2]), Rows() if os.environ.get("ROWS") else batches)
+
+
+if __name__ == "__main__":
+    main()

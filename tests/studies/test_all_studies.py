@@ -132,6 +132,7 @@ class Study:
     explore: Callable[[Any], None]  # the other controls, on the page in JupyterLab
     mistakes: tuple[tuple[dict[str, Any], str], ...]  # parameters that the opening refuses, and what it says
     preset: str = "laptop"  # in JupyterLab
+    also: tuple[str, ...] = ()  # what is shown there beside the scrubber: words of cells
 
     @property
     def number(self) -> str:
@@ -168,6 +169,7 @@ STUDIES = [
             (smoke(overrides="method.depth=9"), "depth 9 is outside the network"),
             (smoke(overrides="method.dpeth=2"), "Did you mean 'method.depth'"),
         ),
+        also=('"pair"', '"depth"', "upload_cell("),
     ),
     Study(
         "03_prediction_targets",
@@ -179,6 +181,7 @@ STUDIES = [
             (smoke(overrides="objective.clamp=0"), "set objective.clamp"),
             ({"run": "reg-shapes"}, "needs a class token"),
         ),
+        also=("player(",),
     ),
     Study(
         "04_reg",
@@ -341,8 +344,9 @@ def test_mistakes_fail_with_a_clear_error_before_the_scrubber(study, given, mess
 @pytest.mark.browser
 @every_study
 def test_it_is_run_and_scrubbed_in_jupyterlab(study, smoke_job, page, lab):
-    smoke_job(study.number)  # with preset smoke, JupyterLab finds its runs trained
-    run_study_in_lab(page, lab, study.name, study.preset)
+    if study.preset == "smoke":
+        smoke_job(study.number)  # JupyterLab finds its runs trained
+    run_study_in_lab(page, lab, study.name, study.preset, study.also)
     there_and_back(page, *study.times)
     study.explore(page)
     assert not page.errors

@@ -2,11 +2,13 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import nbformat
 import pytest
-from shared.studies import run_job
+from shared.studies import run_cells, run_job
 
+from maskalign_lab import gradient_norms
 from maskalign_lab.base import paths
 from maskalign_lab.data.datasets import load_dataset
 from maskalign_lab.runs.presets import make_recipe
@@ -35,12 +37,13 @@ def test_an_empty_folder_and_one_class_are_refused(tmp_path):
         load_dataset(f"folder:{tmp_path / 'one'}")
 
 
-def test_a_given_run_is_studied(tmp_path, after_smoke):
+def test_a_given_run_is_studied(tmp_path, after_smoke, monkeypatch):
     after_smoke("01")
+    monkeypatch.setattr(gradient_norms, "fit_observer", partial(gradient_norms.fit_observer, steps=10))
     path = train(make_recipe("sit", "smoke", overrides="training.steps=2"), tmp_path / "mine", "cpu", 0)
-    job = run_job("01", {"preset": "smoke", "run": str(path), "seeds": 1}, tmp_path / "job")  # a short table of arms
-    assert job.status == "ok", job.error
-    findings = json.loads((tmp_path / "job" / "01_filmstrip.json").read_text())["findings"]
+    out = str(tmp_path / "out")
+    run_cells("01", {"preset": "smoke", "run": str(path), "seeds": 1, "out_dir": out})  # a short table of arms
+    findings = json.loads((tmp_path / "out" / "01_filmstrip.json").read_text())["findings"]
     assert findings[0]["run"] == "mine"
 
 

@@ -9,7 +9,7 @@ import nbformat
 import numpy as np
 import pytest
 from shared.displayed import displayed_markdown, section_prose
-from shared.studies import check_figure, run_job, smoke_fixture
+from shared.studies import check_figure, run_cells, smoke_fixture
 
 from maskalign_lab.base import paths
 from maskalign_lab.measure.courses import METRICS, course_figure, shape_figure
@@ -401,8 +401,8 @@ def test_what_a_study_was_asked_for_reaches_its_table(monkeypatch, tmp_path):
 def test_a_run_without_class_token_or_mixer_is_studied(tmp_path, after_smoke):
     after_smoke("05")
     path = train(make_recipe("repa", "smoke", overrides="training.steps=2 data.n=64"), tmp_path / "mine", "cpu", 0)
-    job = run_job("05", {"preset": "smoke", "run": str(path), "seeds": 1}, tmp_path / "job")
-    assert job.status == "ok", job.error
+    run_cells("05", {"preset": "smoke", "run": str(path), "seeds": 1, "out_dir": str(tmp_path / "out")})
+    assert (tmp_path / "out" / "05_filmstrip.png").exists()
 
 
 def test_methods_of_the_study_are_installed():

@@ -1,15 +1,11 @@
 """A step may have phases beyond the main one: who learns when, from what, and what a stop costs."""
 
-import os
 import socket
-import subprocess
-import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shared.clone import ROOT
 from shared.phased import config, duel, train
 from shared.stored import content, same
 from shared.survive import batches
@@ -172,26 +168,14 @@ def linear(method):
     return plain
 
 
-def test_two_processes_train_what_one_does(tmp_path):
+def test_two_processes_train_what_one_does(forks, tmp_path):
     """Half of the batch each, over gloo; sums are taken in another order, and the square is of each half's gap."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    here = ROOT / "tests" / "shared"
-    path = os.pathsep.join(map(str, (ROOT, here.parent, here)))
-    command = [sys.executable, str(here / "phased.py")]
     places = [tmp_path / "two", tmp_path / "parts"]
     envs = [{"RANK": str(k), "LOCAL_RANK": str(k), **world} for k in range(2)] + [{"ACCUMULATE": "2"}]
-    runs = [
-        subprocess.Popen(
-            [*command, str(place), "6"],
-            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for place, env in zip([places[0], *places], envs)
-    ]
+    runs = [forks.start("phased", place, 6, **env) for place, env in zip([places[0], *places], envs)]
     said = [run.communicate(timeout=300)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0, 0], said
     two, parts = map(content, places)

@@ -1,7 +1,6 @@
 """Batches by parts are the whole batch whoever reads them: a thread, several processes, workers that decode."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -15,7 +14,6 @@ import psutil
 import pytest
 import torch
 from shared import survive
-from shared.clone import ROOT
 from torch import Tensor
 
 from maskalign_lab.base.checkpoints import load_tensors, step_folder
@@ -281,17 +279,13 @@ def test_a_worker_obeys_its_parent_alone():
 # ---- processes, and the log
 
 
-def test_two_processes_that_read_their_own_rows_train_what_one_does(tmp_path):
+def test_two_processes_that_read_their_own_rows_train_what_one_does(forks, tmp_path):
     """Equal within 1e-5, since sums over two halves are rounded otherwise."""
-    shared = ROOT / "tests" / "shared"
-    command = [sys.executable, str(shared / "survive.py")]
-    path = os.pathsep.join([str(shared.parent), str(shared), os.environ.get("PYTHONPATH", "")])
-    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ROWS": "1"}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    ranks = [{**env, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    started = [subprocess.Popen([*command, str(tmp_path / "two"), "12"], env=each) for each in ranks]
+    ranks = [{"ROWS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    started = [forks.start("survive", tmp_path / "two", 12, **world, **each) for each in ranks]
     survive.train(tmp_path / "one", batches=survive.Rows())
     assert [process.wait(timeout=120) for process in started] == [0, 0]
     for part in ("model", "ema"):

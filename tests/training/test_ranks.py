@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -51,12 +52,21 @@ def started(*command):
     )
 
 
-def trained(world, *trainings):
+@pytest.fixture
+def trained(forks):
     """Trainings in so many processes, each a folder and steps; what they printed."""
-    process = started(str(HERE / "ranks.py"), str(world), *[f"{folder}:{steps}" for folder, steps in trainings])
-    said, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    return said
+
+    def train(world, *trainings):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            env = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        words = [f"{folder}:{steps}" for folder, steps in trainings]
+        ranks = [forks.start("ranks", *words, RANK=str(k), LOCAL_RANK=str(k), **env) for k in range(world)]
+        said = [rank.communicate(timeout=120)[0] for rank in ranks]
+        assert [rank.returncode for rank in ranks] == [0] * world, said
+        return "".join(said)
+
+    return train
 
 
 def learned(key, value):
@@ -81,7 +91,7 @@ def logged(folder):
 # ---- the same training
 
 
-def test_world_sizes_agree_and_continue_each_other(tmp_path):
+def test_world_sizes_agree_and_continue_each_other(trained, tmp_path):
     """1, 2 and 4 processes; 2 -> 1, 1 -> 2, 2 -> 4. And two that do not see the same folder are refused, both of them."""
     whole, two, four = (tmp_path / name for name in ("whole", "two", "four"))
     here, there, up = (tmp_path / name for name in ("two-one", "one-two", "two-four"))

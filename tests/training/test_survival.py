@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -29,12 +30,10 @@ from maskalign_lab.training.stopping import Guard, NonFinite, notice
 HERE = ROOT / "tests" / "shared"
 
 
-def start(folder, steps=12, **more):
+@pytest.fixture
+def start(forks):
     """The training in a process of its own."""
-    command = [sys.executable, str(HERE / "survive.py"), str(folder), str(steps)]
-    path = os.pathsep.join(map(str, (ROOT, HERE.parent, HERE)))
-    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | more
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+    return partial(forks.start, "survive")
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +55,15 @@ def test_a_training_stopped_after_any_step_continues_to_the_same_bits(whole, tmp
 
 
 def test_a_new_process_continues_to_the_same_bits(whole, tmp_path):
+    """One that has imported all by itself; the others of this file are forked."""
     survive.train(tmp_path, 6)
-    assert start(tmp_path, 12).wait(120) == 0
+    path = os.pathsep.join(map(str, (ROOT, HERE.parent, HERE)))
+    command = [sys.executable, str(HERE / "survive.py"), str(tmp_path), "12"]
+    subprocess.run(command, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, check=True, timeout=120)
     same(content(tmp_path), content(whole))
 
 
-def test_sigterm_saves_and_asks_to_be_called_again(whole, tmp_path):
+def test_sigterm_saves_and_asks_to_be_called_again(start, tmp_path):
     process = start(tmp_path, 100_000)
     for line in process.stdout:
         if line.startswith("step 5"):
@@ -75,7 +77,7 @@ def test_sigterm_saves_and_asks_to_be_called_again(whole, tmp_path):
     assert log == list(range(1, done + 1))
 
 
-def test_an_interrupt_saves_and_is_an_interrupt(whole, tmp_path):
+def test_an_interrupt_saves_and_is_an_interrupt(start, tmp_path):
     """Ctrl-C at a terminal, and Jupyter's stop button."""
     process = start(tmp_path, 100_000)
     for line in process.stdout:
@@ -116,7 +118,7 @@ def test_a_job_that_is_told_to_stop_saves_the_training_in_its_cell(tmp_path):
     assert f"saved after step {done}" in (tmp_path / "job" / "study.ipynb").read_text()
 
 
-def kill_and_check(folder, draw, steps=10_000):
+def kill_and_check(start, folder, draw, steps=10_000):
     """Kill a training at a random instant. What is on disk must be whole, and lack at most one interval of what was done."""
     process = start(folder, steps)
     process.stdout.readline()
@@ -134,21 +136,21 @@ def kill_and_check(folder, draw, steps=10_000):
     return saved
 
 
-def kill_often(folder, times, seed):
+def kill_often(start, folder, times, seed):
     """Kill the same training again and again; it never falls back."""
     draw, reached = random.Random(seed), [0]
     for _ in range(times):
-        reached.append(kill_and_check(folder, draw, 1_000_000))
+        reached.append(kill_and_check(start, folder, draw, 1_000_000))
     assert reached == sorted(reached) and reached[-1] > 0
 
 
-def test_a_kill_at_any_instant_costs_at_most_one_interval(tmp_path):
-    kill_often(tmp_path, 5, seed=0)
+def test_a_kill_at_any_instant_costs_at_most_one_interval(start, tmp_path):
+    kill_often(start, tmp_path, 5, seed=0)
 
 
 @pytest.mark.slow
-def test_two_hundred_kills_cost_at_most_one_interval_each(tmp_path):
-    kill_often(tmp_path, 200, seed=1)
+def test_two_hundred_kills_cost_at_most_one_interval_each(start, tmp_path):
+    kill_often(start, tmp_path, 200, seed=1)
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES])
@@ -207,7 +209,7 @@ def test_a_short_write_is_not_taken_for_a_checkpoint(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("parts", ["1", "2"])
-def test_two_processes_train_what_one_does_with_the_whole_batch(whole, tmp_path, parts):
+def test_two_processes_train_what_one_does_with_the_whole_batch(start, whole, tmp_path, parts):
     """Half of the batch each, at once or in parts, over gloo. Sums are taken in another order, so equal within 1e-5, not to the bit."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

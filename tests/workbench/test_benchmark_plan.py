@@ -90,12 +90,20 @@ def test_a_plan_is_named_like_a_benchmark(capsys):
     assert "unknown benchmark 'gpo'. Did you mean 'gpu'?" in capsys.readouterr().err
 
 
-def test_every_part_of_the_plan_for_a_gpu_runs_on_a_cpu(tmp_path):
+def test_every_part_of_the_plan_for_a_gpu_runs_on_a_cpu(tmp_path, monkeypatch):
+    """But for those that are whole scripts: `test_benchmarks` runs these."""
+    asked = []
+
+    def measure_of(name):
+        return lambda short, device: asked.append(name) or [Comparison(name, {"plain": [1.0]}, "plain")]
+
+    monkeypatch.setattr(benchmark_plan.benchmarking, "measure_of", measure_of)
     outcomes = follow("gpu", True, "cpu", str(tmp_path / "gpu.json"), limit=1e9)  # however slow the machine is
     assert {name: each.error for name, each in outcomes.items() if each.status != "ok"} == {}
     comparisons = from_json((tmp_path / "gpu.json").read_text())[0]
     told = "\n".join(note for each in comparisons for note in each.notes)
     assert "TFLOP/s" in told and "images/s" in told and "skipped" in told
+    assert asked and set(asked) < set(scripts())
 
 
 def test_the_whole_plan_fits_into_nine_minutes():

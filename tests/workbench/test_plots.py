@@ -10,9 +10,10 @@ import plotly.graph_objects as go
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from PIL import Image
 
-from maskalign_lab.workbench import figure_layout, plotly_figure, plots
+from maskalign_lab.workbench import figure_layout, plotly_figure, plots, small_png
 from maskalign_lab.workbench.colours import MISSING, PALETTE, QUANTITIES, colours
 from maskalign_lab.workbench.plots import Curve, Panels, Picture, Points, Spectrum, TokenMap
 
@@ -249,8 +250,36 @@ def test_pngs_keep_to_their_limit():
         plots.png(figure, 100)
 
 
+CHANGES = {
+    "title": lambda figure: figure.axes[0].set_title("another"),
+    "line": lambda figure: figure.axes[0].lines[0].set_ydata([0, 3]),
+    "image": lambda figure: figure.axes[1].images[0].set_data(np.eye(2)[::-1]),
+    "axes": lambda figure: figure.axes[0].remove(),
+    "size": lambda figure: figure.set_size_inches(3, 3),
+    "suptitle": lambda figure: figure.suptitle("above"),
+    "subfigure": lambda figure: figure.subfigs[0].suptitle("above"),
+}
+
+
+@pytest.mark.parametrize("change", [None, *CHANGES])
+def test_a_figure_is_drawn_again_only_if_it_has_changed(monkeypatch, tmp_path, change):
+    drawn, draw = [], small_png.draw
+    monkeypatch.setattr(small_png, "draw", lambda *given: drawn.append(given) or draw(*given))
+    figure = Figure((4, 2))
+    left, right = figure.subfigures(1, 2)
+    left.subplots().plot([0, 1], [0, 2])
+    right.subplots().imshow(np.eye(2))
+    before = plots.png(figure)
+    if change:
+        CHANGES[change](figure)
+    after = small_png.save_png(figure, tmp_path / "figure.png").read_bytes()
+    assert (len(drawn), before == after) == ((2, False) if change else (1, True))
+    monkeypatch.undo()
+    assert small_png.draw(figure, 100_000) == after  # what is shown is the present state
+
+
 def test_save_png_makes_the_folder(tmp_path):
-    path = plots.save_png(plots.loss_per_t({"run": (np.ones(4), np.ones(4))}), tmp_path / "new" / "figure.png")
+    path = small_png.save_png(plots.loss_per_t({"run": (np.ones(4), np.ones(4))}), tmp_path / "new" / "figure.png")
     assert Image.open(path).format == "PNG"
 
 

@@ -6,6 +6,7 @@
 __all__ = ['times', 'Best', 'best_denoiser', 'least_loss', 'pull', 'flow']
 
 # %% ../../../nbs/lib/studies/dsd/variance_term.ipynb #beb639bd
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from ...base.errors import one_of
 from ...dsd import TARGETS
 
 # %% ../../../nbs/lib/studies/dsd/variance_term.ipynb #91071449
+@cache
 def times(
     nodes: int = 400,
 ) -> tuple[Tensor, Tensor]:  # times in (0, 1) and their weights, which sum to 1
