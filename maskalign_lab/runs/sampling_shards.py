@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from .sample_plan import SamplePlan, labels_of, made_from, to_bytes
 from torch import Tensor
 
 from ..base import paths
@@ -19,6 +18,7 @@ from ..data.cache_filling import Share, Span, Wanted, fill_all
 from ..data.caching import Cache, open_cache, place
 from ..diffusion.sampling import last_sample
 from .run import Run
+from .sample_plan import SamplePlan, labels_of, made_from, to_bytes
 
 # %% ../../nbs/lib/runs/sampling_shards.ipynb #75604b4b
 BLOCK = 64  # samples that go through the network together
