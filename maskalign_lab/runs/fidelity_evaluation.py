@@ -15,6 +15,7 @@ from ..base.seeding import rng
 from ..data.cache_filling import Share, Wanted, fill_all, wait_for
 from ..data.caching import Cache, open_cache, place
 from maskalign_lab.measure.fidelity import (
+    SPLITS,
     Extractor,
     frechet_inception_distance,
     gaussian_of,
