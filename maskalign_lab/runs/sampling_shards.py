@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..base import paths
 from ..data.cache_filling import Share, Span, Wanted, fill_all
+from ..data.cache_index import read_index, refuse_other
 from ..data.caching import Cache, open_cache, place
 from ..diffusion.sampling import last_sample
 from .run import Run
@@ -75,12 +76,14 @@ def make_samples(
 ) -> None:
     """Draw the samples that are not there yet, or this process's share of them."""
     run.check_images()
-    draw = Drawer(run, plan)
+    wanted, draw = Wanted(folder, made_from(run, plan)), Drawer(run, plan)
+    if index := read_index(folder):  # one that is whole would not be looked at
+        refuse_other(folder, index, wanted.description, plan.n)
 
     def drawn(spans: list[Span]) -> Iterator[tuple[list[Tensor], dict[str, Any]]]:
         return (([draw(span.start, span.stop)], {}) for span in spans)
 
-    fill_all([Wanted(folder, made_from(run, plan))], plan.n, drawn, shard_rows, share, print_every)
+    fill_all([wanted], plan.n, drawn, shard_rows, share, print_every)
 
 
 def kept_samples(run: Run, plan: SamplePlan, folder: Path) -> Cache:  # (n, h, w, 3) uint8
