@@ -37,8 +37,13 @@ def test_named_settings_are_the_published_ones(name):
 
 def test_the_stochastic_ones_differ_in_what_the_repositories_differ_in():
     sit, repa, reg = (NAMED[name].sampler for name in ("sit", "repa", "reg"))
-    assert (sit.diffusion, sit.guided_channels) == ("sigma", 3) and (repa.diffusion, repa.guided_channels) == ("linear", None)
-    assert {each.last_step for each in (sit, repa, reg)} == {0.04} and {each.last for each in (sit, repa, reg)} == {"mean"}
+    assert (sit.diffusion, sit.guided_channels) == ("sigma", 3) and (repa.diffusion, repa.guided_channels) == (
+        "linear",
+        None,
+    )
+    assert {each.last_step for each in (sit, repa, reg)} == {0.04} and {each.last for each in (sit, repa, reg)} == {
+        "mean"
+    }
     times = SOLVERS["euler-maruyama"].times(repa)
     assert np.allclose(times, [*np.linspace(1, 0.04, 250), 0])
     assert reg.class_guidance in (None, 2.3)  # the class token is guided as the image
