@@ -94,10 +94,10 @@ def all_figures(options: Evaluate, run: Any, plan: Any, folder: Any) -> dict[str
     from maskalign_lab.runs.fidelity_evaluation import check_number, evaluate, reference_of
 
     check_number(plan.n, "samples")
+    extractor = load_extractor(paths.home_of(options.inception) if options.inception else None, run.device)
     named = options.reference in ("train", "validation")
     name = options.reference if named else str(paths.home_of(options.reference))
-    reference = reference_of(run, name, most=options.reference_n)
-    extractor = load_extractor(paths.home_of(options.inception) if options.inception else None, run.device)
+    reference = reference_of(run, name, extractor.dim, options.reference_n)
     return evaluate(run, plan, folder, extractor, reference, own_share(), options.shard_size)
 
 # %% ../nbs/lib/evaluation_commands.ipynb #8aed72a1

@@ -108,7 +108,8 @@ def rows_of(
 
     def rows(spans: list[Span]) -> Iterator[tuple[list[Tensor], dict[str, Any]]]:
         for span in spans:
-            pixels = torch.from_numpy(np.array(images[span.start : span.stop]))
+            pixels = images[span.start : span.stop]
+            pixels = pixels if isinstance(pixels, Tensor) else torch.from_numpy(pixels.copy())
             yield [seen_in(extractor, pixels)], {}
 
     return rows

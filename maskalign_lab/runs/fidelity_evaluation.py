@@ -14,6 +14,7 @@ import numpy as np
 from ..base.seeding import rng
 from ..data.cache_filling import Share, Wanted, fill_all, wait_for
 from ..data.caching import Cache, open_cache, place
+from ..data.datasets import STREAMS
 from maskalign_lab.measure.fidelity import (
     SPLITS,
     Extractor,
@@ -49,7 +50,8 @@ def own_images(
     most: int = MOST,
 ) -> Reference:
     """Images of the data set that a run was trained on."""
-    found = run.images(split)
+    endless = run.recipe.data.name in STREAMS  # and no more of them are made than are looked at
+    found = run.images(split, min(most, run.recipe.data.n or most) if endless else None)
     if len(found) > most:
         found = found.subset(np.sort(rng(0, 0, "real images").choice(len(found), most, replace=False)))
     facts = {"dataset": found.name, "split": split, "images": len(found), "digest": found.digest}
