@@ -1,15 +1,19 @@
 """A published checkpoint comes in with its autoencoder by name, is sampled, evaluated, and looked at by study 01."""
 
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from safetensors.torch import save_file
 from shared.golden import golden
 from shared.sampled import eye, fidelity
 
 from maskalign_lab.cli import main
-from maskalign_lab.gradient_norms import observe
-from maskalign_lab.runs.official_files import import_run
+from maskalign_lab.gradient_norms import gradient_norms_at, observe
+from maskalign_lab.runs.official_files import export_run, import_run, published_teacher
+from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.run import load_run
 
 pytestmark = pytest.mark.usefixtures("own_folders")
@@ -45,13 +49,29 @@ def test_a_published_checkpoint_is_imported_sampled_evaluated(name, tmp_path, wi
     assert told[0] == told[1]  # an imported run needs no `--as`
 
 
-@pytest.mark.parametrize("name", ["repa", "reg", "irepa", "jit"])
-def test_study_01_looks_at_it_with_one_parameter(name, tmp_path):
-    """What `-p run FOLDER` opens: the gradient norm of every token."""
-    file, family = saved(name, tmp_path)
-    encoding = "" if family == "jit" else "tiny"
-    run = load_run(import_run(file, tmp_path / "run", dataset="shapes", autoencoder=encoding))
-    assert observe(run).depth == run.method.collect[0]
+@pytest.mark.parametrize("name", ["repa-shapes", "reg-shapes"])
+def test_study_01_sees_of_it_what_it_saw_before(name, tmp_path):
+    """`-p run FOLDER` is the one parameter: the file names data and teacher."""
+    before = load_run(name)
+    again = load_run(import_run(export_run(before, tmp_path / "official.safetensors"), tmp_path / "run"))
+    pictures, seen = before.images("validation", 6), []
+    for run in (before, again):
+        observed = observe(run)
+        seen.append(gradient_norms_at(observed, pictures, observed.features(pictures), np.arange(6), 0.4))
+    assert seen[0].shape == (6, 64) and (seen[0] > 0).all() and torch.equal(*seen)
+
+
+def test_a_teacher_is_named_assumed_where_it_fits_or_refused_where_it_does_not(tmp_path, capsys):
+    file, _ = saved("repa", tmp_path)
+    told = load_run(import_run(file, tmp_path / "told", dataset="shapes", teacher="tiny:elsewhere"))
+    assert told.recipe.data.teacher == "tiny:elsewhere"
+    silent = load_run(import_run(file, tmp_path / "silent", dataset="shapes"))
+    with pytest.raises(ValueError, match="a teacher of 48 channels, and 'tiny' has 128; .* with --teacher"):
+        silent.teacher  # noqa: B018
+    assert "assumed teacher" not in capsys.readouterr().out
+    wide = SimpleNamespace(config=SimpleNamespace(name="repa"), teacher_dims=(768,))
+    assert published_teacher(wide) == make_recipe("repa", "paper").data.teacher
+    assert "assumed teacher timm:vit_base_patch14_dinov2, as published" in capsys.readouterr().out
 
 
 def test_latents_without_an_autoencoder_are_no_images(tmp_path, with_eye, capsys):
