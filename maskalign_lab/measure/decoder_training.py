@@ -99,7 +99,7 @@ def new_discriminator(eyes: Teacher, config: DecoderConfig) -> Discriminator:
     """A discriminator whose initial weights depend on the seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return Discriminator(eyes, config.blocks)
+        return Discriminator(eyes.dim, config.blocks).look_through(eyes)
 
 # %% ../../nbs/lib/measure/decoder_training.ipynb #97b2fcdd
 PERCEPTION = JudgeConfig(steps=300, batch_size=64, channels=(24, 48, 64, 80), n=10_000, stream=1003, seed=1)

@@ -83,6 +83,8 @@ BETTER = {  # metric of the rows -> the sign of a difference for the better; of 
     "frechet": -1,
     "accuracy": +1,
     "probe": +1,
+    "psnr": +1,
+    "rank": +1,
 }
 
 

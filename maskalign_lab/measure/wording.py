@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['MISSING', 'NOTHING', 'UNSAID', 'NO_ROWS', 'number', 'at_most', 'between', 'plain', 'signed', 'interval', 'percent',
            'signed_percent', 'NotTrained', 'mean_of', 'difference', 'detectable', 'verdict', 'compared', 'by_luck',
-           'count_verdicts', 'show_verdicts', 'findings', 'left_out']
+           'count_verdicts', 'show_verdicts', 'untrained', 'show_pairs', 'findings', 'left_out']
 
 # %% ../../nbs/lib/measure/wording.ipynb #9386ce98
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -174,6 +174,28 @@ def show_verdicts(
 
     display(table.round(digits))
     display(Markdown(by_luck(count_verdicts(table))))
+
+# %% ../../nbs/lib/measure/wording.ipynb #bd22ce39
+def untrained(
+    rows: Sequence[Mapping[str, Any]],
+    names: Sequence[str],  # of arms
+    study: str,  # its number, "07"
+) -> str:
+    """Which of some arms have no rows, and what trains them."""
+    there = {row["arm"] for row in rows}
+    if not (lacking := [name for name in names if name not in there]):
+        return "Every arm of this section has rows."
+    told = "all arms of this section" if len(lacking) == len(names) else ", ".join(f"`{name}`" for name in lacking)
+    return f"Not trained yet: {told}. `maskalign-lab run {study} -p seeds 3` trains every arm with three seeds."
+
+
+def show_pairs(
+    table: "pd.DataFrame",  # noqa: F821
+    digits: int = 4,
+) -> None:
+    """Display a table of verdicts with what luck decides, if there is one."""
+    if len(table):
+        show_verdicts(table, digits)
 
 # %% ../../nbs/lib/measure/wording.ipynb #3a082197
 NO_ROWS = "The rows that these findings are about are missing here; `-p seeds 1` trains them with one seed."

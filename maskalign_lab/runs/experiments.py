@@ -33,7 +33,7 @@ from .recipe import Recipe, identity
 from .run import Run, ensure_run, load_run
 from .side_by_side import train_side_by_side
 from .sources import load_sources
-from ..training.methods import Batch, Draw, Losses, Method, Plan, State, Timeless, layers_of
+from ..training.methods import Batch, Losses, Method, Plan, State, Timeless, layers_of
 from ..training.prefetch import to_device
 
 # %% ../../nbs/lib/runs/experiments.ipynb #04630d70
@@ -97,8 +97,8 @@ def blank_step(
     with (meta := torch.device("meta")):
         net, method = build(recipe, facts)
     batch = blank_batch(recipe, facts, net.side, net.blocks[0].attn.heads)
-    drawn = vars(method.draw(batch, 0, lambda step, name: generator(0, step, name)))
-    draw = Draw(**{name: value if value is None else value.to(meta) for name, value in drawn.items()})
+    drawn = method.draw(batch, 0, lambda step, name: generator(0, step, name))
+    draw = replace(drawn, **{name: value.to(meta) for name, value in vars(drawn).items() if value is not None})
     batch = to_device(batch, meta)
     return BlankStep(net, method, lambda step: method.loss(State(net, net, step), batch, draw))
 

@@ -241,6 +241,35 @@ SETTINGS["ditdh"] |= {
     "training.ema": Setting("0.9995", "RAE configs/stage2"),
 }
 
+# %% ../../nbs/lib/runs/paper_settings.ipynb #91236f32
+SETTINGS["dsd"] = {
+    "network": Setting("DSD-B", "DSD abstract: 205M parameters; width, depth and patches are not known", OURS),
+    "network.latent_dim": Setting("32", "not known; UNITE has 256 tokens of 32", OURS),
+    "network.latent_norm": Setting("true", "not known; UNITE has a norm behind its encoder", OURS),
+    "network.trunks": Setting("1", "DSD abstract: one ViT in three roles"),
+    "data.autoencoder": Setting("", "DSD abstract: end to end"),
+    "data.precision": Setting("exact", "pixels, and the teacher's features as they are", OURS),
+    "data.teacher": Setting(
+        "timm:vit_base_patch16_224.dino", "DINOv3, second hand; this one is a plain ViT with 16 x 16 tokens", OURS
+    ),
+    "training.steps": Setting("250200", "DSD abstract: 50 epochs; of 256 images, which is not known", OURS),
+}
+
+# %% ../../nbs/lib/runs/paper_settings.ipynb #f40d8dd6
+SETTINGS["dsd"] |= {
+    "method.predicts": Setting("x", "the clean latent, not v: loss transformation", SECOND_HAND),
+    "method.gradient": Setting("input", "a stop-gradient on the target, none on the input", SECOND_HAND),
+    "method.target": Setting("ema", "an averaged encoder of the clean image", SECOND_HAND),
+    "method.views": Setting("0.5", "stronger augmentation of the online input is known, its share is not", OURS),
+    "method.hidden": Setting("0.5", "not known", OURS),
+    "method.decoder_noise": Setting("0.3", "noise interpolation, second hand; the range is UNITE's", OURS),
+    "method.adversarial": Setting("0.25", "that there is a discriminator, second hand; its weight is not known", OURS),
+    "method.alignment": Setting("0.5", "a shallow layer, second hand; REPA's weight", OURS),
+    "method.depth": Setting("4", "a shallow layer, second hand; which one is not known", OURS),
+    "method.deep": Setting("0.5", "deep self-distillation, second hand; its weight is not known", OURS),
+    "method.classification": Setting("0.1", "an ImageNet class loss, second hand; its weight is not known", OURS),
+}
+
 # %% ../../nbs/lib/runs/paper_settings.ipynb #0e37e665
 def settings_of(
     name: str,  # of a method, or "jit"

@@ -65,6 +65,11 @@ NAMED: dict[str, dict[str, str]] = {  # what else a name stands for, by preset; 
         "study-gpu": "network.width=192 network.head_width=384",
         "gpu": "network.head_width=512 network.head_heads=8",
     },
+    "dsd": {
+        "": "network.name=dsd network.patch_size=8 data.autoencoder= data.size=32 data.teacher=tiny-4x4",
+        "laptop": "network.depth=6 method.depth=2",
+        "gpu": "method.adversarial=0.25",
+    },
 }
 
 

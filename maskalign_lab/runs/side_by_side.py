@@ -19,10 +19,11 @@ from ..base.locks import sole_writer
 from ..base.processes import process_count
 from ..base.terminal import say
 from .batches import make_batches
+from .begun import begin, check_recipe
 from .building import build
 from .facts import check_facts
 from .recipe import Recipe, told
-from .run import begin, cached_place, check_recipe, kept_run
+from .run import cached_place, kept_run
 from .sources import load_sources
 from maskalign_lab.training.side_by_side import (
     OnlyAlone,

@@ -7,11 +7,11 @@ __all__ = ['FAMILIES', 'NAMES', 'DEPTHS', 'MOST', 'network_overrides', 'method_o
 
 # %% ../../nbs/lib/runs/sizes.ipynb #e89cfe07
 from ..base.errors import one_of
-from ..diffusion import ditdh, jit, sit
+from ..diffusion import ditdh, dsd, jit, sit
 from ..training.methods import MethodConfig, layers_of
 
 # %% ../../nbs/lib/runs/sizes.ipynb #42b94aa6
-FAMILIES = {"sit": sit, "jit": jit, "ditdh": ditdh}  # name of a network -> the module that knows its sizes
+FAMILIES = {"sit": sit, "jit": jit, "ditdh": ditdh, "dsd": dsd}  # name of a network -> the module that knows its sizes
 NAMES = tuple(name for family in FAMILIES.values() for name in family.NAMES)
 
 
@@ -27,6 +27,7 @@ def network_overrides(name: str) -> dict[str, str]:  # path -> value, as in an o
 DEPTHS = {  # method -> letter of the size -> depth, counted from 1; "" is REPA and what takes after it
     "": {"S": 4, "B": 4, "L": 8, "XL": 8, "H": 10},
     "ahpa": {"S": 3, "B": 3, "L": 6, "XL": 7, "H": 8},
+    "dsd": {"S": 4, "M": 4, "B": 4},
     "sra2": {"S": 2, "B": 2, "L": 8, "XL": 8, "H": 8},
 }
 

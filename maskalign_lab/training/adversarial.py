@@ -148,22 +148,27 @@ class Head(nn.Module):
 
 # %% ../../nbs/lib/training/adversarial.ipynb #3547f05d
 class Discriminator(nn.Module):
-    """Heads on the tokens of a frozen vision transformer."""
+    """Heads on the tokens of a frozen vision transformer, its eyes."""
 
     def __init__(
         self,
-        teacher: Teacher,  # on its device; no part of this module
+        dim: int,  # channels of the eyes' tokens
         blocks: tuple[int, ...],  # whose tokens are seen, counted from 1; a head for each
         reach: int = 9,  # tokens in a row that a head sees
     ):
         super().__init__()
-        depth = len(teacher.vit.blocks)
-        if wrong := [block for block in blocks if not 1 <= block <= depth]:
+        self.blocks, self.reach, self.eyes = tuple(blocks), reach, ()
+        self.heads = nn.ModuleList(Head(dim, reach) for _ in blocks)
+
+    def look_through(self, teacher: Teacher) -> "Discriminator":
+        """Take a teacher, on its device, as eyes; it becomes no part of this module."""
+        depth, tokens = len(teacher.vit.blocks), teacher.grid**2
+        if wrong := [block for block in self.blocks if not 1 <= block <= depth]:
             raise ValueError(f"teacher {teacher.name!r} has blocks 1 to {depth}; the discriminator asks for {wrong[0]}")
-        if teacher.grid**2 <= reach // 2:
-            raise ValueError(f"teacher {teacher.name!r} has {teacher.grid**2} tokens, and a head sees {reach} in a row")
-        self.blocks, self.eyes = tuple(blocks), (teacher,)  # in a tuple, a module is not registered
-        self.heads = nn.ModuleList(Head(teacher.dim, reach) for _ in blocks)
+        if tokens <= self.reach // 2:
+            raise ValueError(f"teacher {teacher.name!r} has {tokens} tokens, and a head sees {self.reach} in a row")
+        self.eyes = (teacher,)  # in a tuple, a module is not registered
+        return self
 
     def forward(self, images: Tensor) -> Tensor:  # (b, 3, h, w) in [-1, 1] -> (b, heads * n)
         tokens = block_tokens(self.eyes[0], images, self.blocks)

@@ -145,8 +145,10 @@ class Method(nn.Module):
     collect: tuple[int, ...] = ()  # depths of hidden tokens that the loss reads
     network: str = ""  # what a recipe changes about the network, e.g. "network.mixer_depth=2"
     uncompilable: str = ""  # why the loss cannot be compiled as a whole; empty: it can
+    reads_average: str = ""  # why the loss needs the averaged network; empty: it does not
     indivisible: str = ""  # why the loss of a batch is not the mean over its samples; empty: it is
     idle: bool = False  # whether at some step a parameter gets no gradient
+    makes_latents: bool = False  # whether its network encodes the images that it is given, such as a DSD
 
     def __init_subclass__(cls, name: str | None, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -182,6 +184,15 @@ class Method(nn.Module):
 
     def build(self, net: nn.Module, teacher_dims: tuple[int, ...]) -> None:
         """Check what the method needs of the network, and make what it trains beside it, such as projectors."""
+
+    def looks_through(self) -> tuple[str, ...]:
+        """Frozen networks that the loss asks besides the batch, by the names of `runs.eyes`; `prepare` is given them."""
+        return self.inner.looks_through() if hasattr(self, "inner") else ()
+
+    def prepare(self, **eyes: Any) -> None:
+        """Take what the loss looks through, before a training; without it, as where operations are counted, its parts are left out."""
+        if hasattr(self, "inner"):
+            self.inner.prepare(**eyes)
 
     def phases(self) -> dict[str, Phase]:
         """The phases of a step that follow the main one, by name and in order; `loss` is told whose loss is asked for."""

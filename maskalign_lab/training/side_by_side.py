@@ -28,7 +28,7 @@ from .config import TrainingConfig
 from .execution import ExecutionConfig
 from .log import with_log
 from .loop import Step, Trainer, go_on, make_trainer, objects_of, pieces, work
-from .methods import Batch, Draw, Losses, Method, why_eager
+from .methods import Batch, Draw, Losses, Method, trait, why_eager
 from .prefetch import RowBatches
 from .saving import Saver, Tensors
 from maskalign_lab.training.stacking import (
@@ -88,8 +88,8 @@ class SideBySide(nn.Module):
     ) -> Losses:  # total: their sum; parts (seeds,)
         """The losses of all seeds; the averaged networks are not at hand."""
 
-        def alone(weights: dict[str, Tensor], batch: dict[str, Tensor], draw: dict[str, Tensor]) -> tuple:
-            losses = functional_call(self.stack, weights, (None, step, Batch(**batch), Draw(**draw)))
+        def alone(weights: dict[str, Tensor], given: dict[str, Tensor], drawn: dict[str, Tensor]) -> tuple:
+            losses = functional_call(self.stack, weights, (None, step, Batch(**given), type(draw)(**drawn)))
             return losses.total, losses.parts
 
         weights = dict(self.stack.named_parameters()) | dict(self.stack.named_buffers())
@@ -184,7 +184,10 @@ def check_stackable(
     execution: ExecutionConfig,
 ) -> None:
     """Raise `OnlyAlone` for what is known to have no batched form, or to gain nothing."""
-    size, own = sum(parameter.numel() for parameter in model.parameters()), why_eager(method)
+    size, own = (
+        sum(parameter.numel() for parameter in model.parameters()),
+        why_eager(method) or trait(method, "reads_average"),
+    )
     whys = [
         (bool(own), own),
         (getattr(model, "dropout", 0) > 0, "dropout draws from one generator for all seeds"),

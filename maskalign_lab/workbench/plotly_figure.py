@@ -18,17 +18,18 @@ from PIL import Image
 from .colours import MISSING, PALETTE, QUANTITIES, QUIET, colours
 from .figure_layout import AXIS, Place, colour_bar, grid_side, layout, place, titles
 from .heat_maps import HeatMap
-from .plots import Bars, Curve, Panel, Panels, Picture, Points, TokenMap, colour_range
+from .plots import Bars, Curve, Panel, Panels, Picture, Points, Spectrum, TokenMap, colour_range
 
 # %% ../../nbs/lib/workbench/plotly_figure.ipynb #d6e9d3ef
 def data_uri(
     pixels: np.ndarray,  # (h, w, 3) uint8
-    largest: int = 256,  # pixels of a side; larger images are reduced
+    largest: int = 256,  # pixels of the shorter side; larger images are reduced
 ) -> str:
     """An image as a data URI: an exact PNG up to 64 pixels, above that a JPEG, because noise does not compress."""
     image, file = Image.fromarray(pixels), io.BytesIO()
     kind = "png" if max(image.size) <= 64 else "jpeg"
-    image.thumbnail((largest, largest), Image.Resampling.BOX)
+    if (share := largest / min(image.size)) < 1:
+        image = image.resize([round(share * side) for side in image.size], Image.Resampling.BOX)
     image.save(file, kind, quality=85, compress_level=3)
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
@@ -64,10 +65,18 @@ def _outline(token: tuple[int, int] | None) -> dict[str, Any]:
 def _curve_values(curve: Curve) -> list[dict[str, Any]]:
     x = np.asarray(curve.x, float).tolist()
     lines = [{"x": x, "y": np.asarray(y, float).tolist(), "name": name} for name, y in curve.ys.items()]
+    crosses = [] if curve.crosses is None else [_on_lines(curve, list(curve.crosses.values()), list(curve.crosses))]
     if curve.marker is None:
-        return [*lines, _outline(None), _outline(None)]
-    dots = [float(np.interp(curve.marker, x, line["y"])) for line in lines]
-    return [*lines, {"x": [curve.marker] * 2, "y": [0, 1]}, {"x": [curve.marker] * len(dots), "y": dots}]
+        return [*lines, _outline(None), _outline(None), *crosses]
+    dots = _on_lines(curve, [float(curve.marker)] * len(lines), list(curve.ys))
+    return [*lines, {"x": [curve.marker] * 2, "y": [0, 1]}, dots, *crosses]
+
+
+def _on_lines(curve: Curve, places: list[float], names: list[str]) -> dict[str, Any]:
+    """A point on each of some lines."""
+    if not names:
+        return _outline(None)
+    return {"x": places, "y": [float(np.interp(at, curve.x, curve.ys[name])) for at, name in zip(places, names)]}
 
 # %% ../../nbs/lib/workbench/plotly_figure.ipynb #0cbdbac7
 def values(
@@ -86,20 +95,23 @@ def _panel_rows(panel: Panel, shown: Panels, largest: int) -> list[dict[str, Any
         return [bars, *[_outline(None)] * 2]
     if isinstance(panel, Points):
         return [_places(panel.behind), _places(panel.points), _outline(None)]
+    if isinstance(panel, Spectrum):
+        lines = [{"x": list(range(1, len(y) + 1)), "y": [float(f"{v:.3g}") for v in y]} for y in panel.shown().values()]
+        return lines + [_outline(None)] * (3 - len(lines))
     if isinstance(panel, HeatMap):
         return [_map_values(panel, shown), *[_outline(panel.chosen)] * 2]
     first = _map_values(panel, shown) if isinstance(panel, TokenMap) else _image_values(panel, shown, largest)
     return [first, *[_outline(shown.token)] * 2]
 
 # %% ../../nbs/lib/workbench/plotly_figure.ipynb #fd408b99
-KINDS = {Picture: "image", TokenMap: "heatmap", HeatMap: "heatmap", Points: "scatter", Bars: "bar"}
+KINDS = {Picture: "image", TokenMap: "heatmap", HeatMap: "heatmap", Points: "scatter", Spectrum: "scatter", Bars: "bar"}
 
 
 def kinds(
     panels: Panels,
 ) -> list[str]:
     """The types of the traces that show these panels, in order."""
-    lines = len(panels.curve.ys) + 2 if panels.curve else 0
+    lines = len(panels.curve.ys) + 2 + (panels.curve.crosses is not None) if panels.curve else 0
     first = [kind for panel in panels.panels for kind in (KINDS[type(panel)], "scatter", "scatter")]
     return first + ["scatter"] * lines
 
@@ -108,6 +120,11 @@ def _points_traces(panel: Points, axes: dict[str, str]) -> list[dict[str, Any]]:
     dots = {"type": "scatter", "mode": "markers", "hoverinfo": "skip", "showlegend": False, **axes}
     grey, coloured = ({"color": c, "size": size} for c, size in ((MISSING, 3), (panel.colour, 4)))
     return [dots | {"marker": grey}, dots | {"marker": coloured}, dots]
+
+
+def _spectrum_traces(axes: dict[str, str]) -> list[dict[str, Any]]:
+    line = {"type": "scatter", "mode": "lines+markers", "showlegend": False, "hovertemplate": "%{y:.3g}<extra></extra>"}
+    return [line | axes | {"marker": {"color": c, "size": 4}, "line": {"color": c, "width": 1.5}} for c in PALETTE[:3]]
 
 
 def _bars_traces(panel: Bars, axes: dict[str, str]) -> list[dict[str, Any]]:
@@ -137,6 +154,8 @@ def _panel_traces(panel: Panel, i: int, at: Place) -> list[dict[str, Any]]:
     axes = {"xaxis": f"x{i + 1}", "yaxis": f"y{i + 1}"}
     if isinstance(panel, Points):
         return _points_traces(panel, axes)
+    if isinstance(panel, Spectrum):
+        return _spectrum_traces(axes)
     if isinstance(panel, Bars):
         return _bars_traces(panel, axes)
     first = (
@@ -149,10 +168,15 @@ def _curve_traces(curve: Curve) -> list[dict[str, Any]]:
     axes = {"type": "scatter", "xaxis": "x99", "yaxis": "y99"}
     lines = [{"mode": "lines", "line": {"color": c, "width": 2}, "hovertemplate": "%{y:.3g}", **axes}
              for c, _ in zip(PALETTE, curve.ys, strict=False)]  # fmt: skip
-    mark = axes | {"hoverinfo": "skip", "showlegend": False}
+    mark = axes | {"hoverinfo": "skip", "showlegend": False, "cliponaxis": False}
     rule = {"mode": "lines", "line": {"color": QUIET, "width": 1.5, "dash": "dot"}, **mark, "yaxis": "y100"}
     dot = {"color": PALETTE[: len(lines)], "size": 9, "line": {"color": "white", "width": 1.5}}
-    return [*lines, rule, {"mode": "markers", "marker": dot, **mark}]
+    marks = [rule, {"mode": "markers", "marker": dot, **mark}]
+    if curve.crosses is not None:
+        colours_of = dict(zip(curve.ys, PALETTE))
+        cross = {"symbol": "x", "size": 11, "color": [colours_of[name] for name in curve.crosses]}
+        marks.append({"mode": "markers", "marker": cross | {"line": {"color": "white", "width": 1}}, **mark})
+    return [*lines, *marks]
 
 # %% ../../nbs/lib/workbench/plotly_figure.ipynb #28ff4990
 def figure(
@@ -169,7 +193,7 @@ def update(
     figure: go.Figure,  # made by `figure`, or a FigureWidget of it
     panels: Panels,
 ) -> None:
-    """Show other panels of the same kinds in the same figure, changing values and titles only."""
+    """Show other panels of the same kinds in the same figure, changing values, titles and the name of the curve's axis only."""
     had, wanted = [trace.type for trace in figure.data], kinds(panels)
     if had != wanted:
         raise ValueError(f"the figure was made for another form of view: its traces are {had}, not {wanted}")
@@ -178,6 +202,8 @@ def update(
     for annotation, word in zip(figure.layout.annotations, titles(panels, place(panels)), strict=True):
         if annotation.text != word["text"]:
             annotation.text = word["text"]
+    if panels.curve and figure.layout.yaxis99.title.text != panels.curve.y_label:
+        figure.layout.yaxis99.title.text = panels.curve.y_label
 
 # %% ../../nbs/lib/workbench/plotly_figure.ipynb #0ff5ea52
 def film(

@@ -75,7 +75,7 @@ def test_every_field_that_is_no_default_has_its_source(name):
 def test_a_paper_trains_256_tokens_of_latents_or_pixels(name):
     recipe = make_recipe(name, "paper")
     assert tokens(recipe) == 256 and recipe.data.size == 256
-    others = {"jit": "", "ditdh": "nyu-visionx/RAE-dinov2-wReg-base-ViTXL-n08"}
+    others = {"jit": "", "dsd": "", "ditdh": "nyu-visionx/RAE-dinov2-wReg-base-ViTXL-n08"}
     assert recipe.data.autoencoder == others.get(name, "stabilityai/sd-vae-ft-mse")
 
 

@@ -37,7 +37,7 @@ def given(recipe, images: int = 4):
     g, b, n = generator(0, 0, "batch"), images, net.side**2
     randn = partial(torch.randn, generator=g, dtype=torch.float64)
     needs, heads = Plan(recipe.method).needs, net.blocks[0].attn.heads
-    batch = Batch(randn(b, net.in_channels, size, size), torch.arange(b) % 10)
+    batch = Batch(randn(b, facts.get("channels", 3), size, size), torch.arange(b) % 10)
     more = {
         "features": randn(b, n, 24),
         "class_token": randn(b, 24),

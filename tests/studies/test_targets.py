@@ -75,6 +75,7 @@ NAMES = {  # every method and network -> what it needs to be small
     "haste": "method.student_blocks=(1,2)", "ahpa": "data.autoencoder= data.size=32 network.patch_size=4",
     "jit": "network.context_start=1",
     "ditdh": "data.autoencoder= network.patch_size=4 network.head_width=24 network.head_heads=3",
+    "dsd": "network.patch_size=4 method.depth=2",
 }  # fmt: skip
 
 

@@ -141,17 +141,21 @@ def test_images_of_another_size_are_brought_to_the_eyes_own():
     assert block_tokens(random_teacher(), pictures(2, 40), (1,))[0].shape == (2, 16, 16)
 
 
+def watching(eyes, blocks):
+    return Discriminator(eyes.dim, blocks).look_through(eyes)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_an_image_is_judged_alone(training):
-    discriminator = Discriminator(random_teacher(), (3, 1)).train(training)
+    discriminator = watching(random_teacher(), (3, 1)).train(training)
     discriminator(pictures())
-    alone = Discriminator(random_teacher(), (3, 1)).train(training)
+    alone = watching(random_teacher(), (3, 1)).train(training)
     alone.load_state_dict(discriminator.state_dict())
     torch.testing.assert_close(discriminator(pictures())[1:2], alone(pictures()[1:2]))
 
 
 def test_only_in_training_are_singular_values_looked_for():
-    discriminator = Discriminator(random_teacher(), (3,))
+    discriminator = watching(random_teacher(), (3,))
     state = {name: value.clone() for name, value in discriminator.state_dict().items()}
     discriminator.eval()(pictures())
     assert all(torch.equal(value, state[name]) for name, value in discriminator.state_dict().items())
@@ -162,7 +166,7 @@ def test_only_in_training_are_singular_values_looked_for():
 
 def test_eyes_are_frozen_and_not_kept_and_images_get_their_gradient():
     teacher = random_teacher()
-    discriminator, images = Discriminator(teacher, (3, 1)), pictures().requires_grad_()
+    discriminator, images = watching(teacher, (3, 1)), pictures().requires_grad_()
     discriminator(images).sum().backward()
     assert images.grad.abs().sum() > 0 and all(p.grad is None for p in teacher.parameters())
     own = sum(p.numel() for p in discriminator.parameters())
@@ -172,7 +176,7 @@ def test_eyes_are_frozen_and_not_kept_and_images_get_their_gradient():
 
 def test_a_head_is_the_official_one_layer_by_layer():
     """Norm over the tokens of one image, a ring of tokens, the sum of branch and input divided by the root of 2."""
-    head = Discriminator(random_teacher(), (3,)).heads[0].eval()
+    head = watching(random_teacher(), (3,)).heads[0].eval()
     tokens = block_tokens(random_teacher(), pictures(), (3,))[0].mT
 
     def layer(part, x, reach):
@@ -191,9 +195,9 @@ def test_a_head_is_the_official_one_layer_by_layer():
 @pytest.mark.parametrize("blocks", [(0,), (4,), (1, 9)])
 def test_blocks_that_the_eyes_lack_are_refused(blocks):
     with pytest.raises(ValueError, match=f"has blocks 1 to 3; the discriminator asks for {max(blocks)}"):
-        Discriminator(random_teacher(), blocks)
+        watching(random_teacher(), blocks)
 
 
 def test_too_few_tokens_for_a_head_are_refused():
     with pytest.raises(ValueError, match="has 4 tokens, and a head sees 9 in a row"):
-        Discriminator(random_teacher(8, 4), (1,))
+        watching(random_teacher(8, 4), (1,))

@@ -49,9 +49,13 @@ def setting(b=4, **options):
         decoder_num_attention_heads=2,
         decoder_intermediate_size=32,
     )
-    method = RAEDecoding(DecodingConfig(**options), edges, Discriminator(random_teacher(2), (2, 1)))
+    method = RAEDecoding(DecodingConfig(**options), edges, discriminator(random_teacher(2), (2, 1)))
     images = torch.rand(b, 3, 16, 16, generator=torch.Generator().manual_seed(5)) * 2 - 1
     return decoder, method, Batch(images, torch.arange(b), features=encoder(images).flatten(2).mT)
+
+
+def discriminator(eyes, blocks):
+    return Discriminator(eyes.dim, blocks).look_through(eyes)
 
 
 def drawn(method, batch, step=3):
@@ -198,7 +202,7 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_bits(tmp_path, stop):
 def test_without_a_voice_there_is_no_discriminator():
     found = train(adversarial=0.0, learns_from=0, heard_from=0)
     assert {*found[-1].losses} == {"pixels", "perceptual"}
-    assert not RAEDecoding(DecodingConfig(adversarial=0), edges, Discriminator(random_teacher(), (1,))).phases()
+    assert not RAEDecoding(DecodingConfig(adversarial=0), edges, discriminator(random_teacher(), (1,))).phases()
 
 
 def test_parts_of_a_batch_are_refused_with_a_discriminator_and_equal_without(tmp_path):

@@ -179,8 +179,8 @@ def test_moving_points_equals_making_anew_and_sends_no_map():
 
 def test_the_numbers_of_points_and_their_words_do_not_reach_the_curve():
     at = figure_layout.place(cloud())
-    assert at.curve - 36 - (at.top + at.size) >= figure_layout.AXIS
-    assert figure_layout.place(Panels(cloud().panels[:2])).height - (at.top + at.size) >= figure_layout.AXIS
+    assert at.curve - 36 - (at.rows[0] + at.size) >= figure_layout.AXIS
+    assert figure_layout.place(Panels(cloud().panels[:2])).height - (at.rows[0] + at.size) >= figure_layout.AXIS
 
 
 def test_a_film_of_points_is_small():

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from ...base.seeding import generator
-from .variance_term import TARGETS, flow
+from ...dsd import TARGETS
+from .variance_term import flow
 from ...workbench.plots import INK, PALETTE, QUIET, theme
 
 # %% ../../../nbs/lib/studies/dsd/toy.ipynb #2110b4e3
