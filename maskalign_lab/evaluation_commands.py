@@ -86,7 +86,7 @@ def draw_only(
     if options.shard is None:
         wait_for([folder], share)
 
-
+# %% ../nbs/lib/evaluation_commands.ipynb #bd926977
 def all_figures(options: Evaluate, run: Any, plan: Any, folder: Any) -> dict[str, Any] | None:
     """Draw samples and compare; what can be refused is refused before."""
     from maskalign_lab.data.cache_filling import own_share

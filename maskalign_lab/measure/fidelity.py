@@ -29,7 +29,7 @@ from ..encoders.weights import reason
 INCEPTION, LAYERS = "inception-v3-compat", ["2048", "logits_unbiased"]  # names of torch-fidelity
 WEIGHTS = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 
-
+# %% ../../nbs/lib/measure/fidelity.ipynb #b71d4b37
 @dataclass(frozen=True)
 class Extractor:
     """What looks at images."""
@@ -59,7 +59,7 @@ def check_weights(path: Path) -> None:
     if not isinstance(held, dict) or "Mixed_7c.branch_pool.conv.weight" not in held:
         raise ValueError(f"{path} holds no weights of torch-fidelity's Inception; expected a file as {WEIGHTS}")
 
-
+# %% ../../nbs/lib/measure/fidelity.ipynb #82aa9a61
 def load_extractor(
     weights: Path | None = None,  # a file; None: torch-fidelity's own, which it fetches once
     device: str | torch.device = "cpu",
@@ -99,7 +99,7 @@ def seen_in(
         rows.append(torch.cat([each.float().cpu() for each in found], 1)[: len(part)])
     return torch.cat(rows)
 
-
+# %% ../../nbs/lib/measure/fidelity.ipynb #797ac27c
 def rows_of(
     extractor: Extractor,
     images: Any,  # (n, h, w, 3) uint8, indexed by slices
@@ -130,7 +130,7 @@ def gaussian_of(
 
     return Gaussian(**fid_features_to_statistics(features.double()))
 
-
+# %% ../../nbs/lib/measure/fidelity.ipynb #f09c0f90
 def frechet_inception_distance(real: Gaussian, fake: Gaussian) -> float:
     """FID."""
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
@@ -154,7 +154,7 @@ def inception_score(
     found = isc_features_to_metric(logits, splits=SPLITS, shuffle=True, rng_seed=2020)
     return found[KEY_METRIC_ISC_MEAN], found[KEY_METRIC_ISC_STD]
 
-
+# %% ../../nbs/lib/measure/fidelity.ipynb #0318af32
 def precision_recall(
     real: Tensor,  # (n, d)
     fake: Tensor,  # (m, d)

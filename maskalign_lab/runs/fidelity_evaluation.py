@@ -57,7 +57,7 @@ def own_images(
     facts = {"dataset": found.name, "split": split, "images": len(found), "digest": found.digest}
     return Reference(facts, images=found.pixels)
 
-
+# %% ../../nbs/lib/runs/fidelity_evaluation.ipynb #8703e764
 def reference_of(
     run: Run,
     name: str,  # train, validation, or a file .npz

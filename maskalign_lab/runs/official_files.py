@@ -23,13 +23,7 @@ from ..encoders.latent_statistics import STATISTICS, write_statistics
 from ..encoders.representation_autoencoders import FrozenRAE
 from .checkpoint_files import check_finite, read_weights
 from .facts import Facts, write_facts
-from maskalign_lab.runs.official import (
-    DOORS,
-    Official,
-    arguments,
-    from_official,
-    to_official,
-)
+from .official import DOORS, Official, arguments, from_official, to_official
 from .official_shapes import told_arguments
 from .paper_settings import IMAGES
 from .recipe import DataConfig, Recipe, to_json
