@@ -11,7 +11,7 @@ from functools import partial
 
 from ...measure.findings import Finding, of_arms, of_count
 from ...measure.wording import NotTrained
-from .tables import Rows, last_rows
+from .tables import Rows, collapse_of, last_rows
 
 # %% ../../../nbs/lib/studies/dsd/findings.ipynb #fcb0c237
 def collapses(
@@ -22,7 +22,7 @@ def collapses(
     figure: str = "08_collapse",
 ) -> Finding:
     """How many seeds of an arm collapsed."""
-    found = [row["collapsed at"] is not None for row in last_rows(rows) if row["arm"] == arm]
+    found = [bool(collapse_of(row)) for row in last_rows(rows) if row["arm"] == arm]
     if not found:
         raise NotTrained(arm)
     count, total = sum(found), len(found)
