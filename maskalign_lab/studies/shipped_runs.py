@@ -34,6 +34,7 @@ from ..runs.recipe import Recipe
 from ..runs.run import Run, load_run, train
 from ..runs.scale_search import search_file, search_rows
 from .ahpa.opening import make_oracle, make_routers
+from .dsd.opening import make_films as make_dsd_films
 from .maskalign.measures import record
 from .position_preference.conflict_courses import make_courses
 from .position_preference.lenses import ship_lenses
@@ -197,6 +198,7 @@ TABLES = {  # of a study -> how they are made
     "position-lenses": ship_lenses,
     "rae-one-image": make_one_image,
     "rae-film": make_films,
+    "dsd-films": make_dsd_films,
     "position-conflict": make_courses,
 }
 DECODERS = {  # representation autoencoders -> how their decoders are trained

@@ -246,13 +246,13 @@ def choose(page, label: str, number: int = 0) -> tuple[list[str], list]:
     return changed_by(page, act, number)
 
 
-def there_and_back(page, first: str, then: str) -> None:
+def there_and_back(page, first: str, then: str, place: str = "t = ") -> None:
     """One step of the slider by the keyboard, and back: the figure shows the next time, and then what it showed."""
     before = page.evaluate(FIGURE, 0)
-    assert f"t = {first}" in before
+    assert f"{place}{first}" in before
     page.locator(HANDLE).first.focus()
     page.keyboard.press("ArrowRight")
-    page.wait_for_function(f"then => ({FIGURE})(0).includes(then)", arg=f"t = {then}", timeout=10_000)
+    page.wait_for_function(f"then => ({FIGURE})(0).includes(then)", arg=f"{place}{then}", timeout=10_000)
     assert page.evaluate(FIGURE, 0) != before
     page.keyboard.press("ArrowLeft")
     page.wait_for_function(f"before => ({FIGURE})(0) === before", arg=before, timeout=10_000)

@@ -121,6 +121,11 @@ def other_networks(page):
     choose(page, "SiT, x")
 
 
+def other_quantities(page):
+    """Another course below the clouds."""
+    choose(page, "PSNR of the pictures")
+
+
 # ---- the studies
 
 
@@ -132,6 +137,7 @@ class Study:
     explore: Callable[[Any], None]  # the other controls, on the page in JupyterLab
     mistakes: tuple[tuple[dict[str, Any], str], ...]  # parameters that the opening refuses, and what it says
     preset: str = "laptop"  # in JupyterLab
+    place: str = "t = "  # what stands in front of a time in the figure
     also: tuple[str, ...] = ()  # what is shown there beside the scrubber: words of cells
 
     @property
@@ -234,6 +240,19 @@ STUDIES = [
             ({"run": "sit-shapes"}, "sees pixels, and a film of study 07 decodes latents"),
         ),
         preset="smoke",
+    ),
+    Study(
+        "08_dsd",
+        ("collapse", "denoising", "toy"),
+        ("136", "178"),
+        other_quantities,
+        (
+            (smoke(overrides="method.gradeint=none"), "Did you mean 'method.gradient'"),
+            (smoke(overrides="network.trunks=4"), "trunks=4: expected 1"),
+            (smoke(arms="setps"), "Did you mean 'steps'"),
+            ({"run": "sit-shapes"}, "dsd"),
+        ),
+        place="step ",
     ),
 ]
 every_study = pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.number)
@@ -347,7 +366,7 @@ def test_it_is_run_and_scrubbed_in_jupyterlab(study, smoke_job, page, lab):
     if study.preset == "smoke":
         smoke_job(study.number)  # JupyterLab finds its runs trained
     run_study_in_lab(page, lab, study.name, study.preset, study.also)
-    there_and_back(page, *study.times)
+    there_and_back(page, *study.times, study.place)
     study.explore(page)
     assert not page.errors
 

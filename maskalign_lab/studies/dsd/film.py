@@ -99,7 +99,7 @@ def curve_of(film: Film, quantity: str, time: int) -> Curve:
     column = list(COURSES).index(one_of(quantity, COURSES, "curve"))
     lines = {name: film.courses[arm, :, column] for arm, name in enumerate(film.arms)}
     crosses = {name: float(step) for name, step in zip(film.arms, film.collapsed) if step is not None}
-    title = quantity + (f" (✕: spread stays below {COLLAPSED:g})" if crosses else "")
+    title = f"{quantity}, step {film.steps[time]}" + (f" (✕: spread stays below {COLLAPSED:g})" if crosses else "")
     axis = np.array(film.steps, float)
     return Curve(title, axis, lines, "training step", COURSES[quantity][1], float(film.steps[time]), crosses)
 
@@ -115,7 +115,7 @@ def scrubber(film: Film) -> Scrubber:
     """The interactive view of a film."""
     places = range(len(film.steps))
     controls = [
-        Control("time", "training step", places, list(map(str, film.steps)), len(places) - 1, "slider"),
+        Control("time", "training step", places, list(map(str, film.steps)), len(places) // 2, "slider"),
         Control("curve", "below", list(COURSES)),
     ]
     return Scrubber(partial(view, film), controls, lambda: strip(film))

@@ -35,7 +35,7 @@ def collapses(
 def all_findings(rows: Rows) -> Sequence[Callable[[], Finding]]:
     """What `findings_table` shows of study 08."""
     count, pair = partial(partial, collapses, rows), partial(partial, of_arms)
-    better = {"metric": "psnr", "unit": "dB", "digits": 1, "figure": "08_arms"}
+    better = {"metric": "psnr", "unit": "dB", "digits": 1, "figure": "08_collapse"}
     return [
         count("v-loss through both branches: do the latents collapse?", "a: v", True),
         count("Target cut, v still predicted: do they?", "b: target cut", True),
