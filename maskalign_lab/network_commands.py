@@ -241,6 +241,9 @@ class Import:
     statistics: str = (
         ""  # a file of var, and of mean if there is one, of the latents that it learned; default: the autoencoder's own
     )
+    teacher: str = (
+        ""  # that it was aligned with, as in data.teacher; default: the file's own word, or DINOv2-B where it fits
+    )
 
 # %% ../nbs/lib/network_commands.ipynb #a02a372d
 @command("import", Import)
@@ -256,7 +259,8 @@ def run_import(options: Import) -> int:
     names = paths.absolute(options.dataset), paths.absolute(options.autoencoder)
     folder = folder_for(options.out, "trained", Path(options.file).stem)
     statistics = paths.home_of(options.statistics) if options.statistics else None
-    print(import_run(paths.home_of(options.file), folder, options.family, config, *names, statistics))
+    teacher = paths.absolute(options.teacher)
+    print(import_run(paths.home_of(options.file), folder, options.family, config, *names, statistics, teacher))
     return 0
 
 # %% ../nbs/lib/network_commands.ipynb #60d855d1

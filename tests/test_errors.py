@@ -222,9 +222,12 @@ def test_an_import_names_data_and_autoencoder_by_absolute_paths(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     (tmp_path / "cats" / "a").mkdir(parents=True)
     words = ["import", "~/x.pt", "--out", "run", "--dataset", "folder:cats", "--autoencoder", "tiny:mine"]
+    words += ["--teacher", "tiny:theirs"]
     assert main([*words, "--config", '{"num_heads": 12}']) == 0
     names = f"folder:{tmp_path}/cats", f"tiny:{tmp_path}/mine"
-    assert given == [(tmp_path / "home" / "x.pt", Path("run"), "", {"num_heads": 12}, *names, None)]
+    assert given == [
+        (tmp_path / "home" / "x.pt", Path("run"), "", {"num_heads": 12}, *names, None, f"tiny:{tmp_path}/theirs")
+    ]
 
 
 def test_what_cannot_be_exported_is_refused_before_anything_is_written(tmp_path):

@@ -27,7 +27,7 @@ FLOORS = (
     {"measure"},
     {"runs"},
     {"studies"},
-    {"network_commands", "training_commands"},
+    {"evaluation_commands", "network_commands", "training_commands"},
     {"cli"},
 )
 HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}

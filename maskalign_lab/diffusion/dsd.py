@@ -122,7 +122,7 @@ class DSD(SiT):
         return unpatchify(self.image_head(tokens, c)[0], self.image_patch)
 
     def _run(self, own: nn.ModuleList, tokens: Tensor, role: int) -> tuple[Tensor, Tensor]:
-        c = self.role_embedder.weight[role].expand(len(tokens), -1)
+        c = self.role_embedder(torch.full((len(tokens),), role, device=tokens.device))
         tokens = tokens + self.pos_embed
         for block in own or self.blocks:
             tokens = block(tokens, c)

@@ -7,7 +7,7 @@ __all__ = ['SamplerConfig', 'SampleStep', 'sample', 'draw_start', 'last_sample']
 
 # %% ../../nbs/lib/diffusion/sampling.ipynb #33197645
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from ..base.devices import PRECISIONS
 from ..base.errors import one_of
-from ..base.seeding import generator
+from ..base.seeding import generator, generators
 from .guidance import Field, pack, unpack
 from .objectives import Objective, check_velocity, draw_noise
-from .solvers import DIFFUSIONS, LAST, SOLVERS
+from .solvers import DIFFUSIONS, LAST, SOLVERS, standard_normal
 
 # %% ../../nbs/lib/diffusion/sampling.ipynb #7091ad11
 @dataclass(frozen=True)
@@ -80,26 +80,39 @@ def sample(
     config: SamplerConfig = SamplerConfig(),
     seed: int = 0,  # keys the starting noise and every later draw
     start: Tensor | None = None,  # state to start from, see `pack`; None draws noise
+    numbers: Sequence[int] | None = None,  # of the samples: each then draws for itself, whatever is in the batch
     guide: nn.Module | None = None,  # a weaker network to be guided away from; None: the network without labels
 ) -> Iterator[SampleStep]:
     """Integrate from noise to data, yielding each state; the last one is the sample."""
     solver = SOLVERS[config.solver]
     for t in solver.asks_at:
         check_velocity(objective, t)
-    state = (draw_start(net, objective, y, seed) if start is None else start).double()
+    state = (draw_start(net, objective, y, seed, numbers) if start is None else start).double()
     yield SampleStep(1.0, *unpack(net, state))
-    field, draw = Field(net, objective, y, config, guide), lambda number: generator(seed, number, "sde", y.device)
-    for t, state in solver.states(field, state, draw):
+    own = None if numbers is None else generators(seed, numbers, "sde of a sample")  # they go on from step to step
+    draw = (lambda number: generator(seed, number, "sde", y.device)) if own is None else lambda number: own
+    for t, state in solver.states(Field(net, objective, y, config, guide), state, draw):
         yield SampleStep(t, *unpack(net, state))
 
 # %% ../../nbs/lib/diffusion/sampling.ipynb #ec42fe16
-def draw_start(net: nn.Module, objective: Objective, y: Tensor, seed: int) -> Tensor:
+def draw_start(
+    net: nn.Module,
+    objective: Objective,
+    y: Tensor,  # (b,)
+    seed: int,
+    numbers: Sequence[int] | None = None,  # of the samples, see `sample`
+) -> Tensor:
     """The noise that sampling starts from, the same picture noise for networks with and without a class token."""
+
+    def noise(name: str, *shape: int) -> Tensor:
+        if numbers is None:
+            return draw_noise(objective, (len(y), *shape), generator(seed, 0, name, y.device))
+        rows = torch.empty(len(y), *shape, device=y.device)
+        return objective.noise_scale * standard_normal(generators(seed, numbers, f"{name} of a sample"), rows)
+
     side = net.side * net.patch_size
-    x = draw_noise(objective, (len(y), net.in_channels, side, side), generator(seed, 0, "start", y.device))
-    if net.class_dim is None:
-        return x
-    return pack(x, draw_noise(objective, (len(y), net.class_dim), generator(seed, 0, "start class", y.device)))
+    x = noise("start", net.in_channels, side, side)
+    return x if net.class_dim is None else pack(x, noise("start class", net.class_dim))
 
 # %% ../../nbs/lib/diffusion/sampling.ipynb #0f291361
 def last_sample(*args, **kwargs) -> Tensor:  # (b, c, h, w) float32, in [-1, 1] up to overshoot

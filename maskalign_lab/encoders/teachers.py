@@ -201,7 +201,7 @@ def weights_digest(
     found = hashlib.blake2b(repr(settings).encode(), digest_size=8)
     for name, value in vit.state_dict().items():
         found.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        found.update(value.contiguous().flatten().view(torch.uint8).numpy())
+        found.update(value.contiguous().flatten().view(torch.uint8).cpu().numpy())
     return found.hexdigest()
 
 # %% ../../nbs/lib/encoders/teachers.ipynb #b3f6af7b

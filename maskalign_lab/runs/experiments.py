@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['COUNTED', 'COMMON', 'Arm', 'blank_batch', 'BlankStep', 'blank_step', 'step_flops', 'Length', 'lengths', 'arm_rows',
-           'extended', 'run_identity', 'run_arms', 'trained_together', 'common_facts', 'load_rows', 'save_rows',
+           'extended', 'run_identity', 'run_arms', 'trained_together', 'own_facts', 'load_rows', 'save_rows',
            'results_file', 'shipped_rows']
 
 # %% ../../nbs/lib/runs/experiments.ipynb #c319753d
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -27,13 +27,13 @@ from ..base.files import write_atomic
 from ..base.paths import data
 from ..base.seeding import generator
 from .building import build
+from .expectations import expect
 from .facts import Facts
 from .presets import make_recipe
 from .recipe import Recipe, identity
 from .run import Run, ensure_run, load_run
 from .side_by_side import train_side_by_side
-from .sources import load_sources
-from ..training.methods import Batch, Losses, Method, Plan, State, Timeless, layers_of
+from ..training.methods import Batch, Losses, Method, State, Timeless, layers_of
 from ..training.prefetch import to_device
 
 # %% ../../nbs/lib/runs/experiments.ipynb #04630d70
@@ -148,7 +148,7 @@ class Length:
 def lengths(
     recipes: dict[str, Recipe],  # by arm; one seed stands for all
     baseline: str | None,  # the arm whose cost is the measure; None: steps alone count
-    facts: Facts = COMMON,  # of the arms' common data
+    facts: Facts | Mapping[str, Facts] = COMMON,  # of the arms' common data, or of each arm's own
     early: Sequence[float] = (),  # looks on the way, as shares of the steps
 ) -> dict[str, Length]:
     """Equal steps and equal operations, for every arm."""
@@ -159,7 +159,8 @@ def lengths(
     for name, recipe in recipes.items():
         if recipe.training.cooldown:
             raise ValueError(f"arm {name!r} has training.cooldown={recipe.training.cooldown}: expected 0, see the text")
-    flops = {name: step_flops(recipe, facts) for name, recipe in recipes.items()}
+    own = facts if isinstance(facts, Mapping) else dict.fromkeys(recipes, facts)
+    flops = {name: step_flops(recipe, own[name]) for name, recipe in recipes.items()}
     plan = {}
     for name, recipe in recipes.items():
         relative, steps = flops[name] / flops[baseline], recipe.training.steps
@@ -211,7 +212,8 @@ def run_arms(
     """Train and measure what is not known yet, seed by seed, or arm by arm with all seeds of an arm at once."""
     seeds = list(seeds)
     recipes = {arm.name: recipe_of(arm, seeds[0]) for arm in arms}
-    plan = lengths(recipes, baseline, common_facts(recipes.values()) if baseline else COMMON, early)
+    facts = {name: own_facts(recipe) for name, recipe in recipes.items()} if baseline else COMMON
+    plan = lengths(recipes, baseline, facts, early)
     mine = load_rows(keep) if keep else []
     have = {(row["identity"], row["arm"]) for row in (*known, *mine)}
     wanted = [(arm, seed, recipe_of(arm, seed)) for seed in seeds for arm in arms]
@@ -245,9 +247,9 @@ def trained_together(
     return (time.perf_counter() - began) / max(1, len(recipes))
 
 
-def common_facts(recipes: Iterable[Recipe]) -> Facts:
-    """Facts of the arms' common data; the arm that needs most of them tells."""
-    facts = load_sources(max(recipes, key=lambda recipe: len(Plan(recipe.method).needs))).facts
+def own_facts(recipe: Recipe) -> Facts:
+    """Facts of an arm's data; one that asks no teacher is counted as if there were the others'."""
+    facts = expect(recipe).facts
     return facts if facts.teacher_dims else replace(facts, teacher_dims=COMMON.teacher_dims)
 
 # %% ../../nbs/lib/runs/experiments.ipynb #0da6a60e

@@ -37,6 +37,7 @@ from .eyes import eyes_of
 from .facts import Facts, check_facts, read_facts
 from .recipe import Recipe, from_json, identity
 from maskalign_lab.runs.sources import (
+    check_teacher,
     kept_autoencoder,
     kept_features,
     kept_images,
@@ -129,12 +130,7 @@ class Run:
         if oracle := oracle_of(name):
             return oracle
         found = kept_teacher(name, self.recipe.data.size, self.device, self.net.side)
-        before = self.facts.teacher_digest.split(",")[0]
-        if before and found.digest != before:
-            raise ValueError(
-                f"run {self.name!r} was aligned with a teacher {name!r} with digest {before}, and what goes by that name now has "
-                f"{found.digest}; bring back the first, or train the run again"
-            )
+        check_teacher(self.name, name, found, self.facts)
         return found
 
     def teacher_view(self, dataset: Dataset) -> Features:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['kept_images', 'kept_teacher', 'kept_autoencoder', 'kept_levels', 'FEW', 'HELD_OUT', 'FITTED', 'options_of',
-           'images_of', 'kept_features', 'mean_latents', 'teacher_names', 'Sources', 'load_sources', 'found_facts',
-           'features_dim', 'token_side', 'check_needs', 'check_levels_there', 'levels_of', 'encodings_of',
-           'with_readable_front']
+           'images_of', 'check_teacher', 'kept_features', 'mean_latents', 'teacher_names', 'Sources', 'load_sources',
+           'found_facts', 'features_dim', 'token_side', 'check_needs', 'check_levels_there', 'levels_of',
+           'encodings_of', 'with_readable_front']
 
 # %% ../../nbs/lib/runs/sources.ipynb #f54564c1
 import re
@@ -58,6 +58,26 @@ kept_images = lru_cache(maxsize=4)(images_of)  # a study asks for the same image
 kept_teacher = lru_cache(maxsize=4)(load_teacher)
 kept_autoencoder = lru_cache(maxsize=2)(load_autoencoder)
 kept_levels = lru_cache(maxsize=8)(fit_levels)
+
+# %% ../../nbs/lib/runs/sources.ipynb #c0d12b77
+def check_teacher(
+    run: str,  # its name
+    name: str,  # of the teacher, as in `data.teacher`
+    found: Teacher,  # what goes by that name
+    facts: Facts,  # of the run
+) -> None:
+    """Refuse another teacher than the first one that a run was aligned with."""
+    before = facts.teacher_digest.split(",")[0]
+    if before and found.digest != before:
+        raise ValueError(
+            f"run {run!r} was aligned with a teacher {name!r} with digest {before}, and what goes by that name now has "
+            f"{found.digest}; bring back the first, or train the run again"
+        )
+    if facts.teacher_dims and found.dim != facts.teacher_dims[0]:
+        raise ValueError(
+            f"run {run!r} was aligned with a teacher of {facts.teacher_dims[0]} channels, and {name!r} has {found.dim}; a published "
+            "checkpoint is imported with --teacher, such as timm:vit_base_patch14_dinov2"
+        )
 
 # %% ../../nbs/lib/runs/sources.ipynb #d6c4df71
 @lru_cache(maxsize=4)

@@ -49,7 +49,7 @@ def words_of(
     """What can be typed behind a command's name to get these options."""
     first, behind = [], []
     for field in dataclasses.fields(options):
-        value, name = getattr(options, field.name), field.name.replace("_", "-")
+        value, name = getattr(options, field.name), field.name.rstrip("_").replace("_", "-")
         texts = [str(each) for each in (value if isinstance(value, tuple) else (value,))]
         if tyro.conf.Positional in getattr(field.type, "__metadata__", ()):
             first += texts

@@ -17,7 +17,8 @@ import numpy as np
 
 from .colours import FONT, INK, MISSING, PALETTE, QUIET, Quantity
 from .heat_maps import HeatMap, some_labels
-from .plots import Bars, Curve, Panel, Panels, Picture, Points, Spectrum, TokenMap
+from .plots import Bars, Curve, Panel, Panels, Picture, Points, TokenMap
+from .spectra import Spectrum
 
 # %% ../../nbs/lib/workbench/figure_layout.ipynb #4f2117e6
 WIDTH, LEFT, RIGHT, GAP = 980, 58, 20, 24  # of the figure, its margins, between panels

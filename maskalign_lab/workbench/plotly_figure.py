@@ -18,7 +18,8 @@ from PIL import Image
 from .colours import MISSING, PALETTE, QUANTITIES, QUIET, colours
 from .figure_layout import AXIS, Place, colour_bar, grid_side, layout, place, titles
 from .heat_maps import HeatMap
-from .plots import Bars, Curve, Panel, Panels, Picture, Points, Spectrum, TokenMap, colour_range
+from .plots import Bars, Curve, Panel, Panels, Picture, Points, TokenMap, colour_range
+from .spectra import Spectrum
 
 # %% ../../nbs/lib/workbench/plotly_figure.ipynb #d6e9d3ef
 def data_uri(

@@ -15,7 +15,8 @@ from PIL import Image
 
 from maskalign_lab.workbench import figure_layout, plotly_figure, plots, small_png
 from maskalign_lab.workbench.colours import MISSING, PALETTE, QUANTITIES, colours
-from maskalign_lab.workbench.plots import Curve, Panels, Picture, Points, Spectrum, TokenMap
+from maskalign_lab.workbench.plots import Curve, Panels, Picture, Points, TokenMap
+from maskalign_lab.workbench.spectra import Spectrum
 
 SHOWN = ("norm", "top", "probability", "loss", "cosine")  # as many panels as a study shows
 

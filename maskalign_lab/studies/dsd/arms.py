@@ -135,7 +135,7 @@ class Scale:
         return arms_of(groups or self.arms, self.small)
 
 # %% ../../../nbs/lib/studies/dsd/arms.ipynb #5fad4ff4
-TINY = "network.width=16 network.depth=2 network.heads=2 method.depth=1 method.projector_width=16"
+TINY = "network.width=16 network.depth=2 network.heads=2"
 WIDER = "network.width=192 network.depth=6 network.heads=6 training.steps=2000 training.batch_size=128"
 SCALES = {
     "smoke": Scale(

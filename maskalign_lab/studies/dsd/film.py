@@ -18,8 +18,9 @@ from ...base.errors import one_of
 from .filming import COURSES, Film
 from ...training.latent_terms import COLLAPSED
 from ...workbench.colours import MISSING, PALETTE, QUIET
-from ...workbench.plots import Curve, Panels, Picture, Points, Spectrum, scatter, spectrum, theme
+from ...workbench.plots import Curve, Panels, Picture, Points, scatter, theme
 from ...workbench.scrubber import Control, Scrubber
+from ...workbench.spectra import Spectrum, spectrum
 
 # %% ../../../nbs/lib/studies/dsd/film.ipynb #d7c5e9fc
 CLASS_COLOURS = (*PALETTE, "#332288", "#882255", "#999933", "#000000")
@@ -72,7 +73,7 @@ def cloud_panel(film: Film, arm: int, time: int) -> Points:
     points = film.clouds[arm, time].astype(np.float32)
     return Points(title, points, reach_of(film, arm), colour=colours_of(film), labels=COMPONENTS)
 
-
+# %% ../../../nbs/lib/studies/dsd/film.ipynb #2e6d6edc
 def ends_of(film: Film) -> tuple[float, float]:
     """The ends of the axis of the spectra: at most four powers of ten."""
     values = np.nan_to_num(film.spectra.astype(np.float32))
@@ -87,7 +88,7 @@ def spectrum_panel(film: Film, arm: int, time: int) -> Spectrum:
     lines = {f"{name} {rank:.1f}": line for name, rank, line in zip(("latents", "predicted"), ranks, spectra)}
     return Spectrum("spectrum, effective rank", lines, ends_of(film), ("component", "deviation"))
 
-
+# %% ../../../nbs/lib/studies/dsd/film.ipynb #d95917af
 def picture_panel(film: Film, arm: int, time: int) -> Picture:
     """Pictures of an arm at one step, with its PSNR."""
     return Picture(f"image, decoded: {film.courses[arm, time, 5]:.1f} dB", mosaic(film, arm, time))
@@ -102,7 +103,7 @@ def curve_of(film: Film, quantity: str, time: int) -> Curve:
     axis = np.array(film.steps, float)
     return Curve(title, axis, lines, "training step", COURSES[quantity][1], float(film.steps[time]), crosses)
 
-
+# %% ../../../nbs/lib/studies/dsd/film.ipynb #5f7f2208
 def view(film: Film, time: int, curve: str) -> Panels:
     """What the scrubber shows in one state of its controls."""
     kinds, arms = (cloud_panel, spectrum_panel, picture_panel), range(len(film.arms))
@@ -146,7 +147,7 @@ def _class_legend(figure: Figure, film: Film) -> None:
         handles=dots, loc="outside upper center", ncols=columns, fontsize=8, handletextpad=0, columnspacing=0.8
     )
 
-
+# %% ../../../nbs/lib/studies/dsd/film.ipynb #18a77ee5
 def _arm_row(axes: np.ndarray, film: Film, arm: int, columns: list[int]) -> None:
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
@@ -162,7 +163,7 @@ def _arm_row(axes: np.ndarray, film: Film, arm: int, columns: list[int]) -> None
     axes[1, 0].set_ylabel("images,\ndecoded", rotation=0, ha="right", va="center", fontsize=8, color=QUIET)
     _last_spectrum(axes[:, -1], spectrum_panel(film, arm, columns[-1]))
 
-
+# %% ../../../nbs/lib/studies/dsd/film.ipynb #ce0a691b
 def _last_spectrum(axes: np.ndarray, panel: Spectrum) -> None:
     spectrum(axes[0], panel)
     axes[0].yaxis.tick_right()
@@ -170,7 +171,7 @@ def _last_spectrum(axes: np.ndarray, panel: Spectrum) -> None:
     for line, (name, colour) in enumerate(zip(panel.lines, PALETTE)):
         axes[1].text(0.5, 0.9 - 0.3 * line, f"rank: {name}", color=colour, fontsize=8, ha="center", va="top")
 
-
+# %% ../../../nbs/lib/studies/dsd/film.ipynb #52757134
 def _courses(figure: Figure, film: Film) -> None:
     chosen = ("spread of the latents", "rank of the latents", "PSNR of the pictures")
     for axis, quantity in zip(figure.subplots(1, len(chosen)), chosen):
