@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# %% ../nbs/08_dsd.ipynb #7ce53338
 from .base.errors import one_of
 from .data.augmentation import random_colours
 from .diffusion.dsd import DSD, Encoded

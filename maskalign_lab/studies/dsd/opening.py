@@ -7,7 +7,7 @@ __all__ = ['TABLE', 'FILM', 'DENOISING', 'Study', 'film_saves', 'filmed_runs', '
            'save_films', 'make_films', 'table_rows']
 
 # %% ../../../nbs/lib/studies/dsd/opening.ipynb #487b52ba
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,8 @@ def filmed_runs(scale: Scale, preset: str, dataset: str, device: str, seed: int,
 
 def films_of(runs: dict[str, Run]) -> tuple[Film, Denoising]:
     """The film of some trainings, and that of the last network's denoising."""
-    return film_of(runs), denoising_of(list(runs.values())[-1])
+    name, last = list(runs.items())[-1]
+    return film_of(runs), replace(denoising_of(last), run=name)
 
 # %% ../../../nbs/lib/studies/dsd/opening.ipynb #ded9b7fa
 def shipped_films() -> tuple[Film, Denoising] | None:
