@@ -114,7 +114,8 @@ def test_the_film_that_ships_shows_the_steps():
     assert film.steps[-1] == 400 and film.collapsed[0] is not None and film.collapsed[2] is None
 
 
-def test_the_job_keeps_its_rows(smoke):
+def test_the_job_keeps_its_rows(smoke_job):
+    smoke = smoke_job("08")
     folder = smoke.path(".html").parent
     assert {row["arm"] for row in load_rows(folder / "08_rows.json")} == {arm.name for arm in SCALES["smoke"].table()}
     check_figure(smoke, "08_dsd", "08_toy")
