@@ -24,7 +24,7 @@ from .diffusion.objectives import denoising_loss, draw_noise
 from .diffusion.sit import Output, check_depths
 from .encoders.teachers import Teacher
 from .training.adversarial import Discriminator, draw_views
-from .training.latent_terms import draw_hidden, spread, variance_floor, whitening
+from .training.latent_terms import collapse_text, draw_hidden, spread, variance_floor, whitening
 from .training.methods import Batch, Draw, Losses, Method, MethodConfig, Phase, State
 from .training.rae_decoding import Perception
 from .training.rebuilding import Rebuilding
@@ -156,6 +156,10 @@ class SelfDistillation(Method, name="dsd"):
         self.rebuilding.perception = () if perception is None else (perception,)
         if teacher is not None:
             self.rebuilding.discriminator.look_through(teacher)
+
+    def last_words(self, log: list[dict[str, float]]) -> str:
+        told = [(line["step"], line["spread"]) for line in log if "spread" in line]
+        return collapse_text(*zip(*told)) if told else ""
 
     def phases(self) -> dict[str, Phase]:
         told = self.rebuilding.discriminator

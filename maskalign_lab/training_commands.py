@@ -18,7 +18,9 @@ from .workbench.commands import command, folder_for
 class Prepare:
     """Make what a training will read: `prepare repa --dataset folder:PATH`, with the words of `train`."""
 
-    method: Positional[str]  # sit, repa, reg, maskalign, haste, irepa, sra2, ahpa or jit: what will be trained
+    method: Positional[
+        str
+    ]  # sit, repa, reg, maskalign, haste, irepa, sra2, ahpa, jit, ditdh or dsd: what will be trained
     overrides: Positional[tuple[str, ...]] = ()  # section.field=value, as many as you like
     preset: str = "laptop"  # smoke, laptop, study, gpu or paper
     dataset: str = "shapes"  # shapes, digits, photos, folder:PATH or hf:NAME
@@ -51,7 +53,7 @@ def run_prepare(options: Prepare) -> int:
 class Train:
     """Train a network: `train repa --dataset folder:PATH training.steps=2000 method.weight=1`."""
 
-    method: Positional[str]  # sit, repa, reg, maskalign, haste, irepa, sra2, ahpa or jit: what is trained
+    method: Positional[str]  # sit, repa, reg, maskalign, haste, irepa, sra2, ahpa, jit, ditdh or dsd: what is trained
     overrides: Positional[tuple[str, ...]] = ()  # section.field=value, as many as you like; network=SiT-B/2 for a size
     preset: str = "laptop"  # smoke, laptop, study, gpu or paper
     dataset: str = "shapes"  # shapes, digits, photos, folder:PATH or hf:NAME
@@ -89,5 +91,6 @@ def run_train(options: Train) -> int:
     train(recipe, folder, options.device)
     quoted = shlex.quote(str(folder))
     if is_first():
-        print(f"done. Next: maskalign-lab sample {quoted}\n            maskalign-lab run 01 -p run {quoted}")
+        study = "08" if options.method == "dsd" else "01"  # that looks at a run of it
+        print(f"done. Next: maskalign-lab sample {quoted}\n            maskalign-lab run {study} -p run {quoted}")
     return 0

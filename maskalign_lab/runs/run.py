@@ -46,7 +46,7 @@ from maskalign_lab.runs.sources import (
     mean_latents,
     teacher_names,
 )
-from ..training.log import with_log
+from ..training.log import read_log, with_log
 from ..training.loop import AVERAGES, fit
 from ..training.methods import Method
 from ..training.ranks import check_ranks, process_group
@@ -248,6 +248,8 @@ def train(
         steps = fit(net, method, batches, recipe.training, path, device, recipe.execution)
         for _ in with_log(steps, path, recipe.training.log_every, print_every):
             pass
+        if print_every and is_first() and (told := method.last_words(read_log(path / "log.jsonl"))):
+            say(told)
     return path
 
 # %% ../../nbs/lib/runs/run.ipynb #68a21e68

@@ -194,6 +194,10 @@ class Method(nn.Module):
         if hasattr(self, "inner"):
             self.inner.prepare(**eyes)
 
+    def last_words(self, log: list[dict[str, float]]) -> str:
+        """What is told at the end of a training, by the lines of its log; empty: nothing."""
+        return self.inner.last_words(log) if hasattr(self, "inner") else ""
+
     def phases(self) -> dict[str, Phase]:
         """The phases of a step that follow the main one, by name and in order; `loss` is told whose loss is asked for."""
         return self.inner.phases() if hasattr(self, "inner") else {}

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from shared.given import given, in_double, small
 
 from maskalign_lab.base.seeding import generator
+from maskalign_lab.cli import main
 from maskalign_lab.diffusion.dsd import DSD
 from maskalign_lab.diffusion.sampling import SamplerConfig, last_sample
 from maskalign_lab.dsd import TARGETS, SelfDistillationConfig
@@ -222,3 +223,21 @@ def test_draws_do_not_depend_on_what_the_images_show(run):
     one, two = (method.draw(each, 3, partial(generator, 0)) for each in (batch, replace(batch, x=-batch.x)))
     for name, value in vars(in_double(one)).items():
         assert value is None or torch.equal(value, getattr(in_double(two), name)), name
+
+
+def test_a_training_that_collapsed_says_so_and_when(run):
+    log = [{"step": step, "spread": spread} for step, spread in ((1, 0.7), (10, 0.05), (20, 0.04))]
+    assert "the latents collapsed: from step 10 on" in run.method.last_words(log)
+    assert "have not collapsed in spread" in run.method.last_words(log[:1]) and not run.method.last_words([{"step": 1}])
+
+
+def test_the_command_ends_with_what_became_of_the_latents(tmp_path, capsys):
+    few = (
+        "network.width=16 network.depth=2 network.heads=2 method.depth=1 method.perceptual=0 data.n=64 training.steps=2"
+    )
+    assert (
+        main(["train", "dsd", *few.split(), "--preset", "smoke", "--device", "cpu", "--out", str(tmp_path / "run")])
+        == 0
+    )
+    told = capsys.readouterr().out
+    assert "the spread of the latents over images is" in told and "run 08 -p run" in told

@@ -6,7 +6,6 @@
 __all__ = ['collapsed_at', 'latent_figures', 'head_figures', 'measure_dsd']
 
 # %% ../../../nbs/lib/studies/dsd/measures.ipynb #44a253bb
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from ...runs.evaluation import quality
 from ...runs.run import Run
 from .courses import look, psnr, rank
 from ...training.latent_terms import collapse_step, spread
+from ...training.log import read_log
 
 # %% ../../../nbs/lib/studies/dsd/measures.ipynb #43a5b413
 def collapsed_at(
@@ -25,7 +25,7 @@ def collapsed_at(
     until: int | None = None,  # steps; None: all that were done
 ) -> int | None:
     """The step from which on the latents of a run have collapsed, by its log; None: they have not."""
-    lines = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
+    lines = read_log(Path(run) / "log.jsonl")
     told = [
         (line["step"], line["spread"]) for line in lines if "spread" in line and line["step"] <= (until or line["step"])
     ]
