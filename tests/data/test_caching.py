@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shared.filling import OURS, SOURCE, Counted, fill_and_count, read_and_compare
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from maskalign_lab.base import paths
@@ -28,25 +29,10 @@ from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.run import train
 
 pytestmark = pytest.mark.usefixtures("own_folders")
-OURS = {"data": "d1", "teacher": "t1", "grid": 8, "sizes": (4, 4)}
-SOURCE = torch.arange(20 * 3, dtype=torch.float32).reshape(20, 3)
 TINY = (
     "network.width=16 network.depth=2 network.heads=2 data.n=64 method.depth=1 method.projector_width=16 "
     "training.batch_size=8 training.warmup=2 training.steps=3 training.precision=float32"
 )
-
-
-class Counted:
-    """Rows of a tensor; notes which were asked for, and stops when it was asked often enough."""
-
-    def __init__(self, source=SOURCE, stop_after=None):
-        self.source, self.stop_after, self.asked = source, stop_after, []
-
-    def __call__(self, start, stop):
-        if len(self.asked) == self.stop_after:
-            raise KeyboardInterrupt
-        self.asked.append((start, stop))
-        return self.source[start:stop]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -192,18 +178,6 @@ def test_a_cache_of_one_index_file_is_read_and_gone_on_with(tmp_path):
     rest = Counted()
     assert torch.equal(fill(folder, OURS, 20, rest, 6)[:], SOURCE) and rest.asked == [(18, 20)]
     assert torch.equal(open_cache(folder, OURS, hashing=True)[:], SOURCE)
-
-
-def fill_and_count(folder: str) -> int:
-    asked = Counted()
-    fill(Path(folder), OURS, 20, asked, 1)
-    return len(asked.asked)
-
-
-def read_and_compare(folder: str, seed: int) -> bool:
-    cache = open_cache(Path(folder), OURS)
-    draws = [torch.randint(0, 20, (8,), generator=torch.Generator().manual_seed(seed + k)) for k in range(50)]
-    return all(torch.equal(cache[index], SOURCE[index]) for index in draws)
 
 
 def test_processes_that_fill_and_read_at_once(tmp_path):
