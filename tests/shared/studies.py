@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from IPython.display import display
 
+from maskalign_lab.training.methods import METHODS
 from maskalign_lab.workbench.jobs import Job, find_study, run_study
 
 
@@ -75,12 +76,16 @@ def code_cells(number: str, parameters: dict[str, Any] | None = None) -> list:
 
 def run_cells(number: str, parameters: dict[str, Any], until: str = "\0") -> None:
     """Execute a study, as far as a cell with given words, in this process: it has imported what each kernel must import anew."""
-    space = {"__name__": "__main__", "In": [""], "display": display}
-    for cell in code_cells(number, parameters):
-        space["In"].append(cell.source)
-        exec(compile(cell.source, f"<cell {len(space['In']) - 1} of study {number}>", "exec"), space)
-        if until in cell.source:
-            return
+    space, before = {"__name__": "__main__", "In": [""], "display": display}, dict(METHODS)
+    try:
+        for cell in code_cells(number, parameters):
+            space["In"].append(cell.source)
+            exec(compile(cell.source, f"<cell {len(space['In']) - 1} of study {number}>", "exec"), space)
+            if until in cell.source:
+                return
+    finally:  # methods that the cells define are no longer what a name means, as after a kernel
+        METHODS.clear()
+        METHODS.update(before)
 
 
 def run_opening(number: str, parameters: dict[str, Any]) -> None:
