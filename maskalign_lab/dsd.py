@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from .base.errors import one_of
 from .data.augmentation import random_colours
 from .diffusion.dsd import DSD, Encoded
-from .diffusion.interpolants import interpolate
+from .diffusion.interpolants import TARGETS as MIXTURES
+from .diffusion.interpolants import coefficients, interpolate
 from .diffusion.layers import patchify, unpatchify
 from .diffusion.objectives import denoising_loss, draw_noise
 from .diffusion.sit import Output, check_depths
@@ -31,7 +32,7 @@ from .training.rebuilding import Rebuilding
 from .training.repa import cosine_alignment, projector
 
 # %% ../nbs/08_dsd.ipynb #cdb1e9d3
-TARGETS = {"x": (1.0, 0.0), "eps": (0.0, 1.0), "v": (-1.0, 1.0), "x+eps": (1.0, 1.0)}  # shares of latent and noise
+TARGETS = {"x": (1.0, 0.0), "eps": (0.0, 1.0), "v": (-1.0, 1.0), "x+eps": (1.0, 1.0)}  # shares on the linear path
 GRADIENTS = ("both", "input", "none")
 ENCODERS = ("ema", "online")
 
@@ -131,13 +132,14 @@ class SelfDistillation(Method, name="dsd"):
     def build(self, net: DSD, teacher_dims: tuple[int, ...]) -> None:
         config, dim = self.config, net.in_channels
         check_depths((config.depth,), net.depth)
+        teacher_dim = sum(teacher_dims[:1])  # 0 where no part asks a teacher
         if config.gradient == "both" and config.target == "ema":
             raise ValueError(
                 "method.gradient=both: no gradient passes an average; expected method.target=online, or gradient=input"
             )
         self.latent = dim, net.side, net.side
-        self.representing = Representing(config, net, teacher_dims[0])
-        told = Discriminator(teacher_dims[0], config.eyes) if config.adversarial else None
+        self.representing = Representing(config, net, teacher_dim)
+        told = Discriminator(teacher_dim, config.eyes) if config.adversarial else None
         self.rebuilding = Rebuilding(config.reconstruction, config.perceptual, told, 1 - config.views)
         narrow = (nn.Linear(dim, config.rank, bias=False), nn.Linear(config.rank, dim)) if config.rank else ()
         self.low_pass = nn.Sequential(*narrow)
@@ -147,6 +149,10 @@ class SelfDistillation(Method, name="dsd"):
             self.uncompilable = self.indivisible = "the discriminator's weight compares gradients of the whole batch"
         if config.floor or config.whitening:
             self.indivisible = "deviations are over the images of a batch"
+
+    @classmethod
+    def needed(cls, config: SelfDistillationConfig, step: int) -> tuple[str, ...]:
+        return cls.needs if config.alignment or config.adversarial else ()
 
     def looks_through(self) -> tuple[str, ...]:
         asked = {"perception": self.config.perceptual, "teacher": self.config.adversarial}
@@ -215,15 +221,21 @@ class SelfDistillation(Method, name="dsd"):
         self, net: DSD, z: Tensor, wanted: Tensor, draw: SelfDistillationDraw
     ) -> tuple[dict[str, Tensor], Output]:
         """What the diffusion head misses of the target, and the velocity head of the path's velocity."""
-        p, q = TARGETS[self.config.predicts]
         given = z.detach() if self.config.gradient == "none" else z
         z_t = interpolate(given, draw.noise, draw.t, self.objective.interpolant)
         said, out = net.distil(z_t, draw.t, draw.y, (self.config.depth,))
         said = unpatchify(self.low_pass(patchify(said, 1)), 1) + (0 if draw.grain is None else draw.grain)
-        missed = F.mse_loss(said, p * wanted + q * draw.noise)
+        missed = F.mse_loss(said, self.mixed(wanted, draw))
         path = z.detach(), draw.noise, draw.t, z_t.detach()
         velocity = denoising_loss(self.objective, out.prediction, *path)  # (b,)
         return {"distillation": missed, "velocity": self.of_plain(velocity, draw.shown)}, out
+
+    def mixed(self, z: Tensor, draw: SelfDistillationDraw) -> Tensor:  # (b, d, side, side)
+        """What the diffusion head is to say: a mixture of latent and noise, on the path of the objective."""
+        if self.config.predicts == "x+eps":
+            return z + draw.noise
+        p, q = MIXTURES[self.config.predicts].mixture(coefficients(self.objective.interpolant, draw.t, z))
+        return p * z + q * draw.noise
 
     def kept_apart(self, z: Tensor) -> dict[str, Tensor]:
         """The penalties that keep latents of different images apart, where they are asked for."""

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['POWER', 'BETTER', 'BUDGETS', 'WORDS', 'BAND', 'power_ratio', 'Paired', 'paired', 'claim_on', 'by_seed', 'beside',
-           'told', 'comparison', 'against', 'over_metrics', 'beside_all', 'draw_difference', 'draw_budget',
-           'word_legend', 'arms_figure']
+           'told', 'comparison', 'against', 'over_metrics', 'beside_all', 'over_trained', 'draw_difference',
+           'draw_budget', 'word_legend', 'arms_figure']
 
 # %% ../../nbs/lib/measure/verdicts.ipynb #10550b25
 from collections.abc import Mapping, Sequence
@@ -192,6 +192,18 @@ def over_metrics(
 def beside_all(arms: Mapping[str, int], baseline: str) -> list[tuple[str, str, int]]:
     """The pairs of every arm with the baseline, from the arms' claims."""
     return [(arm, baseline, claim) for arm, claim in arms.items() if arm != baseline]
+
+# %% ../../nbs/lib/measure/verdicts.ipynb #23f5012f
+def over_trained(
+    rows: Sequence[dict[str, Any]],
+    pairs: Sequence[tuple[str, str, int]],  # arm, other, claim after equal steps
+    metrics: Sequence[str],
+    budget: str = "steps",  # steps | flops
+) -> "pd.DataFrame":  # noqa: F821
+    """`over_metrics` of the pairs that were trained; empty if there are none."""
+    trained = {row["arm"] for row in rows}
+    there = [(arm, other, claim * (budget == "steps")) for arm, other, claim in pairs if {arm, other} <= trained]
+    return over_metrics(rows, there, metrics, budget)
 
 # %% ../../nbs/lib/measure/verdicts.ipynb #ca702045
 WORDS = {

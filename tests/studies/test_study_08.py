@@ -90,6 +90,12 @@ def test_tables_of_the_rows_that_ship():
     assert set(verdicts(rows, "steps")["metric"]) <= set(METRICS)
 
 
+def test_what_the_text_says_of_interventions_is_what_their_rows_say():
+    """A low rank of the prediction is enough, and it is not needed; a floor does not keep the rank."""
+    of = lambda arm: {collapse_of(row) for row in shipped() if row["arm"] == arm and row["budget"] == "steps"}  # noqa: E731
+    assert of("b, low-pass") == of("c, noise on top") == {""} and of("c, x + eps") == of("a, floor") == {"rank"}
+
+
 def test_findings_fit_on_a_screen_and_the_first_screen_tells_the_headline():
     rows = shipped()
     assert check_words(findings_table(all_findings(rows)).data) <= 250

@@ -13,6 +13,8 @@ from shared.given import given, in_double, small
 from maskalign_lab.base.seeding import generator
 from maskalign_lab.cli import main
 from maskalign_lab.diffusion.dsd import DSD
+from maskalign_lab.diffusion.interpolants import TARGETS as MIXTURES
+from maskalign_lab.diffusion.interpolants import coefficients, velocity
 from maskalign_lab.diffusion.sampling import SamplerConfig, last_sample
 from maskalign_lab.dsd import TARGETS, SelfDistillationConfig
 from maskalign_lab.runs.building import build
@@ -21,7 +23,7 @@ from maskalign_lab.runs.facts import Facts
 from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.run import load_run, train
 from maskalign_lab.training.latent_terms import draw_hidden, spread, whitening
-from maskalign_lab.training.methods import State, shard
+from maskalign_lab.training.methods import Plan, State, shard
 
 BARE = (
     "method.alignment=0 method.deep=0 method.classification=0 method.perceptual=0 method.views=0 method.target=online"
@@ -75,6 +77,25 @@ def test_an_average_as_target_is_what_is_told_of_the_clean_image():
     t = draw.t[:, None, None, None]
     said, _ = net.distil((1 - t) * z + t * draw.noise, draw.t, draw.y)
     torch.testing.assert_close(found, (said - ema.encode(batch.x).z).square().mean())
+
+
+@pytest.mark.parametrize("predicts", ["x", "eps", "v"])
+def test_shares_on_the_linear_path_are_those_of_every_objective(predicts):
+    t, like = torch.rand(5, dtype=torch.float64), torch.ones(5, 1, 1, 1, dtype=torch.float64)
+    found = MIXTURES[predicts].mixture(coefficients("linear", t, like))
+    assert [float(torch.as_tensor(share).mean()) for share in found] == list(TARGETS[predicts])
+
+
+def test_another_path_has_its_own_velocity():
+    _, _, method, _, draw = setting(f"{BARE} method.predicts=v objective.interpolant=cosine")
+    z = torch.randn(draw.noise.shape, generator=torch.Generator().manual_seed(0)).double()
+    torch.testing.assert_close(method.mixed(z, draw), velocity(z, draw.noise, draw.t, "cosine"))
+
+
+def test_a_teacher_is_asked_only_by_parts_that_want_one():
+    asked = {more: Plan(small("dsd", more).method).needs for more in ("", BARE, f"{BARE} method.adversarial=0.1")}
+    assert list(asked.values()) == [{"features"}, set(), {"features"}]
+    assert build(small("dsd", BARE), Facts(10))[1].representing.shallow is None
 
 
 # ---- views

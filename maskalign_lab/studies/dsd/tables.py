@@ -17,7 +17,7 @@ import torch
 
 from ...dsd import SelfDistillationConfig
 from ...measure import wording
-from ...measure.verdicts import by_seed, over_metrics
+from ...measure.verdicts import by_seed, over_trained
 from ...runs.experiments import Arm
 from .variance_term import pull
 
@@ -100,12 +100,8 @@ def verdicts(
     budget: str = "steps",  # steps | flops; at equal operations nothing is claimed
 ) -> pd.DataFrame:  # empty if no arm of the question was trained
     """The pairs of a question by every metric that compares them."""
-    trained = {row["arm"] for row in rows}
-    pairs = [
-        (arm, other, claim * (budget == "steps")) for arm, other, claim in PAIRS[question] if {arm, other} <= trained
-    ]
-    measured = tuple(metric for metric in METRICS if by_seed(rows, metric, budget))
-    return over_metrics(rows, pairs, measured, budget)
+    measured = [metric for metric in METRICS if by_seed(rows, metric, budget)]
+    return over_trained(rows, PAIRS[question], measured, budget)
 
 # %% ../../../nbs/lib/studies/dsd/tables.ipynb #c28e9205
 untrained = partial(wording.untrained, study="08")

@@ -15,7 +15,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ...measure import wording
-from ...measure.verdicts import Paired, beside, by_seed, over_metrics
+from ...measure.verdicts import Paired, beside, by_seed, over_trained
 from ...measure.wording import NotTrained
 from ...rae import odds_times
 from .arms import Networks, width_name
@@ -37,11 +37,7 @@ def verdicts(
     budget: str = "steps",  # steps | flops; at equal operations nothing is claimed
 ) -> pd.DataFrame:  # empty if no arm of the question was trained
     """The pairs of a question by every metric that compares them."""
-    trained = {row["arm"] for row in rows}
-    pairs = [
-        (arm, other, claim * (budget == "steps")) for arm, other, claim in PAIRS[question] if {arm, other} <= trained
-    ]
-    return over_metrics(rows, pairs, OTHER if question == "latents" else SAME, budget)
+    return over_trained(rows, PAIRS[question], OTHER if question == "latents" else SAME, budget)
 
 # %% ../../../nbs/lib/studies/rae/tables.ipynb #f44bffb3
 untrained = partial(wording.untrained, study="07")
