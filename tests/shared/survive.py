@@ -1,4 +1,4 @@
-"""A small training in a process of its own, for tests that interrupt it: python survive.py FOLDER [STEPS] [RANKS...]."""
+"""A small training in a process of its own, for tests that interrupt it: python survive.py FOLDER [STEPS]."""
 
 import os
 import sys
@@ -66,7 +66,8 @@ def train(folder, steps=12, batches=batches, **changes):
 def main():
     """What the process does."""
     torch.set_num_threads(1)
-    train(Path(sys.argv[1]), int(sys.argv[2]), Rows() if os.environ.get("ROWS") else batches)
+    steps = map(int, sys.argv[2:3])  # may be left out
+    train(Path(sys.argv[1]), *steps, batches=Rows() if os.environ.get("ROWS") else batches)
 
 
 if __name__ == "__main__":
