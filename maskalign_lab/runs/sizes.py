@@ -25,9 +25,8 @@ def network_overrides(name: str) -> dict[str, str]:  # path -> value, as in an o
 
 # %% ../../nbs/lib/runs/sizes.ipynb #8ef30744
 DEPTHS = {  # method -> letter of the size -> depth, counted from 1; "" is REPA and what takes after it
-    "": {"S": 4, "B": 4, "L": 8, "XL": 8, "H": 10},
+    "": {"S": 4, "M": 4, "B": 4, "L": 8, "XL": 8, "H": 10},
     "ahpa": {"S": 3, "B": 3, "L": 6, "XL": 7, "H": 8},
-    "dsd": {"S": 4, "M": 4, "B": 4},
     "sra2": {"S": 2, "B": 2, "L": 8, "XL": 8, "H": 8},
 }
 
