@@ -27,7 +27,8 @@ FLOORS = (
     {"measure"},
     {"runs"},
     {"studies"},
-    {"evaluation_commands", "network_commands", "training_commands"},
+    {"evaluation_commands", "network_commands", "study_commands", "training_commands"},
+    {"batch_commands"},
     {"cli"},
 )
 HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}

@@ -159,7 +159,8 @@ def test_a_signal_reaches_the_cell_which_may_save(tmp_path, number, code):
     assert process.wait(timeout=60) == code
     told = ledger(tmp_path / "job")
     assert (told["status"], told["exit_code"]) == ("preempted", code) and number.name in told["error"]
-    interrupted, never_begun = cells(tmp_path / "job")[-2:]
+    first, *_, interrupted, never_begun = cells(tmp_path / "job")
+    assert first.source.startswith(f"**preempted: stopped by {number.name}.**") and "maskalign-lab run" in first.source
     printed = "".join(output.get("text", "") for output in interrupted.outputs)
     assert "saved" in printed and interrupted.outputs[-1].ename == "KeyboardInterrupt" and never_begun.outputs == []
 

@@ -1,0 +1,168 @@
+"""Batches: each job comes to exactly one end, nothing is lost or done twice, and a stop reaches what runs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import psutil
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from shared.clone import ROOT
+from shared.notebooks import write
+
+from maskalign_lab.base.locks import sole_writer
+from maskalign_lab.cli import main
+from maskalign_lab.workbench.batch_ledger import ENDS, Record, job_place, read_record, save_record, settle, write_ledger
+from maskalign_lab.workbench.batch_plan import Task, expand, parse_plan
+from maskalign_lab.workbench.batch_work import Work, carry_out_all
+from maskalign_lab.workbench.ledger import Job
+
+ACTS = """import os, signal, time
+if os.path.exists(AGAIN):
+    job = None
+elif seed == 1:
+    raise RuntimeError("seed 1 goes wrong")
+else:
+    os.kill(os.getppid(), signal.SIGKILL if seed == 2 else signal.SIGTERM)
+    time.sleep(60)"""
+
+
+def test_twelve_jobs_with_an_error_a_kill_and_a_signal(tmp_path, monkeypatch):
+    monkeypatch.setenv("MASKALIGN_LAB_OUTPUT", str(tmp_path / "runs"))
+    study = write(tmp_path / "study.ipynb", ACTS.replace("AGAIN", repr(str(tmp_path / "again"))))
+    for number in range(9):
+        (tmp_path / str(number)).mkdir()
+        Job(str(tmp_path / str(number)), "study", {}, "maskalign-lab run study").save()
+    quick = [Task(("jobs", str(tmp_path / str(number)))) for number in range(9)]
+    tasks = [*quick[:5], *expand({"run": str(study), "seed": [1, 2, 3]}), *quick[5:]]
+
+    def ends():
+        carry_out_all(tmp_path / "batch", tasks, ["", ""], lambda record: None)
+        write_ledger(tmp_path / "batch", tasks)
+        told = json.loads((tmp_path / "batch" / "ledger.json").read_text())
+        return told["tally"], [(row["status"], row["exit_code"], row["error"]) for row in told["jobs"][5:8]]
+
+    assert ends() == (
+        "9 ok, 1 failed, 1 preempted, 1 killed",
+        [
+            ("failed", 1, "RuntimeError: seed 1 goes wrong"),
+            ("killed", -signal.SIGKILL, "ended by SIGKILL"),
+            ("preempted", 75, "stopped by SIGTERM"),
+        ],
+    )
+    (tmp_path / "again").touch()
+    assert ends() == ("12 ok", [("ok", 0, "")] * 3)
+    said = [(job_place(tmp_path / "batch", task.name) / "output.txt").read_text() for task in tasks]
+    assert [text.count("== attempt") for text in said] == [1] * 5 + [2] * 3 + [1] * 4
+
+
+def test_a_stop_reaches_the_job_that_runs_and_keeps_the_rest(tmp_path):
+    study = write(tmp_path / "study.ipynb", 'import time\nprint("begun", flush=True)\ntime.sleep(100)')
+    (path := tmp_path / "two.yaml").write_text(json.dumps({"jobs": [{"run": str(study), "seed": [0, 1]}]}))
+    place = tmp_path / "runs" / "batches" / "two"
+    first, second = (job_place(place, task.name) / "output.txt" for task in parse_plan(path.read_text()).tasks)
+    env = os.environ | {"MASKALIGN_LAB_OUTPUT": str(tmp_path / "runs"), "PYTHONPATH": str(ROOT)}
+    batch = subprocess.Popen([sys.executable, "-m", "maskalign_lab.cli", "batch", str(path)], env=env)
+    while not (first.exists() and "begun" in first.read_text()):
+        with pytest.raises(subprocess.TimeoutExpired):  # it has not ended
+            batch.wait(0.1)
+    batch.terminate()
+    assert batch.wait(60) == 75
+    rows = json.loads((place / "ledger.json").read_text())["jobs"]
+    assert [(row["status"], row["attempts"]) for row in rows] == [("preempted", 1), ("waiting", 0)]
+    assert rows[0]["error"] == "stopped by SIGTERM" and second.read_text() == ""
+    assert not psutil.pid_exists(rows[0]["pid"])
+
+
+# ---- one job
+
+
+def test_a_job_that_somebody_else_does_is_left_alone(tmp_path):
+    task = Task(("jobs",))
+    with sole_writer(job_place(tmp_path, task.name)):
+        assert Work(tmp_path, task)().status == "waiting"
+    assert Work(tmp_path, task)().status == "ok"
+
+
+def test_a_job_whose_watcher_was_killed_is_not_done_twice(tmp_path):
+    task = Task(("jobs",))
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as orphan:
+        (record := read_record(tmp_path, task)).begin(orphan.pid, "")
+        save_record(tmp_path, record)
+        assert settle(tmp_path, task).status == Work(tmp_path, task)().status == "running"
+    assert settle(tmp_path, task).status == "killed"
+    assert Work(tmp_path, task)().status == "ok" and read_record(tmp_path, task).attempts == 2
+
+
+def test_what_another_machine_does_is_not_called_dead_while_it_is_locked(tmp_path):
+    task = Task(("jobs",))
+    (record := read_record(tmp_path, task)).begin(os.getpid(), "")
+    record.host = "elsewhere"
+    save_record(tmp_path, record)
+    with sole_writer(job_place(tmp_path, task.name)):
+        assert settle(tmp_path, task).status == "running"
+    assert settle(tmp_path, task).status == "killed"
+
+
+def test_a_job_that_was_stopped_before_it_began_waits(tmp_path):
+    (work := Work(tmp_path, Task(("jobs",)))).stop()
+    assert work().status == "waiting" and read_record(tmp_path, work.task).attempts == 0
+
+
+@settings(max_examples=50)
+@given(st.lists(st.sampled_from([0, 1, 75, -9, -15]), min_size=1, max_size=5))
+def test_a_record_tells_the_last_end_only(codes):
+    record = Record("job", "maskalign-lab jobs")
+    for code in codes:
+        record.begin(os.getpid(), "")
+        assert (record.status, record.exit_code, record.error) == ("running", None, "")
+        record.end(code, "why", 1.0)
+        assert record.status in ENDS and bool(record.error) == (code != 0)
+    assert record.attempts == len(codes) and record.exit_code == codes[-1]
+
+
+# ---- plans
+
+
+scalars = st.one_of(st.integers(0, 99), st.sampled_from(["a", "b=c", "x y"]), st.booleans())
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["seed", "preset", "network", "training.steps"]),
+        st.lists(scalars, min_size=1, max_size=3, unique_by=str),
+    )
+)
+def test_a_plan_has_every_combination_once(values):
+    tasks = parse_plan(json.dumps({"jobs": [{"train": ["sit", "repa"]} | values]})).tasks
+    count = 2
+    for choices in values.values():
+        count *= len(choices)
+    assert len(tasks) == len({task.name for task in tasks}) == count
+    assert all(len(task.name) < 100 and "/" not in task.name and " " not in task.name for task in tasks)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("jobs: [{train: repa, trainin.steps: 3}]", "training"),
+        ("jobs: [{run: '01', presett: smoke}]", "Did you mean 'preset'"),
+        ("jobs: [{run: '01', preset: smok}]", "Did you mean 'smoke'"),
+        ("jobs: [{run: '14'}]", "unknown study '14'"),
+        ("jobs: [{train: repa, sede: 3}]", "Did you mean 'seed'"),
+        ("jobs: [{train: repa, seed: x}]", "cannot have"),
+        ("jobs: [{train: repa, out: here}]", "leave it out"),
+        ("jobs: [{run: '01'}]\nslurm: {partition: gpu}", "time is missing"),
+        ("jobs: [{run: '01'}]\nslurm: {time: 9, qso: high}", "Did you mean 'qos'"),
+        ("jobs: {run: '01'}", "a list `jobs:`"),
+        ("jobs: [{run: '01', run: '02'", "is not YAML"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_starts(tmp_path, monkeypatch, capsys, text, message):
+    monkeypatch.setenv("MASKALIGN_LAB_OUTPUT", str(tmp_path / "runs"))
+    (path := tmp_path / "plan.yaml").write_text(text)
+    assert main(["batch", str(path)]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "runs").exists()
