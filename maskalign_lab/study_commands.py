@@ -57,7 +57,7 @@ def asked_study(
         given = checked(given, known)
     return notebook, check_values(given, known)
 
-
+# %% ../nbs/lib/study_commands.ipynb #1e8fd69a
 @command("run", Run)
 def run_run(options: Run) -> int:
     """Execute the study."""

@@ -97,7 +97,7 @@ def test_what_is_imported_is_required():
     foreign = imported - sys.stdlib_module_names - {"maskalign_lab"}
     assert {"torch", "timm", "numpy"} <= foreign
     there = brought_by({normal(word) for word in settings()["requirements"].split()})
-    extras = (settings()[key] for key in ("hf_requirements", "rae_requirements", "fid_requirements"))
+    extras = (settings()[key] for key in settings() if key.endswith("_requirements") and key != "dev_requirements")
     asked = brought_by({normal(word) for words in extras for word in words.split()})  # for, where it is needed
     at_once = set(re.findall(r"^(?:import|from) (\w+)", code, re.MULTILINE))
     alone = {module for module in foreign if not home.get(module, set()) & there}

@@ -92,7 +92,7 @@ def read_record(
     told |= {"name": task.name, "command": task.command, "slurm": sent.read_text().strip() if sent.is_file() else ""}
     return Record(**{each.name: told[each.name] for each in fields(Record) if each.name in told})
 
-
+# %% ../../nbs/lib/workbench/batch_ledger.ipynb #d0be2824
 def save_record(
     folder: Path,  # of the batch
     record: Record,
@@ -112,7 +112,7 @@ def is_running(
         and not is_gone(record.host, record.pid, record.began)
     )
 
-
+# %% ../../nbs/lib/workbench/batch_ledger.ipynb #d95224e3
 def settle_alone(
     folder: Path,  # of the batch
     task: Task,
