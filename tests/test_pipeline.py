@@ -1,4 +1,4 @@
-"""The way of a paper's network, small: prepare, train on two processes, be killed, go on, sample, look, export, take it in again."""
+"""The way of a paper's network, small: prepare, train on two processes, be killed, go on, sample, evaluate, look, export, import."""
 
 import json
 import os
@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from shared.inception import save_random_inception
 
 from maskalign_lab.base.checkpoints import load_tensors, step_folder, steps_of
 from maskalign_lab.cli import main
@@ -89,6 +90,14 @@ def test_the_way_of_a_papers_network(lab, place):
 
     lab.here("sample", run, "--n", 1, "--steps", 2, "--out", place / "grid.png")
     assert Image.open(place / "grid.png").size[1] >= 64
+    eye = save_random_inception(place / "inception.pth")
+    few = ["--as", "reg", "--n", 12, "--steps", 2, "--samples", place / "samples", "--device", "cpu"]
+    few += ["--inception", eye, "--reference-n", 24]
+    lab.here("evaluate", run, *few, "--out", place / "row.json")
+    row = json.loads((place / "row.json").read_text())
+    assert (row["number"], row["step"], row["labels"]) == (12, STEPS, "random")
+    assert "tiny" in row["encoding"] and row["FID"] > 0
+
     lab.here("run", "01", "-p", "preset", "smoke", "-p", "seeds", 1, "-p", "run", run, "--out", place / "job")
     assert (place / "job").is_dir()
 
