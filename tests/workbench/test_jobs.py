@@ -152,7 +152,10 @@ print('begun', flush=True)
 time.sleep(100)"""
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+STOPS = [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGHUP, 75), (signal.SIGINT, 130)]
+
+
+@pytest.mark.parametrize("number, code", STOPS)
 def test_a_signal_reaches_the_cell_which_may_save(tmp_path, number, code):
     process = start(write(tmp_path / "study.ipynb", SAVING, "print('after')"), tmp_path / "job")
     process.send_signal(number)
