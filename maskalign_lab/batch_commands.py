@@ -101,19 +101,22 @@ def report(
 # %% ../nbs/lib/batch_commands.ipynb #6470899b
 def carry_out_here(
     folder: Path,  # of the batch
-    tasks: Sequence[Any],  # `Task`s that are to be done
+    tasks: Sequence[Any],  # `Task`s
     jobs: int | None,  # at a time
     processes: int,  # of the largest job
 ) -> None:
-    """Do jobs on this machine, a line for each that ends."""
-    from maskalign_lab.workbench.batch_ledger import Record, line_of_record
+    """Do the jobs that are not ok on this machine, a line for each that ends."""
+    from maskalign_lab.workbench.batch_ledger import Record, line_of_record, settle
     from maskalign_lab.workbench.batch_work import carry_out_all, shares, visible_devices
 
     def told(record: Record) -> None:
         if record.status not in ("waiting", "running"):
             print(line_of_record(record), flush=True)
 
-    carry_out_all(folder, tasks, shares(visible_devices(), jobs, processes), told)
+    left = [task for task in tasks if settle(folder, task).status != "ok"]
+    if done := len(tasks) - len(left):
+        print(f"{done} of {len(tasks)} jobs are ok already")
+    carry_out_all(folder, left, shares(visible_devices(), jobs, processes), told)
 
 # %% ../nbs/lib/batch_commands.ipynb #b4c03d3f
 def send_to_slurm(
