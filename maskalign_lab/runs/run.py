@@ -46,6 +46,7 @@ from maskalign_lab.runs.sources import (
     mean_latents,
     teacher_names,
 )
+from .watching import watched
 from ..training.log import read_log, with_log
 from ..training.loop import AVERAGES, fit
 from ..training.methods import Method
@@ -246,6 +247,7 @@ def train(
         if is_first():
             begin(path, recipe, batches.facts)
         steps = fit(net, method, batches, recipe.training, path, device, recipe.execution)
+        steps = watched(steps, recipe, batches, path, bool(print_every))
         for _ in with_log(steps, path, recipe.training.log_every, print_every):
             pass
         if print_every and is_first() and (told := method.last_words(read_log(path / "log.jsonl"))):
