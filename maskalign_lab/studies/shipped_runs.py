@@ -18,6 +18,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 # %% ../../nbs/lib/studies/shipped_runs.ipynb #56ad482e
+from .full_scale.opening import make_full_scale
+
 from ..base import paths
 from ..base.checkpoints import load_tensors, step_folder, steps_of
 from ..base.errors import one_of
@@ -200,6 +202,7 @@ TABLES = {  # of a study -> how they are made
     "rae-film": make_films,
     "dsd-films": make_dsd_films,
     "position-conflict": make_courses,
+    "full-scale": make_full_scale,
 }
 DECODERS = {  # representation autoencoders -> how their decoders are trained
     "rae": DecoderConfig(),

@@ -6,7 +6,7 @@
 __all__ = ['SHARE', 'IMAGENET', 'SIZES', 'METHODS', 'TITLE', 'networks_of', 'paper_recipe', 'Cost', 'cost_of', 'shipped_costs',
            'costs_of', 'save_costs', 'measured_rates', 'gpu_files', 'on_gpu', 'cost_table', 'cost_row']
 
-# %% ../../../nbs/lib/studies/full_scale/costs.ipynb #fbef25f7
+# %% ../../../nbs/lib/studies/full_scale/costs.ipynb #f0e616b6
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +23,7 @@ from ...runs.presets import make_recipe
 from ...runs.recipe import Recipe, identity
 from ...workbench import benchmarking
 
-# %% ../../../nbs/lib/studies/full_scale/costs.ipynb #a5965a2b
+# %% ../../../nbs/lib/studies/full_scale/costs.ipynb #6af5019f
 SHARE = 0.30  # of the datasheet's bfloat16 rate
 IMAGENET = "folder:imagenet/train"  # stands for it: where it is not on disk, its size is taken
 SIZES = {
@@ -46,7 +46,7 @@ def paper_recipe(method: str, network: str, overrides: str = "") -> Recipe:
     """What its paper trains, at a size."""
     return make_recipe(method, "paper", IMAGENET, 0, f"network={network} {overrides}")
 
-# %% ../../../nbs/lib/studies/full_scale/costs.ipynb #ff8f854b
+# %% ../../../nbs/lib/studies/full_scale/costs.ipynb #5097c124
 @dataclass(frozen=True)
 class Cost:
     """What one training takes, as far as no machine has to be asked."""
@@ -56,6 +56,7 @@ class Cost:
     identity: str  # of the recipe
     parameters: int  # of the network
     tokens: int  # of an image
+    batch: int  # images of a step
     images: int  # that the whole training sees
     flops: float  # of all of it
     memory: float  # bytes on the device, without caches
@@ -81,11 +82,10 @@ def cost_of(method: str, network: str, overrides: str = "") -> Cost:
     recipe = paper_recipe(method, network, overrides)
     found, images = estimate(recipe), recipe.training.steps * recipe.training.batch_size
     sums = (sum(each.values()) for each in (found.memory, found.caches, found.checkpoints))
-    return Cost(
-        method, network, identity(recipe), found.parameters["network"], found.tokens, images, found.flops, *sums
-    )
+    told = method, network, identity(recipe), found.parameters["network"], found.tokens, recipe.training.batch_size
+    return Cost(*told, images, found.flops, *sums)
 
-# %% ../../../nbs/lib/studies/full_scale/costs.ipynb #cd13b850
+# %% ../../../nbs/lib/studies/full_scale/costs.ipynb #d7201012
 def shipped_costs() -> dict[str, Cost]:
     """The table that ships, by identity."""
     path = paths.data() / "results" / "09_costs.json"
@@ -113,7 +113,7 @@ def save_costs(costs: Iterable[Cost], path: Path) -> Path:
     write_atomic(path, f'{{"rows": [\n {lines}\n]}}\n')
     return path
 
-# %% ../../../nbs/lib/studies/full_scale/costs.ipynb #12d659fc
+# %% ../../../nbs/lib/studies/full_scale/costs.ipynb #6d210ea6
 TITLE = re.compile(r"step of (\w+), (SiT-\w+/2)$|step of (JiT-\w+/\d+)$")
 
 
@@ -141,7 +141,7 @@ def on_gpu(path: Path) -> bool:
     """Whether a file of results was made on a CUDA device."""
     return json.loads(path.read_text())["machine"].get("device") not in (None, "cpu", "mps")
 
-# %% ../../../nbs/lib/studies/full_scale/costs.ipynb #f43c9039
+# %% ../../../nbs/lib/studies/full_scale/costs.ipynb #f83f545b
 def cost_table(
     costs: Iterable[Cost],
     price: float,  # of a GPU for an hour
