@@ -18,8 +18,6 @@ from safetensors.torch import save
 from torch import Tensor
 
 # %% ../../nbs/lib/studies/shipped_runs.ipynb #56ad482e
-from .full_scale.opening import make_full_scale
-
 from ..base import paths
 from ..base.checkpoints import load_tensors, step_folder, steps_of
 from ..base.errors import one_of
@@ -37,6 +35,7 @@ from ..runs.run import Run, load_run, train
 from ..runs.scale_search import search_file, search_rows
 from .ahpa.opening import make_oracle, make_routers
 from .dsd.opening import make_films as make_dsd_films
+from .full_scale.opening import make_full_scale
 from .maskalign.measures import record
 from .position_preference.conflict_courses import make_courses
 from .position_preference.lenses import ship_lenses
