@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Teach', 'run_teach', 'TeachDecoder', 'run_teach_decoder', 'TrainJudge', 'run_judge', 'Sample', 'chosen_classes',
-           'chosen_sampler', 'run_sample', 'Measure', 'run_measure', 'Health', 'run_health', 'Runs', 'run_runs',
-           'Import', 'run_import', 'Export', 'run_export']
+           'chosen_sampler', 'run_sample', 'Measure', 'run_measure', 'Runs', 'run_runs', 'Import', 'run_import',
+           'Export', 'run_export']
 
 # %% ../nbs/lib/network_commands.ipynb #798e6f4f
 import dataclasses
@@ -201,25 +201,6 @@ def run_measure(options: Measure) -> int:
     print(measured_text(found))
     print(save_measure(found, file))
     return 0
-
-# %% ../nbs/lib/network_commands.ipynb #736bd0ee
-@dataclass
-class Health:
-    """Look for what is wrong with a run: `health runs/trained/theirs`."""
-
-    run: Positional[str]  # a run's name or folder
-    device: str = "auto"  # auto, cpu, cuda, mps
-
-# %% ../nbs/lib/network_commands.ipynb #ddf379de
-@command("health", Health)
-def run_health(options: Health) -> int:
-    """Print the loss over t beside what needs no network, and what is wrong."""
-    from maskalign_lab.runs.health import health_of
-    from maskalign_lab.runs.run import load_run
-
-    found = health_of(load_run(options.run, device=options.device))
-    print(found.text())
-    return bool(found.symptoms)
 
 # %% ../nbs/lib/network_commands.ipynb #3058e410
 @dataclass

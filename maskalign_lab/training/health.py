@@ -42,13 +42,13 @@ class Symptom(NamedTuple):
 # %% ../../nbs/lib/training/health.ipynb #e17fcbe2
 WIDEST, FARTHEST = 3.0, 1.5  # deviation, or one over it, and mean of all channels (root mean squares)
 
-
+# %% ../../nbs/lib/training/health.ipynb #4ec1c30b
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:  # (b, c, h, w) -> (c,) means, (c,) deviations
     """Mean and deviation of each channel over images and places."""
     values = x.float().transpose(0, 1).flatten(1)
     return values.mean(1), values.std(1, correction=0)
 
-
+# %% ../../nbs/lib/training/health.ipynb #633274df
 def latent_symptoms(
     x: Tensor,  # (b, c, h, w) clean latents, as the network is given them
 ) -> list[Symptom]:
@@ -74,7 +74,7 @@ def latent_symptoms(
 # %% ../../nbs/lib/training/health.ipynb #17abe5b8
 TOLERANCE, SMALL = 0.02, 1e-4  # of coefficients, which at an end may be reached only nearly; of time
 
-
+# %% ../../nbs/lib/training/health.ipynb #a4cbf8d4
 def path_symptoms(objective: Objective) -> list[Symptom]:
     """Whether the objective's path begins at the data, ends at noise, and has the velocity that it says."""
     path, ends = INTERPOLANTS[objective.interpolant], path_ends(objective.interpolant)
@@ -98,7 +98,7 @@ def path_symptoms(objective: Objective) -> list[Symptom]:
             found.append(Symptom("path", seen, f"d_{name} belongs to another path", remedy))
     return found
 
-
+# %% ../../nbs/lib/training/health.ipynb #53764e7a
 def path_ends(interpolant: str) -> list[tuple[float, float]]:  # alpha and sigma, at t = 0 and at t = 1
     """What of data and noise there is at both ends."""
     c = INTERPOLANTS[interpolant](torch.tensor([0.0, 1.0], dtype=torch.float64))
@@ -155,7 +155,7 @@ def look_at(
     losses = {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
     return Look(t, losses, linear_loss(objective, moments(x.cpu())[1].square(), t), losses.pop("constant"))
 
-
+# %% ../../nbs/lib/training/health.ipynb #9ee9eb9e
 def head(batch: Batch, n: int) -> Batch:
     """The first images of a batch, with their labels and class tokens."""
     token = batch.class_token
@@ -183,7 +183,7 @@ def bin_losses(net: nn.Module, objective: Objective, batch: Batch, time: float, 
 # %% ../../nbs/lib/training/health.ipynb #576d7a7e
 BETTER, STUCK = 0.7, 0.95  # of the loss: what counts as much better, and what has learned nothing
 
-
+# %% ../../nbs/lib/training/health.ipynb #c73159d5
 def direction_symptoms(look: Look) -> list[Symptom]:
     """Whether a network expects another direction of time than it is asked in."""
     best, ends = min(look.losses, key=lambda way: look.mean_ratio(way, look.linear)), [0, -1]
@@ -203,7 +203,7 @@ def direction_symptoms(look: Look) -> list[Symptom]:
     seen = f"t runs the wrong way: the velocity loss is {now:.3g}, and {then:.3g} with {best}"
     return [Symptom("direction", seen, cause, remedy)]
 
-
+# %% ../../nbs/lib/training/health.ipynb #e8a898fd
 def learning_symptoms(look: Look, step: int) -> list[Symptom]:
     """Whether a network has learned anything by a step."""
     if (ratio := look.mean_ratio("as it is", look.constant)) < STUCK:
@@ -212,7 +212,7 @@ def learning_symptoms(look: Look, step: int) -> list[Symptom]:
     remedy = "look at training.lr and training.warmup, and at the gradient norm in log.jsonl: 0 means that no gradient arrives"
     return [Symptom("learning", seen, "a learning rate that is too small or too large, or a dead network", remedy)]
 
-
+# %% ../../nbs/lib/training/health.ipynb #2ca45062
 def network_symptoms(look: Look, step: int, settled: bool) -> list[Symptom]:
     """What is wrong with a network; whether it has learned is asked of one that had the time."""
     return direction_symptoms(look) or (learning_symptoms(look, step) if settled else [])

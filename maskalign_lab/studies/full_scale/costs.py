@@ -33,7 +33,7 @@ SIZES = {
 }
 METHODS = ("sit", "repa", "reg", "maskalign", "haste", "irepa", "ahpa", "jit", "ditdh")
 
-
+# %% ../../../nbs/lib/studies/full_scale/costs.ipynb #a2ce7061
 def networks_of(method: str) -> list[str]:
     """The published sizes that a method is trained at."""
     family, stem = (
@@ -41,7 +41,7 @@ def networks_of(method: str) -> list[str]:
     )
     return [f"{stem}-{size}{'/2' * (stem == 'SiT')}" for size in SIZES[family]]
 
-
+# %% ../../../nbs/lib/studies/full_scale/costs.ipynb #7d593bf3
 def paper_recipe(method: str, network: str, overrides: str = "") -> Recipe:
     """What its paper trains, at a size."""
     return make_recipe(method, "paper", IMAGENET, 0, f"network={network} {overrides}")
@@ -76,7 +76,7 @@ class Cost:
         """GPU hours of the whole training."""
         return self.images / self.rate(gpu, share) / 3600
 
-
+# %% ../../../nbs/lib/studies/full_scale/costs.ipynb #fdb1b5b7
 def cost_of(method: str, network: str, overrides: str = "") -> Cost:
     """Count a training; takes a second or two."""
     recipe = paper_recipe(method, network, overrides)
@@ -104,7 +104,7 @@ def shipped_costs() -> dict[str, Cost]:
     path = paths.data() / "results" / "09_costs.json"
     return {row["identity"]: Cost(**row) for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
 
-
+# %% ../../../nbs/lib/studies/full_scale/costs.ipynb #7590b9c5
 def costs_of(
     methods: Sequence[str] = METHODS,
     sizes: Sequence[str] = (),  # names of networks; empty: all
@@ -119,7 +119,7 @@ def costs_of(
                 found.append(kept if kept and kept.method == method else cost_of(method, network))
     return found
 
-
+# %% ../../../nbs/lib/studies/full_scale/costs.ipynb #339ddd10
 def save_costs(costs: Iterable[Cost], path: Path) -> Path:
     """Write a table of costs, a row a line."""
     lines = ",\n ".join(json.dumps(asdict(cost)) for cost in costs)
@@ -129,7 +129,7 @@ def save_costs(costs: Iterable[Cost], path: Path) -> Path:
 # %% ../../../nbs/lib/studies/full_scale/costs.ipynb #5206aa69
 TITLE = re.compile(r"step of (\w+), (SiT-\w+/2)$|step of (JiT-\w+/\d+)$")
 
-
+# %% ../../../nbs/lib/studies/full_scale/costs.ipynb #a0c4f677
 def measured_rates(files: Iterable[Path] | None = None) -> dict[tuple[str, str], tuple[float, str]]:
     """Images a second that a GPU was seen to train, and which GPU, by method and network."""
     found = {}
@@ -142,14 +142,14 @@ def measured_rates(files: Iterable[Path] | None = None) -> dict[tuple[str, str],
                 found[method, network] = each.facts["batch"] / sorted(ours)[len(ours) // 2], machine["device"]
     return found
 
-
+# %% ../../../nbs/lib/studies/full_scale/costs.ipynb #94c4da60
 def gpu_files() -> list[Path]:
     """Results of `maskalign-lab bench gpu` on a GPU: those that ship, and then one of this machine."""
     root = paths.clone()
     shipped = sorted((root / "benchmarks" / "results").glob("*.json")) if root else []
     return [path for path in (*shipped, paths.output() / "bench" / "gpu-cuda.json") if path.exists() and on_gpu(path)]
 
-
+# %% ../../../nbs/lib/studies/full_scale/costs.ipynb #6343c1d7
 def on_gpu(path: Path) -> bool:
     """Whether a file of results was made on a CUDA device."""
     return json.loads(path.read_text())["machine"].get("device") not in (None, "cpu", "mps")
@@ -176,7 +176,7 @@ def cost_table(
         )
     return pd.DataFrame(rows)
 
-
+# %% ../../../nbs/lib/studies/full_scale/costs.ipynb #5589e576
 def cost_row(cost: Cost) -> dict[str, Any]:
     """What of a row no rate decides."""
     return {

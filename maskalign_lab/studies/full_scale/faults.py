@@ -62,7 +62,7 @@ class Case:
     around: Callable[[], AbstractContextManager] = nullcontext
     begins_with: str = ""  # a run whose weights it begins with, told to count t from the other end
 
-
+# %% ../../../nbs/lib/studies/full_scale/faults.ipynb #5447b06e
 LATENTS = "data.autoencoder=tiny network.patch_size=2"
 CASES = (
     Case("well", "", LATENTS),
@@ -72,7 +72,7 @@ CASES = (
     Case("learning rate 10,000 times too small", "learning", f"{LATENTS} training.lr=1e-7"),
 )
 
-
+# %% ../../../nbs/lib/studies/full_scale/faults.ipynb #1b87e02f
 @dataclass
 class Told:
     """What was seen of a case."""
@@ -91,7 +91,7 @@ def recipe_of(case: Case, steps: int) -> Recipe:
     more = f"data.n=256 training.steps={steps} training.batch_size=16 {case.overrides}"
     return make_recipe("sit", "smoke", "shapes", 0, more)
 
-
+# %% ../../../nbs/lib/studies/full_scale/faults.ipynb #8b5c5b53
 def tell(case: Case, steps: int = 200) -> Told:
     """Train a case, and note what the health check says and when."""
     with case.around():
@@ -135,7 +135,7 @@ def told_table(found: list[Told]) -> pd.DataFrame:
         rows.append(row | {"cause": "; ".join(symptom.cause for _, symptom in each.symptoms) or "–"})
     return pd.DataFrame(rows)
 
-
+# %% ../../../nbs/lib/studies/full_scale/faults.ipynb #a3138f57
 def as_expected(found: list[Told]) -> bool:
     """Whether each case was told what is wrong with it, and nothing else."""
     return all(
@@ -165,7 +165,7 @@ def faults_figure(found: list[Told]) -> Figure:
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=9)
     return figure
 
-
+# %% ../../../nbs/lib/studies/full_scale/faults.ipynb #8fee7cdb
 def wrapped(text: str, width: int = 24) -> str:
     """A title in lines."""
     return "\n".join(textwrap.wrap(text, width))

@@ -59,7 +59,7 @@ class Film:
         """One of them."""
         return next(s for s in self.steps if (s.method, s.width, s.tokens) == (method, width, tokens))
 
-
+# %% ../../../nbs/lib/studies/full_scale/film.ipynb #345c2b54
 def miniature(method: str, width: int, tokens: int, overrides: str = "") -> Recipe:
     """A small network on small images, with so many tokens."""
     patch, teacher = {16: (8, "tiny-4x4"), 64: (4, "tiny")}[tokens]
@@ -88,7 +88,7 @@ def measure_film(
     )
     return Film(name, measured_roof(device), tuple(measure_step(recipe, device, count) for recipe in recipes))
 
-
+# %% ../../../nbs/lib/studies/full_scale/film.ipynb #22b132ee
 def save_film(film: Film, path: Path) -> Path:
     """Write a film, a step a line."""
     head = json.dumps({"machine": film.machine, "roof": film.roof._asdict()})
@@ -96,7 +96,7 @@ def save_film(film: Film, path: Path) -> Path:
     write_atomic(path, f'{head[:-1]}, "steps": [\n {lines}\n]}}\n')
     return path
 
-
+# %% ../../../nbs/lib/studies/full_scale/film.ipynb #e9e91930
 def load_film(path: Path) -> Film:
     """Read what `save_film` wrote."""
     tree = json.loads(path.read_text())
@@ -112,7 +112,7 @@ COURSES: dict[str, tuple[str, Callable[[StepCost, Roof], float]]] = {  # name ->
 NAMES = {"sit": "SiT", "repa": "REPA", "reg": "REG", "maskalign": "MaskAlign", "haste": "HASTE", "irepa": "iREPA", "ahpa": "AHPA",
          "jit": "JiT", "ditdh": "DiT-DH", "sra2": "SRA 2"}  # fmt: skip
 
-
+# %% ../../../nbs/lib/studies/full_scale/film.ipynb #c7f87b49
 def view(film: Film, width: int, tokens: int, course: str) -> Panels:
     """What the scrubber shows in one state of its controls."""
     here = {method: film.find(method, width, tokens) for method in film.methods}
@@ -130,7 +130,7 @@ def view(film: Film, width: int, tokens: int, course: str) -> Panels:
         panels, Curve(title, np.array(film.widths, float), lines, "width of the network", label, float(width))
     )
 
-
+# %% ../../../nbs/lib/studies/full_scale/film.ipynb #98e2cbc9
 def scrubber(film: Film) -> Scrubber:
     """The interactive view of a film."""
     widths, tokens = film.widths, film.tokens
@@ -157,7 +157,7 @@ def strip(film: Film) -> Figure:
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(PARTS), fontsize=9)
     return figure
 
-
+# %% ../../../nbs/lib/studies/full_scale/film.ipynb #46dc81c1
 def stack(axis: object, steps: Sequence[StepCost]) -> None:
     """One bar for each step."""
     below = np.zeros(len(steps))
@@ -171,7 +171,7 @@ def stack(axis: object, steps: Sequence[StepCost]) -> None:
 # %% ../../../nbs/lib/studies/full_scale/film.ipynb #99b3000c
 DRAWN = {"sit": 1.0, "maskalign": 0.8, "jit": 0.64, "ditdh": 0.51}  # methods, and how far apart they are drawn
 
-
+# %% ../../../nbs/lib/studies/full_scale/film.ipynb #6c22f5e5
 def roofline_figure(film: Film, costs: Sequence[Cost], gpu: str = "H200", share: float = SHARE) -> Figure:
     """Operations a second over operations a byte: measured here, derived for a GPU."""
     theme()
@@ -199,12 +199,12 @@ def roofline_figure(film: Film, costs: Sequence[Cost], gpu: str = "H200", share:
         axis.legend(fontsize=7.5, loc="lower right")
     return figure
 
-
+# %% ../../../nbs/lib/studies/full_scale/film.ipynb #b77fab34
 def intensity_of(cost: Cost) -> float:
     """Operations a byte of a step, at the paper's batch."""
     return cost.gflops * 1e9 * cost.batch / (2 * cost.memory)
 
-
+# %% ../../../nbs/lib/studies/full_scale/film.ipynb #857d0fbd
 def draw_roof(axis: object, roof: Roof, near: Sequence[float]) -> None:
     """The line that no step is above, from the leftmost point to the right of ridge and points."""
     x = np.geomspace(min([*near, roof.ridge]) / 4, max([*near, roof.ridge]) * 8, 60)

@@ -23,7 +23,7 @@ def host_shares(film: Film, width: int) -> Finding:
         f"Host's share of a step, {NAMES[method]}, width {width}", share, "measured", None, "09_parts", "%", 0
     )
 
-
+# %% ../../../nbs/lib/studies/full_scale/findings.ipynb #28d87b0d
 def of_roof(film: Film, width: int) -> Finding:
     """How near a step comes to large products of matrices."""
     method, tokens = film.methods[0], film.tokens[-1]
@@ -32,14 +32,14 @@ def of_roof(film: Film, width: int) -> Finding:
         f"Of the matmul rate, {NAMES[method]}, width {width}", share, "measured", None, "09_roofline", "%", 0
     )
 
-
+# %% ../../../nbs/lib/studies/full_scale/findings.ipynb #87a3fff9
 def relative(costs: Sequence[Cost], method: str, other: str, network: str) -> Finding:
     """The operations of one method over another's."""
     of = {cost.method: cost.gflops for cost in costs if cost.network == network}
     name = f"Operations of {NAMES[method]} over {NAMES[other]}, {network}"
     return of_number(name, of[method] / of[other], "derived", None, "", "", 3)
 
-
+# %% ../../../nbs/lib/studies/full_scale/findings.ipynb #b38462f8
 def told_right(found: list[Told]) -> Finding:
     """How many faults the health check names, and nothing else."""
     ill = [each for each in found if each.case.expected]
@@ -47,7 +47,7 @@ def told_right(found: list[Told]) -> Finding:
     word = "seen" if right == len(ill) else "missed at times"
     return of_count("Faults named by step 200", right, len(ill), "faults", word, "09_faults")
 
-
+# %% ../../../nbs/lib/studies/full_scale/findings.ipynb #9702619e
 def accused(found: list[Told]) -> Finding:
     """How many trainings that are well were told otherwise."""
     well = [each for each in found if not each.case.expected]
@@ -60,7 +60,7 @@ def accused(found: list[Told]) -> Finding:
         "09_faults",
     )
 
-
+# %% ../../../nbs/lib/studies/full_scale/findings.ipynb #802db3a7
 def measured(costs: Sequence[Cost]) -> Finding:
     """How many rates of the table a GPU has measured."""
     rates = measured_rates()

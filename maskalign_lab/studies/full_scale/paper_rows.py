@@ -52,7 +52,7 @@ class PaperRow(NamedTuple):
         ]
         return shlex.join([*words, *shlex.split(self.changes)])
 
-
+# %% ../../../nbs/lib/studies/full_scale/paper_rows.ipynb #11030ef0
 def rows_of(place: str, method: str, network: str, told: Mapping[int, float | None], **more: object) -> list[PaperRow]:
     """Rows of one network after several numbers of steps."""
     return [PaperRow(place, method, network, steps, fid, **more) for steps, fid in told.items()]
@@ -113,7 +113,7 @@ def row_costs(rows: Iterable[PaperRow] = ROWS, known: Mapping[str, Cost] | None 
         found.append(known[key])
     return found
 
-
+# %% ../../../nbs/lib/studies/full_scale/paper_rows.ipynb #c039a477
 def paper_table(
     rows: Iterable[PaperRow] = ROWS,
     price: float = 2.5,  # of a GPU for an hour

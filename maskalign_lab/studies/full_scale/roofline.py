@@ -40,7 +40,7 @@ WORKLESS = {  # operators that compute nothing
 }
 DATA = "making the batch"
 
-
+# %% ../../../nbs/lib/studies/full_scale/roofline.ipynb #6473e52b
 class Row(NamedTuple):
     """Something that a profiler has seen."""
 
@@ -49,7 +49,7 @@ class Row(NamedTuple):
     inside: tuple[str, ...] = ()  # names of those that called it
     on_gpu: bool = False  # a kernel there, not an operator
 
-
+# %% ../../../nbs/lib/studies/full_scale/roofline.ipynb #c5b06c52
 def part_of(row: Row) -> str:
     """One of PARTS."""
     name = row.name.lower()
@@ -109,12 +109,12 @@ def moved(found: Estimate) -> float:
     """Bytes that a step moves at least: all that is on the device is written once and read once."""
     return 2 * sum(found.memory.values())
 
-
+# %% ../../../nbs/lib/studies/full_scale/roofline.ipynb #022250c1
 def flops_of(found: Estimate) -> float:
     """Operations of a step."""
     return found.flops / found.recipe.training.steps
 
-
+# %% ../../../nbs/lib/studies/full_scale/roofline.ipynb #bedcf567
 def labelled(batches: Batches) -> Callable[[int], Batch]:
     """Batches whose making the profiler can tell from all else."""
 
@@ -124,7 +124,7 @@ def labelled(batches: Batches) -> Callable[[int], Batch]:
 
     return make
 
-
+# %% ../../../nbs/lib/studies/full_scale/roofline.ipynb #f2fcbd72
 def rows_of(events: Iterable[Any], gpu: bool) -> list[Row]:
     """Operators of a CPU, or kernels of a GPU, from a profiler's events."""
     if gpu:
@@ -132,7 +132,7 @@ def rows_of(events: Iterable[Any], gpu: bool) -> list[Row]:
         return [Row(each.name, each.self_device_time_total / 1e6, on_gpu=True) for each in kernels]
     return [Row(each.name, each.self_cpu_time_total / 1e6, tuple(callers(each))) for each in events]
 
-
+# %% ../../../nbs/lib/studies/full_scale/roofline.ipynb #b7b6a3e8
 def callers(event: Any) -> Iterable[str]:
     """Names of the events around an event."""
     while event := event.cpu_parent:
@@ -193,10 +193,10 @@ class Roof(NamedTuple):
         """Operations a byte from which on memory is no limit."""
         return self.flops / self.bandwidth
 
-
+# %% ../../../nbs/lib/studies/full_scale/roofline.ipynb #cce1f183
 DATASHEETS = {"A100": 2.04e12, "H100": 3.35e12, "H200": 4.8e12}  # bytes a second of memory, of the SXM modules
 
-
+# %% ../../../nbs/lib/studies/full_scale/roofline.ipynb #b05819b2
 @torch.no_grad()
 def measured_roof(device: str = "cpu", n: int = 1024, megabytes: int = 64) -> Roof:
     """Products of matrices and copies in memory, each the fastest of a few."""
