@@ -209,7 +209,7 @@ def test_each_rows_command_is_a_recipe(row):
 
 def test_rows_cover_the_papers_that_are_named():
     assert {row.method for row in ROWS} >= {*METHODS, "sra2"}
-    assert len({(row.place, row.network, row.steps, row.guided) for row in ROWS}) == len(ROWS)
+    assert len({(row.place, row.method, row.network, row.steps, row.guided) for row in ROWS}) == len(ROWS)
 
 
 def test_overrides_of_a_row_change_what_the_preset_has():
@@ -232,11 +232,12 @@ def test_the_table_says_money_disk_and_whose_fid_it_is():
 # ---- faults
 
 
-def test_each_fault_is_told_and_the_healthy_training_is_not():
-    found = [tell(case, SETTLED) for case in CASES]
+def test_faults_that_show_at_the_beginning_are_told_and_the_healthy_training_is_not():
+    """What shows at step 200 is tested in training/test_health.py, with longer trainings."""
+    found = [tell(case, 2) for case in CASES if case.expected != "learning"]
     assert as_expected(found) and told_table(found)["expected"].tolist() == told_table(found)["told"].tolist()
-    assert [max([0, *(step for step, _ in each.symptoms)]) for each in found] == [0, 0, 0, 1, SETTLED]
-    assert len(faults_figure(found).axes) == len(CASES)
+    assert [max([0, *(step for step, _ in each.symptoms)]) for each in found] == [0, 0, 0, 1]
+    assert len(faults_figure(found).axes) == len(found)
 
 
 # ---- pictures, and the page
