@@ -17,6 +17,7 @@ from maskalign_lab.runs.paper_settings import settings_of
 from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.recipe import identity
 from maskalign_lab.studies.full_scale.costs import (
+    IMAGENET,
     METHODS,
     cost_of,
     cost_table,
@@ -141,6 +142,12 @@ def test_a_cost_is_the_estimates():
     assert found.images.count == 1_281_167
 
 
+def test_rows_ship_under_names_that_hold_everywhere(tmp_path, monkeypatch):
+    here = identity(ROWS[0].recipe())
+    monkeypatch.chdir(tmp_path)
+    assert identity(ROWS[0].recipe()) == here
+
+
 def test_a_row_with_other_settings_is_counted_anew():
     stale = replace(
         next(iter(shipped_costs().values())), method="sit", network="SiT-S/2", identity="another", flops=1.0
@@ -200,7 +207,7 @@ def test_each_rows_command_is_a_recipe(row):
         "--preset",
         "paper",
         "--dataset",
-        "folder:imagenet/train",
+        IMAGENET,
     ]
     recipe = make_recipe(words[2], "paper", words[6], 0, shlex.join(words[7:]))
     assert recipe == row.recipe() and recipe.training.steps == row.steps

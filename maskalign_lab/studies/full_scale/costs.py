@@ -25,7 +25,7 @@ from ...workbench import benchmarking
 
 # %% ../../../nbs/lib/studies/full_scale/costs.ipynb #b049763e
 SHARE = 0.30  # of the datasheet's bfloat16 rate
-IMAGENET = "folder:imagenet/train"  # stands for it: where it is not on disk, its size is taken
+IMAGENET = "hf:ILSVRC/imagenet-1k"  # its name on the hub; where it is not on disk, its size is taken
 SIZES = {
     "sit": ("S", "B", "L", "XL"),
     "jit": ("B/16", "L/16", "H/16"),
