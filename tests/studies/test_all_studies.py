@@ -263,7 +263,7 @@ STUDIES = [
     Study(
         "09_full_scale",
         ("parts", "roofline", "faults"),
-        ("192", "384"),
+        ("96", "192"),
         other_shares,
         (
             ({"run": "sit-shaeps"}, "no run 'sit-shaeps'"),

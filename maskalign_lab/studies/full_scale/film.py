@@ -84,7 +84,7 @@ def measure_film(
     name = (
         torch.cuda.get_device_name(place)
         if place.type == "cuda"
-        else f"{cpu_model()}, {torch.get_num_threads()} threads"
+        else f"{cpu_model()}, {(n := torch.get_num_threads())} thread{'s' * (n > 1)}"
     )
     return Film(name, measured_roof(device), tuple(measure_step(recipe, device, count) for recipe in recipes))
 
@@ -135,7 +135,7 @@ def scrubber(film: Film) -> Scrubber:
     """The interactive view of a film."""
     widths, tokens = film.widths, film.tokens
     controls = [
-        Control("width", "width", widths, list(map(str, widths)), len(widths) // 2, "slider"),
+        Control("width", "width", widths, list(map(str, widths)), (len(widths) - 1) // 2, "slider"),
         Control("tokens", "tokens of an image", tokens, list(map(str, tokens)), len(tokens) - 1),
         Control("course", "below", list(COURSES)),
     ]
@@ -169,7 +169,7 @@ def stack(axis: object, steps: Sequence[StepCost]) -> None:
     axis.set(xticks=range(len(steps)), xticklabels=labels, ylim=(0, 1))
 
 # %% ../../../nbs/lib/studies/full_scale/film.ipynb #99b3000c
-DRAWN = {"sit": 1.0, "maskalign": 0.8, "jit": 0.64, "ditdh": 0.51}  # methods, and how far apart they are drawn
+DRAWN = {"sit": 1.0, "maskalign": 0.7, "jit": 0.49, "ditdh": 0.34}  # methods, and how far apart they are drawn
 
 # %% ../../../nbs/lib/studies/full_scale/film.ipynb #6c22f5e5
 def roofline_figure(film: Film, costs: Sequence[Cost], gpu: str = "H200", share: float = SHARE) -> Figure:
@@ -207,7 +207,7 @@ def intensity_of(cost: Cost) -> float:
 # %% ../../../nbs/lib/studies/full_scale/film.ipynb #857d0fbd
 def draw_roof(axis: object, roof: Roof, near: Sequence[float]) -> None:
     """The line that no step is above, from the leftmost point to the right of ridge and points."""
-    x = np.geomspace(min([*near, roof.ridge]) / 4, max([*near, roof.ridge]) * 8, 60)
+    x = np.geomspace(min([*near, roof.ridge]) / 2, max([*near, roof.ridge]) * 2, 60)
     axis.plot(x, [roof.at(each) for each in x], color=QUIET, lw=1.5)
     axis.set(xscale="log", yscale="log")
     low, high = axis.get_ylim()
