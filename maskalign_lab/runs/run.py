@@ -8,6 +8,7 @@ __all__ = ['UNTOLD', 'Run', 'run_folders', 'find_run', 'load_run', 'train', 'ide
 
 # %% ../../nbs/lib/runs/run.ipynb #14765924
 import contextlib
+from collections import deque
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -46,6 +47,7 @@ from maskalign_lab.runs.sources import (
     mean_latents,
     teacher_names,
 )
+from .watching import watched
 from ..training.log import read_log, with_log
 from ..training.loop import AVERAGES, fit
 from ..training.methods import Method
@@ -246,8 +248,8 @@ def train(
         if is_first():
             begin(path, recipe, batches.facts)
         steps = fit(net, method, batches, recipe.training, path, device, recipe.execution)
-        for _ in with_log(steps, path, recipe.training.log_every, print_every):
-            pass
+        steps = watched(steps, recipe, batches, path, bool(print_every))
+        deque(with_log(steps, path, recipe.training.log_every, print_every), maxlen=0)  # takes every step
         if print_every and is_first() and (told := method.last_words(read_log(path / "log.jsonl"))):
             say(told)
     return path

@@ -35,6 +35,7 @@ from ..runs.run import Run, load_run, train
 from ..runs.scale_search import search_file, search_rows
 from .ahpa.opening import make_oracle, make_routers
 from .dsd.opening import make_films as make_dsd_films
+from .full_scale.opening import make_full_scale
 from .maskalign.measures import record
 from .position_preference.conflict_courses import make_courses
 from .position_preference.lenses import ship_lenses
@@ -200,6 +201,7 @@ TABLES = {  # of a study -> how they are made
     "rae-film": make_films,
     "dsd-films": make_dsd_films,
     "position-conflict": make_courses,
+    "full-scale": make_full_scale,
 }
 DECODERS = {  # representation autoencoders -> how their decoders are trained
     "rae": DecoderConfig(),

@@ -126,6 +126,12 @@ def other_quantities(page):
     choose(page, "PSNR of the pictures")
 
 
+def other_shares(page):
+    """The steps of images with fewer tokens, and another quantity below them."""
+    choose(page, "16")
+    choose(page, "host's share")
+
+
 # ---- the studies
 
 
@@ -253,6 +259,20 @@ STUDIES = [
             ({"run": "sit-shapes"}, "dsd"),
         ),
         place="step ",
+    ),
+    Study(
+        "09_full_scale",
+        ("parts", "roofline", "faults"),
+        ("96", "192"),
+        other_shares,
+        (
+            ({"run": "sit-shaeps"}, "no run 'sit-shaeps'"),
+            ({"gpu": "H20"}, "Did you mean 'H200'"),
+            ({"share": 30.0}, "expected a share of the peak"),
+            ({"price": -1.0}, "expected at least 0"),
+            (smoke(overrides="network.wdith=32"), "Did you mean 'network.width'"),
+        ),
+        place="width ",
     ),
 ]
 every_study = pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.number)
