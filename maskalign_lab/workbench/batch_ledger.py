@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENDS', 'ASKING', 'SENT', 'status_of', 'Record', 'job_place', 'read_record', 'save_record', 'is_running',
-           'settle_alone', 'settle', 'tally', 'line_of_record', 'write_ledger']
+           'end_unwatched', 'settle_alone', 'settle', 'tally', 'line_of_record', 'write_ledger']
 
 # %% ../../nbs/lib/workbench/batch_ledger.ipynb #7e0c0fbb
 import json
@@ -22,6 +22,7 @@ from ..base.files import write_atomic
 from ..base.locks import sole_writer
 from ..base.processes import began, is_gone
 from .batch_plan import Task
+from .ledger import read_job
 
 # %% ../../nbs/lib/workbench/batch_ledger.ipynb #e1a0f86b
 ENDS = ("ok", "failed", "preempted", "killed")
@@ -113,18 +114,31 @@ def is_running(
     )
 
 # %% ../../nbs/lib/workbench/batch_ledger.ipynb #d95224e3
+def end_unwatched(
+    place: Path,  # folder of the job
+    record: Record,  # that says "running", of a process that is gone
+) -> None:
+    """Note how it ended: as a study wrote down itself, although nobody watched; else that it was killed."""
+    with suppress(FileNotFoundError):  # a training writes nothing of the kind
+        job = read_job(place / f"attempt-{record.attempts}")
+        record.status, record.exit_code, record.seconds = job.status, job.exit_code, job.seconds
+        record.error = (job.error.splitlines() or [""])[-1]
+        return
+    record.status, record.error = "killed", f"process {record.pid} on {record.host} is gone and has not said why"
+
+
 def settle_alone(
     folder: Path,  # of the batch
     task: Task,
 ) -> Record:
-    """What has become of a job, for who has its lock: if it says "running" and nobody does it, it was killed."""
+    """What has become of a job, for who has its lock: one that says "running" and is not has ended unwatched."""
     record = read_record(folder, task)
     if record.status == "running" and not is_running(record):
-        record.status, record.error = "killed", f"process {record.pid} on {record.host} is gone and has not said why"
+        end_unwatched(job_place(folder, task.name), record)
         save_record(folder, record)
     return record
 
-
+# %% ../../nbs/lib/workbench/batch_ledger.ipynb #955af34a
 def settle(
     folder: Path,  # of the batch
     task: Task,
@@ -159,8 +173,9 @@ def write_ledger(
     folder: Path,  # of the batch
     tasks: Sequence[Task],
 ) -> list[Record]:
-    """Settle all jobs and write `ledger.json`; the records."""
+    """Settle all jobs and write `ledger.json`, if the batch has begun; the records."""
     records = [settle(folder, task) for task in tasks]
     rows: list[dict[str, Any]] = [asdict(record) for record in records]
-    write_atomic(folder / "ledger.json", json.dumps({"tally": tally(records), "jobs": rows}, indent=1) + "\n")
+    if folder.is_dir():
+        write_atomic(folder / "ledger.json", json.dumps({"tally": tally(records), "jobs": rows}, indent=1) + "\n")
     return records

@@ -53,7 +53,8 @@ def reason(
 ) -> str:
     """Why the last attempt did not end well, in one line: its own sentence, or the end of a traceback, or a signal."""
     if code < 0:
-        return f"ended by {signal.Signals(-code).name}"
+        names = {each.value: each.name for each in signal.Signals}
+        return f"ended by {names.get(-code, f'signal {-code}')}"
     text = output.read_text(encoding="utf-8", errors="replace").rpartition(ATTEMPT)[2]
     if status_of(code) == "preempted":
         return (re.findall(r"stopped by \w+", text) or ["stopped when it was asked to"])[-1]
@@ -79,21 +80,29 @@ class Work:
 
     def __call__(self) -> Record:
         """Do it, unless it is done, somebody else is at it, or it was asked to stop before it began."""
-        try:
-            with sole_writer(self.place):
-                record = settle_alone(self.folder, self.task)
-                return record if record.status in ("ok", "running") else self.attempt(record)
-        except FileExistsError:  # another batch has the lock
-            return read_record(self.folder, self.task)
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(sole_writer(self.place))
+            except FileExistsError:  # another batch has the lock
+                return read_record(self.folder, self.task)
+            record = settle_alone(self.folder, self.task)
+            return record if record.status in ("ok", "running") else self.attempt(record)
 
     def attempt(self, record: Record) -> Record:
-        """Start it, wait for it, write down how it ended."""
+        """Start it, wait for it, write down how it ended; what goes wrong here is the end of this job alone."""
         before = time.perf_counter()
-        with open(output := self.place / "output.txt", "a", encoding="utf-8") as said:
-            if not self.start(record, said):
-                return record
-            code = self.wait()
-        record.end(code, reason(output, code) if code else "", time.perf_counter() - before)
+        try:
+            with open(output := self.place / "output.txt", "a", encoding="utf-8") as said:
+                if not self.start(record, said):
+                    return record
+                code = self.wait()
+            why = reason(output, code) if code else ""
+        except (OSError, ValueError) as error:  # such as a full disk
+            if self.process:
+                self.process.kill()
+                self.process.wait()
+            code, why = 1, f"{type(error).__name__}: {error}"
+        record.end(code, why, time.perf_counter() - before)
         save_record(self.folder, record)
         return record
 

@@ -30,8 +30,10 @@ def check_options(
     known = {*SlurmExecutor._valid_parameters(), "max_num_timeout"}
     for name in options:
         one_of(name, sorted(known), "setting of slurm")
-    if not {"time", "time"} & options.keys():
-        raise ValueError("slurm: time is missing: expected the minutes that one job may take, such as `time: 240`")
+    if not isinstance(time := options.get("time"), int) or isinstance(time, bool) or time < 1:
+        raise ValueError(f"slurm: time: {time!r}: expected the minutes that one job may take, such as `time: 240`")
+    if not isinstance(more := options.get("additional_parameters") or {}, Mapping):
+        raise ValueError(f"slurm: additional_parameters: {more!r}: expected a mapping")
 
 
 def with_defaults(

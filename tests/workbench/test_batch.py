@@ -97,6 +97,37 @@ def test_a_job_whose_watcher_was_killed_is_not_done_twice(tmp_path):
     assert Work(tmp_path, task)().status == "ok" and read_record(tmp_path, task).attempts == 2
 
 
+def test_a_study_that_ended_while_nobody_watched_has_its_own_end(tmp_path):
+    task = Task(("run", "01"))
+    (record := read_record(tmp_path, task)).begin(os.getpid(), "")
+    record.began -= 100  # the process of this number is another one by now
+    save_record(tmp_path, record)
+    (place := job_place(tmp_path, task.name) / "attempt-1").mkdir()
+    job = Job(str(place), "01_gradient_norms", {}, "maskalign-lab run 01")
+    job.end("ok", 0)
+    job.save()
+    assert settle(tmp_path, task).status == Work(tmp_path, task)().status == "ok"
+
+
+def test_what_goes_wrong_about_one_job_is_its_own_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("maskalign_lab.workbench.batch_work.words_here", lambda task, *of: ["x" * 10_000_000])
+    records = carry_out_all(tmp_path, [Task(("jobs",)), Task(("jobs", "x"))], [""], lambda record: None)
+    assert [record.status for record in records] == ["failed"] * 2 and "too long" in records[0].error
+
+
+def test_a_folder_belongs_to_one_plan_and_a_look_leaves_none(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MASKALIGN_LAB_OUTPUT", str(tmp_path / "runs"))
+    study = write(tmp_path / "study.ipynb", "1 / 0")
+    plans = [tmp_path / name / "plan.yaml" for name in "ab"]
+    for plan in plans:
+        plan.parent.mkdir()
+        plan.write_text(json.dumps({"jobs": [{"run": str(study)}]}))
+    assert main(["batch", str(plans[0]), "--status"]) == 75 and "1 jobs: 1 waiting" in capsys.readouterr().out
+    assert not (tmp_path / "runs").exists()
+    assert main(["batch", str(plans[0])]) == 1
+    assert main(["batch", str(plans[1])]) == 2 and "choose another folder with --out" in capsys.readouterr().err
+
+
 def test_what_another_machine_does_is_not_called_dead_while_it_is_locked(tmp_path):
     task = Task(("jobs",))
     (record := read_record(tmp_path, task)).begin(os.getpid(), "")
@@ -155,8 +186,12 @@ def test_a_plan_has_every_combination_once(values):
         ("jobs: [{train: repa, sede: 3}]", "Did you mean 'seed'"),
         ("jobs: [{train: repa, seed: x}]", "cannot have"),
         ("jobs: [{train: repa, out: here}]", "leave it out"),
-        ("jobs: [{run: '01'}]\nslurm: {partition: gpu}", "time is missing"),
+        ("jobs: [{run: '01'}]\nslurm: {partition: gpu}", "time: None: expected the minutes"),
         ("jobs: [{run: '01'}]\nslurm: {time: 9, qso: high}", "Did you mean 'qos'"),
+        ("jobs: [{run: '01'}]\nslurm: {time: 4:00:00}", "expected the minutes"),
+        ("jobs: [{train: sit, seed: 0, seed: 1}]", "'seed' stands twice"),
+        ("jobs: [{train: sit, processes: 0}]", "processes: 0: expected at least 1"),
+        ("jobs: [{train: sit, processes: 7}]", "processes"),
         ("jobs: {run: '01'}", "a list `jobs:`"),
         ("jobs: [{run: '01', run: '02'", "is not YAML"),
     ],
