@@ -60,14 +60,15 @@ class Film:
         return next(s for s in self.steps if (s.method, s.width, s.tokens) == (method, width, tokens))
 
 # %% ../../../nbs/lib/studies/full_scale/film.ipynb #345c2b54
-def miniature(method: str, width: int, tokens: int, overrides: str = "") -> Recipe:
+def miniature(method: str, width: int, tokens: int, overrides: str = "", dataset: str = "shapes") -> Recipe:
     """A small network on small images, with so many tokens."""
     patch, teacher = {16: (8, "tiny-4x4"), 64: (4, "tiny")}[tokens]
     changes = f"network.width={width} network.heads={width // 16} network.depth=4 network.patch_size={patch} data.teacher={teacher}"
-    plain = make_recipe(method, "smoke", "shapes", 0, "")
+    plain = make_recipe(method, "smoke", dataset, 0, "")
     place, aligned = "method" + ".inner" * (len(layers_of(plain.method)) - 1), layers_of(plain.method)[-1]
     deep = f"{place}.depth=2" if hasattr(aligned, "depth") else ""
-    return make_recipe(method, "smoke", "shapes", 0, f"data.n=256 training.batch_size=16 {changes} {deep} {overrides}")
+    more = f"data.n=256 training.batch_size=16 {changes} {deep} {overrides}"
+    return make_recipe(method, "smoke", dataset, 0, more)
 
 # %% ../../../nbs/lib/studies/full_scale/film.ipynb #bfe4d955
 def measure_film(
@@ -77,10 +78,13 @@ def measure_film(
     device: str = "auto",
     count: int = 3,  # see `measure_step`
     overrides: str = "",  # of every recipe
+    dataset: str = "shapes",  # whose images the steps see
 ) -> Film:
     """Measure all steps on this machine."""
     place = resolve_device(device)
-    recipes = [miniature(method, width, n, overrides) for n in tokens for method in methods for width in widths]
+    recipes = [
+        miniature(method, width, n, overrides, dataset) for n in tokens for method in methods for width in widths
+    ]
     name = (
         torch.cuda.get_device_name(place)
         if place.type == "cuda"

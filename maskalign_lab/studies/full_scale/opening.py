@@ -49,6 +49,7 @@ class Study:
 def open_study(
     preset: str = "laptop",  # smoke | laptop | gpu | paper
     run: str = "sit-shapes",  # a run's name or folder, such as an imported checkpoint
+    dataset: str = "shapes",  # whose images the measured steps see
     device: str = "auto",
     seed: int = 0,  # of the trainings that are measured
     price: float = 2.5,  # of a GPU for an hour
@@ -66,9 +67,13 @@ def open_study(
     if not price >= 0:
         raise ValueError(f"price={price}: expected at least 0")
     looked_at, shipped = load_run(run, device=device), paths.data() / "results" / FILM
-    ships = preset == "laptop" and not (here or overrides or seed) and shipped.exists()
+    ships = preset == "laptop" and dataset == "shapes" and not (here or overrides or seed) and shipped.exists()
     more = f"training.seed={seed} {told.get('overrides', '')} {overrides}"
-    film = load_film(shipped) if ships else measure_film(**told | {"overrides": more, "device": device})
+    film = (
+        load_film(shipped)
+        if ships
+        else measure_film(**told | {"overrides": more, "device": device, "dataset": dataset})
+    )
     if folder and not ships:
         folder.mkdir(parents=True, exist_ok=True)
         save_film(film, folder / FILM)
