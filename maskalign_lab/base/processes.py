@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['STARTED', 'began', 'this_process', 'is_gone', 'process_count', 'process_number', 'is_first', 'is_launched',
-           'is_orphan', 'check_launched', 'leave_word', 'stop_signals', 'grace']
+           'is_orphan', 'check_launched', 'leave_word', 'stop_signals', 'stops_go_to', 'grace']
 
 # %% ../../nbs/lib/base/processes.ipynb #adc063b5
+import contextlib
 import json
 import os
 import signal
 import socket
+import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +112,22 @@ def stop_signals() -> list[int]:
     """The signals that ask this process to end."""
     known = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT") if hasattr(signal, name)]
     return [number for number in known if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN]
+
+# %% ../../nbs/lib/base/processes.ipynb #994d1e2e
+@contextlib.contextmanager
+def stops_go_to(
+    handler: Callable[[int, Any], None],  # number of the signal, frame
+    spared: Sequence[int] = (),  # signals that keep their own
+) -> Iterator[None]:
+    """Inside, the signals that ask this process to end go to a handler; afterwards to where they went before."""
+    main = threading.current_thread() is threading.main_thread()
+    asked = [number for number in stop_signals() if number not in spared] if main else []
+    before = {number: signal.signal(number, handler) for number in asked}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 # %% ../../nbs/lib/base/processes.ipynb #d4e78995
 def grace() -> int:

@@ -36,10 +36,10 @@ def watched(
     recipe: Recipe,
     batches: Batches,
     run: Path,  # its folder
-    aloud: bool = True,
+    print_every: float = 10.0,  # 0 for silence, as in `train`
 ) -> Iterator[Step]:
     """Pass the steps of a training through, with an eye on its health."""
     if not is_first():
         return steps
-    latents, tell = bool(recipe.data.autoencoder), told_once(run, aloud)
+    latents, tell = bool(recipe.data.autoencoder), told_once(run, print_every > 0)
     return with_health(steps, recipe.objective, glance(batches), recipe.training, latents, tell)

@@ -8,13 +8,12 @@ __all__ = ['UNSEEN', 'PREEMPTED', 'DelayedRead', 'Guard', 'NonFinite', 'finite',
 # %% ../../nbs/lib/training/stopping.ipynb #333cd83e
 import contextlib
 import signal
-import threading
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from ..base.processes import stop_signals
+from ..base.processes import stops_go_to
 
 # %% ../../nbs/lib/training/stopping.ipynb #5ce2d735
 class DelayedRead:
@@ -121,21 +120,14 @@ PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h
 def notice() -> Iterator[list[int]]:  # signals that have arrived
     """Collect the signals that ask to end, Ctrl-C among them, instead of dying from them, where this thread may."""
     arrived: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield arrived
-        return
 
     def note(number: int, frame: object) -> None:
         if number == signal.SIGINT and number in arrived:
             raise KeyboardInterrupt
         arrived.append(number)
 
-    before = {number: signal.signal(number, note) for number in stop_signals()}
-    try:
+    with stops_go_to(note):
         yield arrived
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 # %% ../../nbs/lib/training/stopping.ipynb #f2b8d04c
 @contextlib.contextmanager
@@ -145,11 +137,5 @@ def leaving() -> Iterator[None]:
     def leave(number: int, frame: object) -> None:
         raise SystemExit(PREEMPTED)
 
-    alone = threading.current_thread() is threading.main_thread()  # others may not
-    asked = [number for number in stop_signals() if number != signal.SIGINT] if alone else []
-    before = {number: signal.signal(number, leave) for number in asked}
-    try:
+    with stops_go_to(leave, spared=[signal.SIGINT]):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -46,7 +46,7 @@ class PlanLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [key.value for key, _ in node.value if not key.tag.endswith(":merge")]
         if twice := [key for key in keys if keys.count(key) > 1]:
-            raise ValueError(f"line {node.start_mark.line + 1}: {twice[0]!r} stands twice in one mapping")
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} stands twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -57,13 +57,11 @@ PlanLoader.yaml_implicit_resolvers = {
 
 # %% ../../nbs/lib/workbench/batch_plan.ipynb #7aa0180e
 def to_word(
-    value: Any,  # as YAML has read it
+    value: Any,
     key: str,  # that it stands behind
 ) -> str:
-    """A value as one would type it; only what has one spelling is taken."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str | int | float):
+    """A value as one would type it."""
+    if isinstance(value, str | int):
         return str(value)
     raise ValueError(f"{key}: {value!r}: expected text or a number, or a list of these")
 
@@ -135,8 +133,8 @@ def parse_plan(
     """The plan that a text describes."""
     try:
         told = yaml.load(text, PlanLoader)
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"plan {name!r} is not YAML: {' '.join(str(error).split())}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"plan {name!r} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(told, Mapping) or not isinstance(told.get("jobs"), list) or not told["jobs"]:
         raise ValueError(f"plan {name!r}: expected a list `jobs:` with an entry for each study or training")
     for key in told:

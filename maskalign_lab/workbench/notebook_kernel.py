@@ -12,7 +12,6 @@ import logging
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -27,7 +26,7 @@ from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError  # noqa: F401  for those who call `execute`
 
 from ..base import paths
-from ..base.processes import grace, stop_signals
+from ..base.processes import grace, stops_go_to
 
 # %% ../../nbs/lib/workbench/notebook_kernel.ipynb #2fe75e41
 class OwnKernel(AsyncKernelManager):
@@ -89,13 +88,10 @@ def signals_to(
     stopper: Stopper,  # of the client that runs inside the block
 ) -> Iterator[None]:
     """What asks to end goes to the stopper inside the block, in the main thread."""
-    main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, stopper) for number in (stop_signals() if main else ())}
     try:
-        yield
+        with stops_go_to(stopper):
+            yield
     finally:
-        for number, old in before.items():
-            signal.signal(number, old)
         if stopper.timer:
             stopper.timer.cancel()
 

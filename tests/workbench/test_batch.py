@@ -190,10 +190,12 @@ def test_a_plan_has_every_combination_once(values):
         ("jobs: [{run: '01'}]\nslurm: {time: 9, qso: high}", "Did you mean 'qos'"),
         ("jobs: [{run: '01'}]\nslurm: {time: 4:00:00}", "expected the minutes"),
         ("jobs: [{train: sit, seed: 0, seed: 1}]", "'seed' stands twice"),
-        ("jobs: [{train: sit, processes: 0}]", "processes: 0: expected at least 1"),
-        ("jobs: [{train: sit, processes: 7}]", "processes"),
+        ("jobs: [{train: sit, processes: 0}]", "--processes 0: expected at least 1"),
+        ("jobs: [{train: sit, device: cpu, processes: 7}]", "cannot be cut into 7 equal parts"),
+        ("jobs: [{train: sit, dataset: 'folder:none'}]", "does not exist"),
+        ("jobs: [{train: sit, device: gpu}]", "there is no device 'gpu' here"),
         ("jobs: {run: '01'}", "a list `jobs:`"),
-        ("jobs: [{run: '01', run: '02'", "is not YAML"),
+        ("jobs: [{run: '01', run: '02'", "cannot be read"),
     ],
 )
 def test_a_mistake_is_told_before_anything_starts(tmp_path, monkeypatch, capsys, text, message):

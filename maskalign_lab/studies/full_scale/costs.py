@@ -4,21 +4,22 @@
 
 # %% auto #0
 __all__ = ['SHARE', 'IMAGENET', 'SIZES', 'METHODS', 'TITLE', 'networks_of', 'paper_recipe', 'Cost', 'cost_of', 'sampling_hours',
-           'shipped_costs', 'costs_of', 'save_costs', 'measured_rates', 'gpu_files', 'on_gpu', 'cost_table', 'cost_row']
+           'shipped_costs', 'costs_of', 'measured_rates', 'gpu_files', 'on_gpu', 'cost_table', 'cost_row']
 
 # %% ../../../nbs/lib/studies/full_scale/costs.ipynb #b3d53388
 import json
 import re
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from ...base import paths
-from ...base.files import write_atomic
 from ...runs.estimates import GPUS, estimate
+from ...runs.experiments import load_rows
 from ...runs.presets import make_recipe
 from ...runs.recipe import Recipe, identity
 from ...workbench import benchmarking
@@ -101,8 +102,7 @@ def sampling_hours(
 # %% ../../../nbs/lib/studies/full_scale/costs.ipynb #d69a074e
 def shipped_costs() -> dict[str, Cost]:
     """The table that ships, by identity."""
-    path = paths.data() / "results" / "09_costs.json"
-    return {row["identity"]: Cost(**row) for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
+    return {row["identity"]: Cost(**row) for row in load_rows(paths.data() / "results" / "09_costs.json")}
 
 # %% ../../../nbs/lib/studies/full_scale/costs.ipynb #7590b9c5
 def costs_of(
@@ -119,13 +119,6 @@ def costs_of(
                 found.append(kept if kept and kept.method == method else cost_of(method, network))
     return found
 
-# %% ../../../nbs/lib/studies/full_scale/costs.ipynb #339ddd10
-def save_costs(costs: Iterable[Cost], path: Path) -> Path:
-    """Write a table of costs, a row a line."""
-    lines = ",\n ".join(json.dumps(asdict(cost)) for cost in costs)
-    write_atomic(path, f'{{"rows": [\n {lines}\n]}}\n')
-    return path
-
 # %% ../../../nbs/lib/studies/full_scale/costs.ipynb #5206aa69
 TITLE = re.compile(r"step of (\w+), (SiT-\w+/2)$|step of (JiT-\w+/\d+)$")
 
@@ -139,7 +132,7 @@ def measured_rates(files: Iterable[Path] | None = None) -> dict[tuple[str, str],
             match, ours = TITLE.match(each.title), each.seconds.get("ours: fit")
             if match and ours:
                 method, network = (match[1], match[2]) if match[1] else ("jit", match[3])
-                found[method, network] = each.facts["batch"] / sorted(ours)[len(ours) // 2], machine["device"]
+                found[method, network] = each.facts["batch"] / statistics.median(ours), machine["device"]
     return found
 
 # %% ../../../nbs/lib/studies/full_scale/costs.ipynb #94c4da60

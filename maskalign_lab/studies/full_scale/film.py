@@ -173,7 +173,7 @@ def stack(axis: object, steps: Sequence[StepCost]) -> None:
     axis.set(xticks=range(len(steps)), xticklabels=labels, ylim=(0, 1))
 
 # %% ../../../nbs/lib/studies/full_scale/film.ipynb #99b3000c
-DRAWN = {"sit": 1.0, "maskalign": 0.7, "jit": 0.49, "ditdh": 0.34}  # methods, and how far apart they are drawn
+DRAWN = ("sit", "maskalign", "jit", "ditdh")  # methods whose operations a byte are drawn
 
 # %% ../../../nbs/lib/studies/full_scale/film.ipynb #6c22f5e5
 def roofline_figure(film: Film, costs: Sequence[Cost], gpu: str = "H200", share: float = SHARE) -> Figure:
@@ -189,18 +189,20 @@ def roofline_figure(film: Film, costs: Sequence[Cost], gpu: str = "H200", share:
     draw_roof(here, film.roof, [step.intensity for step in film.steps])
     here.set_title(f"measured: {film.machine}", fontsize=10)
     points = [(cost, intensity_of(cost)) for cost in costs if cost.method in DRAWN]
-    for colour, (method, height) in zip(PALETTE, DRAWN.items()):
+    rate = share * GPUS[gpu].peak
+    for below, (colour, method) in enumerate(zip(PALETTE, DRAWN), 1):  # all are at one height, so names hang apart
         mine = [(cost, x) for cost, x in points if cost.method == method]
-        rate = share * GPUS[gpu].peak * height  # one above the other, or they would hide each other
         there.plot([x for _, x in mine], [rate] * len(mine), "D", mfc="none", color=colour, ms=6, label=NAMES[method])
         for cost, x in mine:
             size = cost.network.partition("-")[2].partition("/")[0]
-            there.annotate(size, (x, rate), (0, 6), textcoords="offset points", ha="center", fontsize=7)
+            there.annotate(
+                size, (x, rate), (0, -4 - 13 * below), textcoords="offset points", ha="center", fontsize=7, color=colour
+            )
     draw_roof(there, Roof(gpu, GPUS[gpu].peak, DATASHEETS[gpu]), [intensity for _, intensity in points])
-    there.set_title(f"derived, not measured: about {share:.0%} of an {gpu}", fontsize=10)
-    for axis in (here, there):
+    there.set_title(f"derived, not measured: {share:.0%} of an {gpu} assumed", fontsize=10)
+    for axis, free in ((here, "lower right"), (there, "lower left")):
         axis.set(xlabel="operations a byte", ylabel="operations a second")
-        axis.legend(fontsize=7.5, loc="lower right")
+        axis.legend(fontsize=7.5, loc=free)
     return figure
 
 # %% ../../../nbs/lib/studies/full_scale/film.ipynb #b77fab34

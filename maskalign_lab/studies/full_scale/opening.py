@@ -6,14 +6,15 @@
 __all__ = ['FILM', 'COSTS', 'MEASURED', 'Study', 'open_study', 'make_full_scale']
 
 # %% ../../../nbs/lib/studies/full_scale/opening.ipynb #b925a4a6
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ...base import paths
 from ...base.errors import one_of
 from ...runs.estimates import GPUS
+from ...runs.experiments import save_rows
 from ...runs.run import Run, load_run
-from .costs import METHODS, Cost, costs_of, save_costs
+from .costs import METHODS, Cost, costs_of
 from .film import Film, load_film, measure_film, save_film
 from .paper_rows import row_costs
 
@@ -87,6 +88,6 @@ def make_full_scale(
     """Count the costs of all trainings, measure the film of steps, and write both."""
     costs = {cost.identity: cost for cost in costs_of(known={})}
     costs |= {cost.identity: cost for cost in row_costs(known=costs)}
-    save_costs(costs.values(), folder / COSTS)
+    save_rows(folder / COSTS, list(map(asdict, costs.values())))
     save_film(measure_film(device=device), folder / FILM)
     return folder
