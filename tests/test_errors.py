@@ -88,7 +88,7 @@ def told(words, capsys):
 )  # fmt: skip
 def test_mistakes_are_told_in_one_line_before_any_work(words, message, capsys, monkeypatch):
     monkeypatch.setattr(jobs, "perform", lambda *_: pytest.fail("a kernel was started"))
-    monkeypatch.setattr("maskalign_lab.runs.run.fit", lambda *_: pytest.fail("a training was started"))
+    monkeypatch.setattr("maskalign_lab.runs.watching.fit", lambda *_: pytest.fail("a training was started"))
     monkeypatch.setattr("maskalign_lab.diffusion.sampling.last_sample", lambda *_: pytest.fail("it sampled"))
     monkeypatch.setattr("maskalign_lab.runs.evaluation.measure", lambda *_: pytest.fail("it measured"))
     assert message in told(words, capsys)
