@@ -7,8 +7,7 @@ import torch
 
 from maskalign_lab.base import paths
 from maskalign_lab.base.checkpoints import load_tensors, step_folder, steps_of
-from maskalign_lab.runs import experiments, side_by_side
-from maskalign_lab.runs import run as runs
+from maskalign_lab.runs import experiments, side_by_side, watching
 from maskalign_lab.runs.experiments import Arm, run_arms
 from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.run import cached_place, ensure_run, kept_run, train
@@ -148,7 +147,7 @@ def test_what_was_stopped_goes_on_and_what_is_finished_is_left_alone(monkeypatch
 
 def test_a_folder_that_is_further_is_not_taken_back(monkeypatch, capsys):
     given = recipes(more=f"{ALIGNED} training.steps=6 training.save_every=2")
-    longer, logged = placed(given)[0], runs.with_log
+    longer, logged = placed(given)[0], watching.with_log
 
     def stopping(*told):
         for step in logged(*told):
@@ -157,7 +156,7 @@ def test_a_folder_that_is_further_is_not_taken_back(monkeypatch, capsys):
                 raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(runs, "with_log", stopping)
+        patch.setattr(watching, "with_log", stopping)
         train(given[0], longer, "cpu")
     train_side_by_side(given, "cpu")
     assert steps_of(longer) == [2, 4] and "training seeds [1, 2] side by side" in capsys.readouterr().out

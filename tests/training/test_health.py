@@ -206,7 +206,7 @@ def test_no_number_of_a_training_changes(method, tmp_path, monkeypatch):
     recipe = make_recipe(method, "smoke", overrides=f"data.n=64 training.steps=6 training.batch_size=8 {more}")
     monkeypatch.setattr(health, "SETTLED", 3)
     watching = train(recipe, tmp_path / "watched", "cpu", 0)
-    monkeypatch.setattr(runs_run, "watched", lambda steps, *_: steps)
+    monkeypatch.setattr("maskalign_lab.runs.watching.watched", lambda steps, *_: steps)
     plain = train(recipe, tmp_path / "plain", "cpu", 0)
     for name in ("model", "ema", "optimizer"):
         one, other = (load_tensors(step_folder(run), name) for run in (watching, plain))
