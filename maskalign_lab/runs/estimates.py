@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['AUTOCAST', 'COMPILED', 'GPUS', 'MFU', 'WORKSPACE', 'ASSUMED', 'FusedAttention', 'saved_bytes', 'activations', 'count',
            'online_teacher', 'averages', 'memory', 'caches', 'checkpoints', 'Gpu', 'forward_flops', 'operations',
-           'measured_rate', 'Estimate', 'estimate', 'resident', 'parts_needed', 'sum_of', 'duration', 'on_gpu',
-           'report', 'dry_run']
+           'measured_rate', 'Estimate', 'estimate', 'resident', 'parts_needed', 'parts_that_fit', 'sum_of', 'duration',
+           'on_gpu', 'report', 'dry_run']
 
 # %% ../../nbs/lib/runs/estimates.ipynb #e5c94678
 import json
@@ -208,10 +208,21 @@ def resident(found: Estimate, gpu: Gpu) -> list[str]:
 
 def parts_needed(found: Estimate, gpu: Gpu) -> int | None:
     """The number of parts of a batch with which it fits: a power of 2 times today's; None if nothing helps."""
-    fixed, parts = sum(found.memory.values()) - found.memory["activations"], found.recipe.execution.accumulate
-    whole, images = parts * found.memory["activations"], found.recipe.training.batch_size
+    activations, parts = found.memory["activations"], found.recipe.execution.accumulate
+    fixed = sum(found.memory.values()) - activations
+    return parts_that_fit(fixed, parts * activations, found.recipe.training.batch_size, gpu, parts)
+
+
+def parts_that_fit(
+    fixed: float,  # bytes that do not depend on the batch
+    activations: float,  # bytes of a whole batch's
+    images: int,  # of a batch
+    gpu: Gpu,
+    parts: int = 1,  # to begin with
+) -> int | None:
+    """Into how many parts a batch goes; None if no number of them helps."""
     while parts <= images:
-        if fixed + whole / parts + WORKSPACE <= gpu.memory:
+        if fixed + activations / parts + WORKSPACE <= gpu.memory:
             return parts
         parts *= 2
     return None

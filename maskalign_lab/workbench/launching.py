@@ -97,8 +97,9 @@ def words_left(
 def code_of(
     codes: set[int],  # of processes that did not end well; negative for a signal
 ) -> int:
-    """One exit code for all."""
-    return next((code for code in (75, 130, 2) if code in codes), 1)
+    """One exit code for all; 128 and the signal where nothing but a signal ended them, as a shell tells it."""
+    told = [code for code in (75, 130, 2) if code in codes] or [code for code in codes if code > 0]
+    return told[0] if told else next((128 - code for code in sorted(codes) if code != -signal.SIGTERM), 1)
 
 
 def killed(

@@ -132,7 +132,8 @@ def told_table(found: list[Told]) -> pd.DataFrame:
             "told": names or "nothing",
             "at step": when or "–",
         }
-        rows.append(row | {"cause": "; ".join(symptom.cause for _, symptom in each.symptoms) or "–"})
+        more = {what: "; ".join(getattr(symptom, what) for _, symptom in each.symptoms) for what in ("cause", "remedy")}
+        rows.append(row | {what: said or "–" for what, said in more.items()})
     return pd.DataFrame(rows)
 
 # %% ../../../nbs/lib/studies/full_scale/faults.ipynb #a3138f57

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COURSES', 'NAMES', 'DRAWN', 'Film', 'miniature', 'measure_film', 'save_film', 'load_film', 'view', 'scrubber',
-           'strip', 'stack', 'roofline_figure', 'intensity_of', 'draw_roof']
+           'strip', 'stack', 'roofline_figure', 'measured_panel', 'derived_panel', 'intensity_of', 'draw_roof']
 
 # %% ../../../nbs/lib/studies/full_scale/film.ipynb #bfcf3430
 import json
@@ -12,18 +12,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from ...base.devices import resolve_device
+from ...base.devices import resolve_device, resolve_precision
 from ...base.errors import one_of
 from ...base.files import write_atomic
 from ...runs.estimates import GPUS
 from ...runs.presets import make_recipe
 from ...runs.recipe import Recipe
-from .costs import SHARE, Cost
+from .costs import Cost
 from .roofline import DATASHEETS, PARTS, Roof, StepCost, measure_step, measured_roof
 from ...training.methods import layers_of
 from ...workbench.benchmarking import cpu_model
@@ -76,7 +77,7 @@ def measure_film(
     widths: Sequence[int] = (48, 96, 192, 384),
     tokens: Sequence[int] = (16, 64),
     device: str = "auto",
-    count: int = 3,  # see `measure_step`
+    count: int = 5,  # see `measure_step`
     overrides: str = "",  # of every recipe
     dataset: str = "shapes",  # whose images the steps see
 ) -> Film:
@@ -90,6 +91,7 @@ def measure_film(
         if place.type == "cuda"
         else f"{cpu_model()}, {(n := torch.get_num_threads())} thread{'s' * (n > 1)}"
     )
+    name += f", {resolve_precision('auto', place)}"
     return Film(name, measured_roof(device), tuple(measure_step(recipe, device, count) for recipe in recipes))
 
 # %% ../../../nbs/lib/studies/full_scale/film.ipynb #22b132ee
@@ -156,54 +158,69 @@ def strip(film: Film) -> Figure:
             stack(axis, [film.find(method, width, tokens) for width in film.widths])
             axis.set_title(f"{NAMES[method]}, {tokens} tokens", fontsize=10)
         row[0].set_ylabel("share of a step")
-    for axis in axes[-1]:
-        axis.set_xlabel("width; below it ms a step")
+    figure.supxlabel(f"width of the network and time of a step; measured: {film.machine}", fontsize=10)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(PARTS), fontsize=9)
     return figure
 
 # %% ../../../nbs/lib/studies/full_scale/film.ipynb #46dc81c1
-def stack(axis: object, steps: Sequence[StepCost]) -> None:
+def stack(axis: Any, steps: Sequence[StepCost]) -> None:
     """One bar for each step."""
     below = np.zeros(len(steps))
     for part, colour in zip(PARTS, PALETTE):
         shares = np.array([step.shares[part] for step in steps])
         axis.bar(range(len(steps)), shares, 0.8, bottom=below, color=colour, label=part)
         below += shares
-    labels = [f"{step.width}\n{1e3 * step.seconds:.0f}" for step in steps]
+    labels = [f"{step.width} wide\n{1e3 * step.seconds:.0f} ms" for step in steps]
     axis.set(xticks=range(len(steps)), xticklabels=labels, ylim=(0, 1))
 
 # %% ../../../nbs/lib/studies/full_scale/film.ipynb #99b3000c
 DRAWN = ("sit", "maskalign", "jit", "ditdh")  # methods whose operations a byte are drawn
 
 # %% ../../../nbs/lib/studies/full_scale/film.ipynb #6c22f5e5
-def roofline_figure(film: Film, costs: Sequence[Cost], gpu: str = "H200", share: float = SHARE) -> Figure:
-    """Operations a second over operations a byte: measured here, derived for a GPU."""
+def roofline_figure(film: Film, costs: Sequence[Cost], gpu: str = "H200") -> Figure:
+    """Operations a second over operations a byte, measured; and where the papers' networks lie beside a GPU's ridge."""
     theme()
-    figure = Figure(figsize=(8.2, 3.9), layout="constrained")
+    figure = Figure(figsize=(9.2, 3.9), layout="constrained")
     here, there = figure.subplots(1, 2)
+    measured_panel(here, film)
+    derived_panel(there, costs, gpu)
+    return figure
+
+# %% ../../../nbs/lib/studies/full_scale/film.ipynb #f7b66fad
+def measured_panel(axis: Any, film: Film) -> None:
+    """Steps below the roof of the machine that they were measured on; the narrowest and the widest are named."""
     for colour, method in zip(PALETTE, film.methods):
         for marker, tokens in zip("os^", film.tokens):
             found = [film.find(method, width, tokens) for width in film.widths]
             x, y = [s.intensity for s in found], [s.rate for s in found]
-            here.plot(x, y, marker, color=colour, ms=5, label=f"{NAMES[method]}, {tokens} tokens")
-    draw_roof(here, film.roof, [step.intensity for step in film.steps])
-    here.set_title(f"measured: {film.machine}", fontsize=10)
-    points = [(cost, intensity_of(cost)) for cost in costs if cost.method in DRAWN]
-    rate = share * GPUS[gpu].peak
-    for below, (colour, method) in enumerate(zip(PALETTE, DRAWN), 1):  # all are at one height, so names hang apart
-        mine = [(cost, x) for cost, x in points if cost.method == method]
-        there.plot([x for _, x in mine], [rate] * len(mine), "D", mfc="none", color=colour, ms=6, label=NAMES[method])
-        for cost, x in mine:
+            axis.plot(x, y, marker, color=colour, ms=5, label=f"{NAMES[method]}, {tokens} tokens")
+    for tokens in film.tokens:
+        for width in film.widths:
+            step = max((film.find(method, width, tokens) for method in film.methods), key=lambda step: step.intensity)
+            axis.annotate(f"{width}", (step.intensity, step.rate), (6, -3), textcoords="offset points", fontsize=7)
+    draw_roof(axis, film.roof, [step.intensity for step in film.steps])
+    axis.set(xlabel="operations a byte (derived)", ylabel="operations a second")
+    axis.set_title(f"measured: {film.machine}; numbers: width", fontsize=9)
+    axis.legend(fontsize=7, loc="lower right")
+
+# %% ../../../nbs/lib/studies/full_scale/film.ipynb #035264a3
+def derived_panel(axis: Any, costs: Sequence[Cost], gpu: str) -> None:
+    """Operations a byte of the papers' networks, a row for each method."""
+    rows = [method for method in DRAWN if any(cost.method == method for cost in costs)]
+    for row, (colour, method) in enumerate(zip(PALETTE, rows)):
+        for high, cost in enumerate(sorted((c for c in costs if c.method == method), key=intensity_of)):
             size = cost.network.partition("-")[2].partition("/")[0]
-            there.annotate(
-                size, (x, rate), (0, -4 - 13 * below), textcoords="offset points", ha="center", fontsize=7, color=colour
-            )
-    draw_roof(there, Roof(gpu, GPUS[gpu].peak, DATASHEETS[gpu]), [intensity for _, intensity in points])
-    there.set_title(f"derived, not measured: {share:.0%} of an {gpu} assumed", fontsize=10)
-    for axis, free in ((here, "lower right"), (there, "lower left")):
-        axis.set(xlabel="operations a byte", ylabel="operations a second")
-        axis.legend(fontsize=7.5, loc=free)
-    return figure
+            axis.plot(intensity_of(cost), row, "D", mfc="none", color=colour, ms=6)
+            place = (0, 8 if high % 2 else -14)
+            axis.annotate(size, (intensity_of(cost), row), place, textcoords="offset points", ha="center", fontsize=8)
+    ridge = Roof(gpu, GPUS[gpu].peak, DATASHEETS[gpu]).ridge
+    axis.axvline(ridge, color=QUIET, lw=1.5)
+    axis.text(
+        ridge * 1.05, -0.75, f"ridge: {ridge:.0f}\nmemory can bind to its left", fontsize=8, color=QUIET, va="center"
+    )
+    axis.set(xscale="log", xlim=(100, 2000), ylim=(len(rows) - 0.5, -1.1), yticks=range(len(rows)))
+    axis.set(yticklabels=[NAMES[method] for method in rows], xlabel="operations a byte, mean over a step")
+    axis.set_title(f"derived, not measured: beside an {gpu}'s datasheet", fontsize=9)
 
 # %% ../../../nbs/lib/studies/full_scale/film.ipynb #b77fab34
 def intensity_of(cost: Cost) -> float:
@@ -211,10 +228,15 @@ def intensity_of(cost: Cost) -> float:
     return cost.gflops * 1e9 * cost.batch / (2 * cost.memory)
 
 # %% ../../../nbs/lib/studies/full_scale/film.ipynb #857d0fbd
-def draw_roof(axis: object, roof: Roof, near: Sequence[float]) -> None:
+def draw_roof(axis: Any, roof: Roof, near: Sequence[float]) -> None:
     """The line that no step is above, from the leftmost point to the right of ridge and points."""
     x = np.geomspace(min([*near, roof.ridge]) / 2, max([*near, roof.ridge]) * 2, 60)
     axis.plot(x, [roof.at(each) for each in x], color=QUIET, lw=1.5)
+    told = f"large products: {roof.flops:.2g} a second"
+    axis.annotate(told, (x[-1], roof.flops), (0, 5), textcoords="offset points", ha="right", fontsize=8, color=QUIET)
+    middle = (x[0] * roof.ridge) ** 0.5
+    told = f"memory: {roof.bandwidth:.2g} bytes a second"
+    axis.annotate(told, (middle, roof.at(middle)), (8, -12), textcoords="offset points", fontsize=8, color=QUIET)
     axis.set(xscale="log", yscale="log")
     low, high = axis.get_ylim()
     axis.set_ylim(low / 3, high * 2)

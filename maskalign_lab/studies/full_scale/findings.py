@@ -20,7 +20,13 @@ def host_shares(film: Film, width: int) -> Finding:
     method, tokens = film.methods[0], film.tokens[-1]
     share = film.find(method, width, tokens).shares["host"]
     return of_number(
-        f"Host's share of a step, {NAMES[method]}, width {width}", share, "measured", None, "09_parts", "%", 0
+        f"Host's share of a step, {NAMES[method]}, width {width}, {tokens} tokens",
+        share,
+        "measured",
+        None,
+        "09_parts",
+        "%",
+        0,
     )
 
 # %% ../../../nbs/lib/studies/full_scale/findings.ipynb #28d87b0d
@@ -29,7 +35,13 @@ def of_roof(film: Film, width: int) -> Finding:
     method, tokens = film.methods[0], film.tokens[-1]
     share = film.find(method, width, tokens).rate / film.roof.flops
     return of_number(
-        f"Of the matmul rate, {NAMES[method]}, width {width}", share, "measured", None, "09_roofline", "%", 0
+        f"Step's rate over large products', {NAMES[method]}, width {width}, {tokens} tokens",
+        share,
+        "measured",
+        None,
+        "09_roofline",
+        "%",
+        0,
     )
 
 # %% ../../../nbs/lib/studies/full_scale/findings.ipynb #87a3fff9

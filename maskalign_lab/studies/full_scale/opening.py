@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ...base import paths
 from ...base.errors import one_of
-from ...runs.estimates import GPUS
+from ...runs.estimates import GPUS, MFU
 from ...runs.experiments import save_rows
 from ...runs.run import Run, load_run
 from .costs import METHODS, Cost, costs_of
@@ -55,7 +55,7 @@ def open_study(
     seed: int = 0,  # of the trainings that are measured
     price: float = 2.5,  # of a GPU for an hour
     gpu: str = "H200",
-    share: float = 0.30,  # of its peak
+    share: float = MFU,  # of its peak
     here: bool = False,  # measure steps now instead of showing those that ship
     out_dir: str = "",  # empty writes nothing
     overrides: str = "",  # of every recipe that is measured

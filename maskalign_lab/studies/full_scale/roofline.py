@@ -11,7 +11,8 @@ __all__ = ['PARTS', 'ATTENTION', 'MATMUL', 'UPDATE', 'WORKLESS', 'DATA', 'DATASH
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -160,17 +161,20 @@ def profiled(steps: Iterator[Step], device: torch.device) -> tuple[float, dict[s
 def measure_step(
     recipe: Recipe,
     device: str = "cpu",
-    count: int = 3,  # steps that are timed, and as many that are profiled; the fastest counts
+    count: int = 5,  # steps that are timed, and as many that are profiled; the fastest counts
 ) -> StepCost:
     """Train a recipe for a few steps and see where their time goes."""
     place, batches = resolve_device(device), make_batches(recipe, device)
     net, method = build(recipe, batches.facts)
     method.prepare(**eyes_of(recipe, method, device))
     found, fed = estimate(recipe), batches if place.type == "cuda" else labelled(batches)
-    steps = fit(net, method, fed, recipe.training, None, device, recipe.execution)
+    training = replace(
+        recipe.training, steps=max(recipe.training.steps, 2 + 3 * count)
+    )  # a profiled one is the second of two
+    steps = fit(net, method, fed, training, None, device, recipe.execution)
     timed(steps, place)
-    plain = min(timed(steps, place)[0] for _ in range(count))
-    slow, shares = min((profiled(steps, place) for _ in range(count)), key=lambda each: each[0])
+    seen = [(timed(steps, place)[0], *profiled(steps, place)) for _ in range(count)]  # in turn
+    plain, (slow, shares) = min(each[0] for each in seen), min((each[1:] for each in seen), key=itemgetter(0))
     steps.close()
     told = recipe.method.name if recipe.network.name == "sit" else recipe.network.name
     size, costs = recipe.training.batch_size, (flops_of(found), moved(found))
@@ -198,10 +202,11 @@ DATASHEETS = {"A100": 2.04e12, "H100": 3.35e12, "H200": 4.8e12}  # bytes a secon
 
 # %% ../../../nbs/lib/studies/full_scale/roofline.ipynb #b05819b2
 @torch.no_grad()
-def measured_roof(device: str = "cpu", n: int = 1024, megabytes: int = 64) -> Roof:
+def measured_roof(device: str = "cpu", n: int = 0, megabytes: int = 64) -> Roof:
     """Products of matrices and copies in memory, each the fastest of a few."""
     place = resolve_device(device)
     kind = getattr(torch, resolve_precision("auto", place))
+    n = n or {"cpu": 1024}.get(place.type, 8192)  # large enough that no launch is timed
     x, y = (torch.randn(n, n, device=place, dtype=kind) for _ in range(2))
     source = torch.ones(megabytes * 2**18, device=place)
     target = torch.empty_like(source)

@@ -6,6 +6,8 @@
 __all__ = ['untrained_errors', 'clean_end_share', 'near_data_text', 'rank_text', 'spectra', 'leading_cycles', 'spectrum_text']
 
 # %% ../../../nbs/lib/studies/prediction_targets/error_findings.ipynb #8aed1e9e
+from functools import cache
+
 import numpy as np
 
 from ...data.datasets import load_dataset
@@ -18,6 +20,7 @@ from .findings import LARGER, Rows, borne_out, target_mean, values_of
 from .measures import TIMES
 
 # %% ../../../nbs/lib/studies/prediction_targets/error_findings.ipynb #049b7eb4
+@cache
 def untrained_errors(dataset: str, t: float, size: int = 128) -> tuple[float, float]:
     """The error of x of x_t as it is, and of x_t / (1 - t)."""
     power = load_dataset(dataset, size, n=64).images().square().mean().item()

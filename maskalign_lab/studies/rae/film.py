@@ -177,7 +177,8 @@ def strip(film: Film) -> Figure:
         for i, name in enumerate(SCHEDULES)
         for j, what in enumerate(("noised", "predicted"))
     }
-    return filmstrip(rows, [f"{film.grid[place]:.2f}" for place in columns], f"{network}: {film.labels[0]}")
+    title = f"{network}: {film.labels[0]}, by place on the grid of times (0 data, 1 noise)"
+    return filmstrip(rows, [f"{film.grid[place]:.2f}" for place in columns], title)
 
 # %% ../../../nbs/lib/studies/rae/film.ipynb #6eceff70
 @dataclass
