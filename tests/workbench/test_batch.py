@@ -14,7 +14,11 @@ from shared.clone import ROOT
 from shared.notebooks import write
 
 from maskalign_lab.base.locks import sole_writer
+from maskalign_lab.batch_commands import check_jobs
 from maskalign_lab.cli import main
+from maskalign_lab.studies.dsd.arms import SCALES as DSD
+from maskalign_lab.studies.maskalign import arms as maskalign_arms
+from maskalign_lab.studies.rae.arms import SCALES as RAE
 from maskalign_lab.workbench.batch_ledger import ENDS, Record, job_place, read_record, save_record, settle, write_ledger
 from maskalign_lab.workbench.batch_plan import Task, expand, parse_plan
 from maskalign_lab.workbench.batch_work import Work, carry_out_all
@@ -203,3 +207,15 @@ def test_a_mistake_is_told_before_anything_starts(tmp_path, monkeypatch, capsys,
     (path := tmp_path / "plan.yaml").write_text(text)
     assert main(["batch", str(path)]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
+def test_the_plan_that_ships_has_every_study_and_every_arm_of_its_tables():
+    """Parts of a table together are what preset gpu trains in one job."""
+    plan = parse_plan((ROOT / "benchmarks" / "plans" / "studies.yaml").read_text())
+    check_jobs(plan.tasks)
+    told = [(task.words[1], dict(zip(task.words[3::3], task.words[4::3]))) for task in plan.tasks]  # run 05 -p arms x
+    assert {what for what, _ in told} == {f"0{k}" for k in range(1, 10)}
+    assert all(parameters["preset"] == "gpu" for _, parameters in told)
+    for study, groups in (("05", maskalign_arms.EVERY), ("07", RAE["gpu"].arms), ("08", DSD["gpu"].arms)):
+        parts = [parameters["arms"].split() for what, parameters in told if what == study]
+        assert sorted(sum(parts, [])) == sorted(groups.split())
