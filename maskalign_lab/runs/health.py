@@ -52,7 +52,8 @@ def health_of(run: Run) -> Health:
     images = run.survey_images(SEEN)
     images = images.subset(np.arange(min(SEEN, len(images))))
     labels = torch.as_tensor(images.labels, device=run.device)
-    batch = Batch(run.inputs(images), labels, class_token=run.class_tokens(images))
+    clean = images.images(device=run.device) if run.encodes else run.inputs(images)  # a look encodes for itself
+    batch = Batch(clean, labels, class_token=run.class_tokens(images))
     found = path_symptoms(run.recipe.objective) + (latent_symptoms(batch.x) if run.recipe.data.autoencoder else [])
     look = look_at(run.net, run.recipe.objective, batch)
     return Health(run.name, run.step, look, found + network_symptoms(look, run.step, run.step >= SETTLED))

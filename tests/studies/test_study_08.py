@@ -4,16 +4,20 @@ from dataclasses import replace
 
 import nbformat
 import pytest
+import torch
 from shared.studies import check_figure
 
 from maskalign_lab.base import paths
 from maskalign_lab.dsd import TARGETS
 from maskalign_lab.measure.findings import check_words, findings_table, headline
 from maskalign_lab.runs.experiments import load_rows, own_facts, step_flops
+from maskalign_lab.runs.recipe import identity
+from maskalign_lab.runs.run import load_run
 from maskalign_lab.studies.dsd.arms import SCALES
+from maskalign_lab.studies.dsd.courses import psnr
 from maskalign_lab.studies.dsd.filming import load_film
 from maskalign_lab.studies.dsd.findings import all_findings, collapses
-from maskalign_lab.studies.dsd.opening import FILM, TABLE
+from maskalign_lab.studies.dsd.opening import FILM, TABLE, whole_recipe
 from maskalign_lab.studies.dsd.tables import (
     METRICS,
     PAIRS,
@@ -118,6 +122,15 @@ def test_the_film_that_ships_shows_the_steps():
     film = load_film(paths.data() / "results" / FILM)
     assert list(film.arms) == [arm.name for arm in SCALES["laptop"].table("steps")]
     assert film.steps[-1] == 400 and film.collapsed[0] is not None and film.collapsed[2] is None
+
+
+def test_the_whole_network_that_ships_is_the_tables_and_gives_images_back():
+    (row,) = (row for row in shipped() if (row["arm"], row["seed"], row["budget"]) == ("DSD", 5, "steps"))
+    run = load_run("dsd-shapes")
+    assert identity(run.recipe) == identity(whole_recipe()) == row["identity"] and run.step == row["step"]
+    images = run.images("validation").images(slice(0, 250))
+    with torch.no_grad():
+        assert psnr(run.decode(run.net.latents(images)), images) == pytest.approx(row["psnr"], abs=0.1)
 
 
 def test_the_job_keeps_its_rows(smoke_job):

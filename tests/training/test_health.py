@@ -27,7 +27,7 @@ from maskalign_lab.training.loop import fit
 from maskalign_lab.training.methods import INSTALLED, Batch
 
 pytestmark = pytest.mark.usefixtures("own_folders")
-SHIPPED = ["sit-shapes", "repa-shapes", "reg-shapes", "maskalign-shapes", "ahpa-shapes", "ditdh-shapes"]
+SHIPPED = ["sit-shapes", "repa-shapes", "reg-shapes", "maskalign-shapes", "ahpa-shapes", "ditdh-shapes", "dsd-shapes"]
 SMALL = "network.width=16 network.depth=2 network.heads=2 data.n=64 training.batch_size=16"
 EVERY = sorted({*INSTALLED, *NAMED})
 
@@ -108,7 +108,9 @@ def test_weights_that_mean_another_direction_of_time_are_found_behind_the_first_
     assert only.name == "direction" and "t and sign turned" in only.seen and "network.data_at_one" in only.remedy
 
 
-@pytest.mark.parametrize("name", ["reg-shapes", "ditdh-shapes"])  # a class token; latents
+@pytest.mark.parametrize(
+    "name", ["reg-shapes", "ditdh-shapes", "dsd-shapes"]
+)  # a class token; latents; its own latents
 def test_a_shipped_run_is_well_and_is_found_ill_when_its_time_is_turned(name, monkeypatch):
     monkeypatch.setattr("maskalign_lab.runs.health.SEEN", 64)
     run = load_run(name)

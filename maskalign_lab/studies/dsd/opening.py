@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TABLE', 'FILM', 'DENOISING', 'Study', 'film_saves', 'filmed_runs', 'films_of', 'shipped_films', 'open_study',
-           'save_films', 'make_films', 'table_rows']
+           'save_films', 'make_films', 'whole_recipe', 'table_rows']
 
 # %% ../../../nbs/lib/studies/dsd/opening.ipynb #487b52ba
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ from ...base.errors import one_of
 from ...runs.experiments import Arm, load_rows, results_file, run_arms, shipped_rows
 from ...runs.recipe import Recipe
 from ...runs.run import Run, ensure_run, load_run
-from ...runs.rung import EARLY, samples_judged, table_seeds
+from ...runs.rung import EARLY, UNSEEN, samples_judged, table_seeds
 from .arms import DSD, SCALES, Scale, arms_of
 from .denoising_film import Denoising, denoising_of
 from .filming import Film, film_of, load_film, save_film
@@ -121,6 +121,11 @@ def make_films(
 ) -> Path:
     """Train what the films that ship are made of, and write them."""
     return save_films(films_of(filmed_runs(SCALES["laptop"], "laptop", "shapes", device, seed, "")), folder)
+
+# %% ../../../nbs/lib/studies/dsd/opening.ipynb #9ca21430
+def whole_recipe() -> Recipe:
+    """What the whole network that ships was trained with: arm DSD and the first seed of the tables."""
+    return SCALES["laptop"].recipe_of("laptop", "shapes")(DSD, UNSEEN)
 
 # %% ../../../nbs/lib/studies/dsd/opening.ipynb #96d935b3
 def table_rows(study: Study) -> list[dict[str, Any]]:
