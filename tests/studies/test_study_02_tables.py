@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import nbformat
 import numpy as np
 import pytest
 
@@ -9,6 +10,7 @@ from maskalign_lab.base import paths
 from maskalign_lab.gradient_norms import observe
 from maskalign_lab.measure.courses import METRICS
 from maskalign_lab.measure.findings import findings_table
+from maskalign_lab.measure.verdicts import by_seed
 from maskalign_lab.runs.experiments import load_rows
 from maskalign_lab.runs.run import load_run
 from maskalign_lab.runs.rung import UNSEEN
@@ -16,6 +18,7 @@ from maskalign_lab.studies.position_preference import conflict_courses, lenses, 
 from maskalign_lab.studies.position_preference.cause_findings import cause_table, follows
 from maskalign_lab.studies.position_preference.depth_film import load_film
 from maskalign_lab.studies.position_preference.gap_quality import correlation_table
+from maskalign_lab.studies.position_preference.mixer_figures import dose_table
 from maskalign_lab.studies.position_preference.opening import SHIPPED, TABLES, open_study
 from maskalign_lab.studies.position_preference.ranked_runs import ROWS as RANKED
 from maskalign_lab.studies.position_preference.ranking_figures import all_findings as ranking_findings
@@ -110,6 +113,27 @@ def test_what_the_first_screen_says_of_gaps_and_rankings_is_in_the_rows():
     assert set(table[table["part"] == "within"]["verdict"]) == {"undecided"}
     norms = ranking_findings(ranked)[0]()
     assert norms.verdict.startswith("contradicted") and "g_i" in norms.question
+
+
+def test_what_is_said_of_the_mixers_doses_is_in_the_rows():
+    """Of the networks after equal steps: where nothing comes back the gap is widest, and neighbours are enough."""
+    rows = load_rows(RESULTS / "02_mixer_shapes.json")
+    table = dose_table(rows)
+    silent, seeing = ["mask, no mixer", "mixer radius 0"], ["mixer of 1", "MaskAlign", "mixer of 3", "mixer radius 1"]
+    assert (table.loc[silent, "restored"] == 0).all() and table.loc[seeing, "restored"].min() > 0.3
+    assert table.loc[seeing, "restored"].idxmin() == "mixer of 1"
+    assert round(table.loc[seeing, "restored"].max(), 1) == 0.9 == round(table.loc["mixer radius 1", "restored"], 1)
+    assert table.loc[silent, "gap"].min() > 0.0003 and table.loc[silent, "gap"].max() < 0.00055
+    assert table.loc[seeing, "gap"].max() < 0.0001
+    reg = np.mean([*by_seed(rows, "velocity")["REG"].values()])
+    for loss in (table.loc["mixer radius 1", "velocity"], table.loc["MaskAlign", "velocity"], reg):
+        assert f"{loss:.3f}"[1:] in said("First rows, of one or two seeds")
+
+
+def said(words: str) -> str:
+    """The text of the notebook that has some words."""
+    book = nbformat.read(paths.notebooks() / "02_position_preference.ipynb", as_version=4)
+    return next(cell.source for cell in book.cells if cell.cell_type == "markdown" and words in cell.source)
 
 
 def test_what_the_first_screen_says_of_untrained_networks_is_in_the_rows():
