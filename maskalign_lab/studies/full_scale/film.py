@@ -188,7 +188,7 @@ def roofline_figure(film: Film, costs: Sequence[Cost], gpu: str = "H200") -> Fig
 
 # %% ../../../nbs/lib/studies/full_scale/film.ipynb #f7b66fad
 def measured_panel(axis: Any, film: Film) -> None:
-    """Steps below the roof of the machine that they were measured on; the narrowest and the widest are named."""
+    """Steps below the roof of the machine that they were measured on, each width named once."""
     for colour, method in zip(PALETTE, film.methods):
         for marker, tokens in zip("os^", film.tokens):
             found = [film.find(method, width, tokens) for width in film.widths]

@@ -168,9 +168,8 @@ def measure_step(
     net, method = build(recipe, batches.facts)
     method.prepare(**eyes_of(recipe, method, device))
     found, fed = estimate(recipe), batches if place.type == "cuda" else labelled(batches)
-    training = replace(
-        recipe.training, steps=max(recipe.training.steps, 2 + 3 * count)
-    )  # a profiled one is the second of two
+    needed = 2 + 3 * count  # a profiled step is the second of two
+    training = replace(recipe.training, steps=max(recipe.training.steps, needed))
     steps = fit(net, method, fed, training, None, device, recipe.execution)
     timed(steps, place)
     seen = [(timed(steps, place)[0], *profiled(steps, place)) for _ in range(count)]  # in turn
