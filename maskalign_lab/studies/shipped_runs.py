@@ -176,8 +176,8 @@ LATENT = """
 the loss is that of latents, so it does not compare with that of networks on pixels."""
 OWN = """
 the loss is that of the network's own latents, so it compares with no other's. The network gives images back; its samples
-are a beginning, of which discs, squares and bars are told easily and stars and hearts are not. The judge's word on them
-stands in study 08, arm DSD, seed 5."""
+are a beginning: by eye discs, squares and bars are told, stars and hearts are not. The judge's word on them stands in
+study 08, arm DSD, seed 5."""
 TOLD = """
 the network is shown the teacher's noised class token, so these do not compare with networks that have none."""
 
