@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['INCEPTION', 'LAYERS', 'WEIGHTS', 'LOOKED_AT', 'SPLITS', 'NEIGHBOURS', 'Extractor', 'check_weights', 'load_extractor',
-           'seen_in', 'rows_of', 'Gaussian', 'gaussian_of', 'frechet_inception_distance', 'inception_score',
-           'precision_recall']
+           'seen_in', 'rows_of', 'Gaussian', 'gaussian_of', 'gaussian_distance', 'inception_score', 'precision_recall']
 
 # %% ../../nbs/lib/measure/fidelity.ipynb #a01eead4
 import importlib.metadata
@@ -19,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..base.extras import check_extra
 from ..data.cache_filling import Span
 from ..encoders.frozen import exact
 from ..encoders.teachers import weights_digest
@@ -65,7 +63,6 @@ def load_extractor(
     device: str | torch.device = "cpu",
 ) -> Extractor:
     """torch-fidelity's Inception."""
-    check_extra("torch_fidelity", "fid", "FID")
     from torch_fidelity.utils import create_feature_extractor
 
     if weights:
@@ -131,8 +128,8 @@ def gaussian_of(
     return Gaussian(**fid_features_to_statistics(features.double()))
 
 # %% ../../nbs/lib/measure/fidelity.ipynb #f09c0f90
-def frechet_inception_distance(real: Gaussian, fake: Gaussian) -> float:
-    """FID."""
+def gaussian_distance(real: Gaussian, fake: Gaussian) -> float:
+    """Squared Fréchet distance of two Gaussians: FID, if they are fitted to features of Inception."""
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
     if real.mu.shape != fake.mu.shape:

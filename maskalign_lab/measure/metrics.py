@@ -8,7 +8,6 @@ __all__ = ['FEWEST', 'velocity_error', 'validation_loss', 'Reading', 'read', 'fr
            'judged', 'judged_briefly']
 
 # %% ../../nbs/lib/measure/metrics.ipynb #7ca35648
-import warnings
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..base.seeding import generator, key
+from ..base.seeding import generator
 from ..base.statistics import four_digits
 from ..diffusion.interpolants import interpolate, velocity
 from ..diffusion.objectives import Objective, draw_noise, predicted_velocity
+from .fidelity import gaussian_distance, gaussian_of
 
 # %% ../../nbs/lib/measure/metrics.ipynb #881b4648
 def velocity_error(
@@ -111,17 +111,10 @@ def frechet_distance(
 
     Biased: it falls with the number of images, so compare it at equal numbers only, and with its floor.
     """
-    from torchmetrics.image.fid import FrechetInceptionDistance
-
-    clouds = [read(judge, part).features.double() for part in (real, fake)]
+    clouds = [read(judge, part).features for part in (real, fake)]
     if min(map(len, clouds)) < 2:
         raise ValueError(f"{len(clouds[0])} real and {len(clouds[1])} other images: expected at least 2 of each")
-    given = nn.Identity()
-    given.num_features = clouds[0].shape[1]
-    metric = FrechetInceptionDistance(given)
-    metric.update(clouds[0], real=True)
-    metric.update(clouds[1], real=False)
-    return metric.compute().item()
+    return gaussian_distance(*map(gaussian_of, clouds))
 
 # %% ../../nbs/lib/measure/metrics.ipynb #0351d48a
 FEWEST = 4  # images of each set
@@ -136,19 +129,14 @@ def kernel_distance(
     seed: int = 0,  # of the subsets
 ) -> tuple[float, float]:  # mean and standard deviation over the subsets
     """Squared maximum mean discrepancy of the judge's features, cubic kernel; unbiased."""
-    from torchmetrics.image.kid import KernelInceptionDistance
+    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
     clouds = [read(judge, part).features.double() for part in (real, fake)]
     if (few := min(map(len, clouds))) < FEWEST:
         raise ValueError(f"{few} images are too few for subsets: expected at least {FEWEST} of each set")
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.filterwarnings("ignore", message=".*will save all extracted features", category=UserWarning)
-        torch.manual_seed(key(seed, 0, "kernel"))
-        metric = KernelInceptionDistance(nn.Identity(), subsets, min(subset_size, few // 2))
-        metric.update(clouds[0], real=True)
-        metric.update(clouds[1], real=False)
-        mean, deviation = metric.compute()
-    return mean.item(), deviation.item()
+    how = {"kid_subsets": subsets, "kid_subset_size": min(subset_size, few // 2), "rng_seed": seed, "verbose": False}
+    found = kid_features_to_metric(*clouds, **how)
+    return found[KEY_METRIC_KID_MEAN], found[KEY_METRIC_KID_STD]
 
 # %% ../../nbs/lib/measure/metrics.ipynb #5588c9b7
 class Share(NamedTuple):

@@ -18,7 +18,7 @@ from ..data.datasets import STREAMS
 from maskalign_lab.measure.fidelity import (
     SPLITS,
     Extractor,
-    frechet_inception_distance,
+    gaussian_distance,
     gaussian_of,
     inception_score,
     precision_recall,
@@ -118,7 +118,7 @@ def figures_of(
     score, deviation = inception_score(logits)
     precision, recall = (None, None) if known is None else precision_recall(known, features)
     figures = {
-        "FID": frechet_inception_distance(gaussian, gaussian_of(features)),
+        "FID": gaussian_distance(gaussian, gaussian_of(features)),
         "Inception score": score,
         "Inception score deviation": deviation,
         "precision": precision,

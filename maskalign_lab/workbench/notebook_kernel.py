@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GRACE', 'OwnKernel', 'kernel_environment', 'Stopped', 'Stopper', 'signals_to', 'last_heading', 'StudyClient',
-           'StudyEngine', 'literal', 'execute']
+           'saved_where_code_runs', 'StudyEngine', 'literal', 'execute']
 
 # %% ../../nbs/lib/workbench/notebook_kernel.ipynb #3442d735
 import asyncio
@@ -22,7 +22,7 @@ import papermill
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 from papermill.clientwrap import PapermillNotebookClient
-from papermill.engines import NBClientEngine, papermill_engines
+from papermill.engines import NBClientEngine, NotebookExecutionManager, papermill_engines
 from papermill.exceptions import PapermillExecutionError  # noqa: F401  for those who call `execute`
 
 from ..base import paths
@@ -127,6 +127,25 @@ class StudyClient(PapermillNotebookClient):
             line = f"[{self.done}/{self.total}] {time.perf_counter() - began:6.1f} s  {self.heading}"
             print(line.rstrip(), flush=True)
 
+# %% ../../nbs/lib/workbench/notebook_kernel.ipynb #655a9b35
+@contextmanager
+def saved_where_code_runs(
+    manager: NotebookExecutionManager,  # of one execution
+) -> Iterator[None]:
+    """Inside the block the notebook is written when a code cell begins, and while it runs, and at no other time."""
+    save = manager.save
+
+    def sparing() -> None:
+        states = (cell.metadata.papermill["status"] for cell in manager.nb.cells if cell.cell_type == "code")
+        if manager.RUNNING in states:
+            save()
+
+    manager.save = sparing
+    try:
+        yield
+    finally:
+        del manager.save
+
 # %% ../../nbs/lib/workbench/notebook_kernel.ipynb #2443d3f6
 class StudyEngine(NBClientEngine):
     """papermill's engine with our client."""
@@ -137,7 +156,7 @@ class StudyEngine(NBClientEngine):
         options = {"kernel_name": kernel_name, "startup_timeout": start_timeout, "timeout": None}
         client = StudyClient(nb_man, stdout_file=sys.stdout, stderr_file=sys.stderr, **options)
         try:
-            with signals_to(client.stopper):
+            with signals_to(client.stopper), saved_where_code_runs(nb_man):
                 client.execute(env=kernel_environment(Path(nb_man.output_path).parent))
         except Exception:
             if not client.stopper.number:

@@ -4,13 +4,12 @@ import numpy as np
 import pytest
 import torch
 from shared.inception import save_random_inception
-from shared.sampled import fidelity
 
 from maskalign_lab.data.datasets import load_dataset
 from maskalign_lab.measure.fidelity import (
     LAYERS,
     LOOKED_AT,
-    frechet_inception_distance,
+    gaussian_distance,
     gaussian_of,
     load_extractor,
     seen_in,
@@ -19,7 +18,6 @@ from maskalign_lab.measure.fidelity import (
 
 @pytest.fixture(scope="module")
 def extractor(tmp_path_factory):
-    fidelity()
     return load_extractor(save_random_inception(tmp_path_factory.mktemp("inception") / "weights.pth"))
 
 
@@ -49,6 +47,6 @@ def test_a_row_says_which_weights_they_were(extractor):
 def test_five_thousand_real_images_are_at_no_distance_from_themselves(extractor):
     pixels = load_dataset("shapes", 32, "validation", 5000).pixels
     features = seen_in(extractor, torch.from_numpy(np.array(pixels)))[:, :2048]
-    same = frechet_inception_distance(gaussian_of(features), gaussian_of(features.flip(0)))
+    same = gaussian_distance(gaussian_of(features), gaussian_of(features.flip(0)))
     scale = gaussian_of(features).sigma.trace()
     assert abs(same) < 1e-4 * scale

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from shared.sampled import eye, fidelity, plan, random_run
+from shared.sampled import eye, plan, random_run
 
 from maskalign_lab.cli import main
 from maskalign_lab.data.cache_filling import Share
@@ -18,11 +18,6 @@ from maskalign_lab.runs.sampling_shards import Drawer
 
 pytestmark = pytest.mark.usefixtures("own_folders")
 N = 150
-
-
-@pytest.fixture(scope="module", autouse=True)
-def there():
-    fidelity()
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from shared.golden import golden
-from shared.sampled import eye, fidelity
+from shared.sampled import eye
 
 from maskalign_lab.cli import main
 from maskalign_lab.gradient_norms import gradient_norms_at, observe
@@ -22,7 +22,6 @@ FIGURES = {"FID", "Inception score", "Inception score deviation", "precision", "
 
 @pytest.fixture
 def with_eye(monkeypatch):
-    fidelity()
     monkeypatch.setattr("maskalign_lab.measure.fidelity.load_extractor", lambda weights, device: eye())
 
 

@@ -2,7 +2,6 @@
 
 from dataclasses import asdict
 
-import pytest
 import torch
 from torch import nn
 
@@ -19,7 +18,6 @@ from maskalign_lab.runs.sample_plan import SamplePlan
 
 SIZES = "data.size=16 network.patch_size=4 network.width=32 network.depth=2 network.heads=2 method.depth=1"
 PLAIN = SamplerConfig("heun", 2, 2.0, precision="float32")
-NO_FID = "torch-fidelity is not installed: pip install 'maskalign-lab[fid]'"
 
 
 def random_run(folder, method="repa", seed=0, sampler=None):
@@ -59,8 +57,3 @@ class Eye(nn.Module):
 
 def eye():
     return Extractor(Eye().requires_grad_(False), {"extractor": "eye", "resize": "none"}, 12)
-
-
-def fidelity():
-    """torch-fidelity, or the test is skipped."""
-    return pytest.importorskip("torch_fidelity", reason=NO_FID)
