@@ -100,7 +100,7 @@ def read_decoder(
     return decoder
 
 # %% ../../nbs/lib/encoders/rae_folders.ipynb #dd7e104b
-RAES = {"rae": "rae", "rae-clean": "rae-clean", "rae-8x8": "rae-8x8"}  # folders of data by name
+RAES = ("rae", "rae-clean", "rae-8x8", "rae-random")  # folders of data
 
 
 def folder_of(
@@ -108,7 +108,7 @@ def folder_of(
 ) -> Path:
     """Where a representation autoencoder lies; what is missing there is told."""
     place = name.partition(":")[2]
-    folder = home_of(place) if place else data() / RAES[one_of(name, RAES, "autoencoder")]
+    folder = home_of(place) if place else data() / one_of(name, RAES, "autoencoder")
     for part in PARTS:
         if not (folder / part).is_file():
             raise FileNotFoundError(

@@ -213,6 +213,7 @@ DECODERS = {  # representation autoencoders -> how their decoders are trained
     "rae": DecoderConfig(),
     "rae-clean": DecoderConfig(tau=0.0),
     "rae-8x8": DecoderConfig(teacher="tiny", eyes="tiny-4x4"),
+    "rae-random": DecoderConfig(teacher="tiny-4x4?random"),
 }
 
 
