@@ -127,12 +127,15 @@ def costs_of(
 TITLE = re.compile(r"step of (\w+), (SiT-\w+/2)$|step of (JiT-\w+/\d+)$")
 
 # %% ../../../nbs/lib/studies/full_scale/costs.ipynb #a0c4f677
-def measured_rates(files: Iterable[Path] | None = None) -> dict[tuple[str, str], tuple[float, str]]:
-    """Images a second that a GPU was seen to train, and which GPU, by method and network."""
+def measured_rates(
+    gpu: str,  # part of its name, "H200"
+    files: Iterable[Path] | None = None,  # of results; None: `gpu_files`
+) -> dict[tuple[str, str], tuple[float, str]]:  # images a second, and the GPU's whole name, by method and network
+    """What such a GPU was seen to train."""
     found = {}
     for path in gpu_files() if files is None else files:
         comparisons, machine = benchmarking.from_json(path.read_text())[:2]
-        for each in comparisons:
+        for each in comparisons if gpu in machine["device"] else ():
             match, ours = TITLE.match(each.title), each.seconds.get("ours: fit")
             if match and ours:
                 method, network = (match[1], match[2]) if match[1] else ("jit", match[3])
@@ -157,15 +160,14 @@ def cost_table(
     price: float,  # of a GPU for an hour
     gpu: str = "H200",
     share: float = MFU,
-    measured: Mapping[tuple[str, str], tuple[float, str]] | None = None,  # None: what is found here
+    measured: Mapping[tuple[str, str], tuple[float, str]] | None = None,  # None: `measured_rates`
 ) -> pd.DataFrame:
     """One row for each method and size; "source" says whether a rate was measured."""
-    rates, rows = measured_rates() if measured is None else measured, []
+    rates, rows = measured_rates(gpu) if measured is None else measured, []
     for cost in costs:
         rate, source = cost.rate(gpu, share), f"derived, {share:.0%} of {gpu}"
-        seen, device = rates.get((cost.method, cost.network), (0.0, ""))
-        if gpu in device:
-            rate, source = seen, f"measured, {device}"
+        if seen := rates.get((cost.method, cost.network)):
+            rate, source = seen[0], f"measured, {seen[1]}"
         hours = cost.images / rate / 3600
         told = {"images/s": two_digits(rate), "hours": two_digits(hours), "money": two_digits(hours * price)}
         rows.append(cost_row(cost) | told | {"source": source})

@@ -73,20 +73,19 @@ def accused(found: list[Told]) -> Finding:
     )
 
 # %% ../../../nbs/lib/studies/full_scale/findings.ipynb #802db3a7
-def measured(costs: Sequence[Cost]) -> Finding:
-    """How many rates of the table a GPU has measured."""
-    rates = measured_rates()
+def measured(costs: Sequence[Cost], gpu: str) -> Finding:
+    """How many rates of the table were measured on the GPU that it is about."""
+    rates = measured_rates(gpu)
     count = sum((cost.method, cost.network) in rates for cost in costs)
-    return of_count(
-        "Throughputs that a GPU has measured", count, len(costs), "rates", "measured" if count else "none yet"
-    )
+    word = "measured" if count else "none yet"
+    return of_count(f"Throughputs that were measured on {gpu}", count, len(costs), "rates", word)
 
 # %% ../../../nbs/lib/studies/full_scale/findings.ipynb #a4ceb229
-def all_findings(film: Film, costs: Sequence[Cost], found: list[Told]) -> Sequence[Callable[[], Finding]]:
+def all_findings(film: Film, costs: Sequence[Cost], found: list[Told], gpu: str) -> Sequence[Callable[[], Finding]]:
     """What `findings_table` shows of study 09."""
     ends = dict.fromkeys((film.widths[0], film.widths[-1]))
     rows = [partial(of, film, width) for of in (host_shares, of_roof) for width in ends]
     there = {(cost.method, cost.network) for cost in costs}
     pairs = [("maskalign", "reg", "SiT-XL/2"), ("maskalign", "sit", "SiT-S/2"), ("haste", "repa", "SiT-XL/2")]
     rows += [partial(relative, costs, *pair) for pair in pairs if {(name, pair[2]) for name in pair[:2]} <= there]
-    return [*rows, partial(told_right, found), partial(accused, found), partial(measured, costs)]
+    return [*rows, partial(told_right, found), partial(accused, found), partial(measured, costs, gpu)]
