@@ -81,9 +81,9 @@ LINEAR = 3e-4  # up to which the axis of gaps is linear
 
 
 def half_of(values: np.ndarray) -> float:  # (seeds,)
-    """Half of the 95 % interval of a mean over seeds; 0 for one seed."""
+    """Half of the 95 % interval of a mean over seeds; 0 for fewer than three, whose interval would leave a figure."""
     n = len(values)
-    return float(student.ppf(0.975, n - 1) * values.std(ddof=1) / n**0.5) if n > 1 else 0.0
+    return float(student.ppf(0.975, n - 1) * values.std(ddof=1) / n**0.5) if n > 2 else 0.0
 
 
 def draw_arm(

@@ -61,7 +61,7 @@ def draw_doses(
     for arm, of in there.items():
         axis.plot([ladder[arm]] * len(of), of, "o", color=PALETTE[0], ms=4, alpha=0.5, mew=0)
     means = [np.mean(of) for of in there.values()]
-    halves = [half_of(of) if len(of) > 2 else 0.0 for of in there.values()]  # that of two seeds would leave the figure
+    halves = [half_of(of) for of in there.values()]
     axis.errorbar(
         [ladder[arm] for arm in there], means, halves, color=PALETTE[0], marker="D", ms=5, lw=1.4, label="masked"
     )
