@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['BATCH', 'QUICK', 'final_steps', 'sample_batches', 'final_images', 'as_bytes', 'check_classes', 'held_out_losses',
            'loss_of', 'check_number', 'measure', 'with_progress', 'measured_text', 'save_measure', 'at_side',
-           'judge_samples', 'quality']
+           'judge_samples', 'judge_ends', 'quality']
 
 # %% ../../nbs/lib/runs/evaluation.ipynb #f82a4935
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -211,17 +211,26 @@ def judge_samples(
 ) -> dict[str, Any]:
     """Distance and accuracy of samples, and the distance of as many real images, by the judge of the data set."""
     run.check_images()
-    judge = load_judge(run.recipe.data.name, device=run.device)
-    held_out, labels = run.images("validation", 2 * n), balanced_labels(n, run.net.num_classes)
+    judge, held_out = load_judge(run.recipe.data.name, device=run.device), run.images("validation", 2 * n)
     if len(held_out) < 2 * n:
         raise ValueError(
             f"to judge {n} samples takes {2 * n} held-out images, and {held_out.name!r} has {len(held_out)}"
         )
     check_number(n)
     steps = [] if ends is None else ends
-    steps += final_steps(run, labels, sampler)
-    fake = torch.cat([final_images(run, step) for step in steps]).cpu()
-    reference, other = at_side(as_bytes(held_out.images()), 32).split(n)
+    steps += final_steps(run, balanced_labels(n, run.net.num_classes), sampler)
+    return judge_ends(run, judge, steps)
+
+
+def judge_ends(
+    run: Run,  # that decodes them
+    judge: Judge,
+    ends: Sequence[SampleStep],  # of all samples that `judge_samples` drew
+) -> dict[str, Any]:
+    """What `judge_samples` says of samples that were drawn before."""
+    fake = torch.cat([final_images(run, step) for step in ends]).cpu()
+    held_out, labels = run.images("validation", 2 * len(fake)), balanced_labels(len(fake), run.net.num_classes)
+    reference, other = at_side(as_bytes(held_out.images()), 32).split(len(fake))
     return judged_briefly(judge, reference, at_side(fake.nan_to_num(0), 32), other, labels)
 
 # %% ../../nbs/lib/runs/evaluation.ipynb #bd005d49

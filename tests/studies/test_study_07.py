@@ -110,13 +110,13 @@ def test_arms_of_one_question_differ_in_what_it_asks(preset):
 
 def test_empty_tables_say_what_trains_them():
     assert verdicts([], "head").empty and "-p seeds 3" in untrained([], ["DiT-DH"])
-    told = findings_table(all_findings([], [], [], SCALES["laptop"].networks)).data
+    told = findings_table(all_findings([], [], SCALES["laptop"].networks)).data
     assert "missing here" in told
 
 
 def test_findings_fit_on_a_screen_and_the_first_screen_tells_the_headline():
-    noise = load_rows(paths.data() / "results" / NOISE)
-    text = findings_table(all_findings(shipped_fits(), [], noise, SCALES["laptop"].networks)).data
+    rows = load_rows(paths.data() / "results" / "07_rae_shapes.json")
+    text = findings_table(all_findings(shipped_fits(), rows, SCALES["laptop"].networks)).data
     assert check_words(text) <= 250
     first = nbformat.read(BOOK, as_version=4).cells[0].source
     assert headline(wide_enough(shipped_fits())) in first

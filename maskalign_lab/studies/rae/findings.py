@@ -12,10 +12,11 @@ from functools import partial
 
 import numpy as np
 
-from ...measure.findings import Finding, of_arms, of_factor, of_number
+from ...measure.findings import Finding, of_arms, of_factor, of_number, of_pairs
+from ...measure.verdicts import beside, by_seed
 from ...measure.wording import NotTrained, between
 from .arms import Networks, width_name
-from .noise import at
+from .measures import CLEAN
 from .one_image import missed, times
 from .tables import Rows, factor
 
@@ -110,19 +111,13 @@ def shift_helps(rows: Rows) -> Finding:
     )
 
 
-def noisy_decoder(noise: Rows) -> Finding:
-    """Noise in the decoder's training, by the judge's distance of a network's samples."""
-    if not noise:
-        raise NotTrained("both decoders")
-    one, other = (at(noise, name, "samples", 0.0, "frechet") for name in ("noise", "no noise"))
-    verdict = "nearer (one network)" if one < other else "farther (one network)"
-    return Finding(
-        "Samples by the decoder trained with noise, and without: judge's distance?",
-        f"{one:.1f}, {other:.1f}",
-        "",
-        verdict,
-        "07_noise",
-    )
+def noisy_decoder(rows: Rows) -> Finding:
+    """Noise in the decoder's training, by the judge's distance of the same samples through both decoders."""
+    found = beside(*(by_seed(rows, metric).get("DiT-DH", {}) for metric in ("frechet", CLEAN)))
+    if found is None:
+        raise NotTrained("DiT-DH, by both decoders")
+    question = "DiT-DH's samples by the decoder trained with noise, less by the other: judge's distance?"
+    return of_pairs(question, found, -1, "07_noise", digits=1)
 
 # %% ../../../nbs/lib/studies/rae/findings.ipynb #609ca9c4
 def semantics(rows: Rows) -> Finding:
@@ -151,12 +146,12 @@ def head_helps(rows: Rows) -> Finding:
     )
 
 # %% ../../../nbs/lib/studies/rae/findings.ipynb #5f90547c
-def all_findings(fits: Rows, rows: Rows, noise: Rows, networks: Networks) -> Sequence[Callable[[], Finding]]:
+def all_findings(fits: Rows, rows: Rows, networks: Networks) -> Sequence[Callable[[], Finding]]:
     """What `findings_table` shows of study 07."""
     narrow, wide = (
         (width_on_data, rows, networks, 0, +1, "half as wide as"),
         (width_on_data, rows, networks, -1, 0, "wider than"),
     )
     makes = [(wide_enough, fits), (too_narrow, fits), (over_x, fits), (head_alone, fits), narrow, wide]
-    makes += [(shift_helps, rows), (noisy_decoder, noise), (semantics, rows), (head_helps, rows)]
+    makes += [(shift_helps, rows), (noisy_decoder, rows), (semantics, rows), (head_helps, rows)]
     return [partial(*each) for each in makes]
