@@ -89,7 +89,10 @@ def read_record(
     """What is written about a job; a new record if nothing is."""
     place = job_place(folder, task.name)
     path, sent = place / "record.json", place / SENT
-    told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it, and the job is done again") from None
     told |= {"name": task.name, "command": task.command, "slurm": sent.read_text().strip() if sent.is_file() else ""}
     return Record(**{each.name: told[each.name] for each in fields(Record) if each.name in told})
 
