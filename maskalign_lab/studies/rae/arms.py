@@ -42,7 +42,7 @@ class Latents:
 SMALL = {
     "RAE": Latents("rae", 128, 4),
     "VAE": Latents("tiny", 4, 8, 2),
-    "random": Latents("rae-latents:tiny-4x4?random", 128, 4),
+    "random": Latents("rae-random", 128, 4),
 }
 PAPERS = {
     "RAE": Latents("nyu-visionx/RAE-dinov2-wReg-base-ViTXL-n08", 768, 16),
