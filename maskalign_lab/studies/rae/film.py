@@ -25,6 +25,7 @@ from ...base.seeding import generator
 from ...diffusion.interpolants import convert, interpolate
 from ...diffusion.objectives import shifted
 from ...runs.run import Run
+from .noise import trained
 from ...workbench.plots import Curve, Panels, Picture, filmstrip
 from ...workbench.scrubber import Control, Scrubber
 
@@ -177,8 +178,9 @@ def strip(film: Film) -> Figure:
         for i, name in enumerate(SCHEDULES)
         for j, what in enumerate(("noised", "predicted"))
     }
-    title = f"{network}: {film.labels[0]}, by place on the grid of times (0 data, 1 noise)"
-    return filmstrip(rows, [f"{film.grid[place]:.2f}" for place in columns], title)
+    title = f"{network}: {film.labels[0]}, by t on the plain and on the shifted schedule"
+    times = [(film.grid[place], shifted(film.grid[place], film.shift)) for place in columns]
+    return filmstrip(rows, [f"{plain:.2f}, {later:.2f}" for plain, later in times], title)
 
 # %% ../../../nbs/lib/studies/rae/film.ipynb #6eceff70
 @dataclass
@@ -194,17 +196,17 @@ class Decoded:
 def decoder_view(film: Decoded, latent: int, sigma: int) -> Panels:
     """One latent through both decoders."""
     panels = [picture(film.labels[latent], film.originals[latent])]
-    panels += [picture(f"trained with {name}", of[latent, sigma]) for name, of in film.images.items()]
+    panels += [picture(trained(name), of[latent, sigma]) for name, of in film.images.items()]
     clean = {name: of[latent, :1].float() for name, of in film.images.items()}
     change = {
-        f"trained with {name}": ((of[latent].float() - clean[name]) / 127.5).square().mean((1, 2, 3)).sqrt().numpy()
+        trained(name): ((of[latent].float() - clean[name]) / 127.5).square().mean((1, 2, 3)).sqrt().numpy()
         for name, of in film.images.items()
     }
     curve = Curve(
         "how far from the image of clean tokens",
         np.array(film.sigmas),
         change,
-        "deviation of the noise",
+        "standard deviation of the noise",
         "root mean square",
         film.sigmas[sigma],
     )
@@ -226,8 +228,8 @@ def decoder_strip(film: Decoded) -> Figure:
     columns = range(0, len(film.sigmas), 2) if len(film.sigmas) > 4 else range(len(film.sigmas))
     chosen = dict.fromkeys((0, len(film.labels) - 1))
     rows = {
-        f"{film.labels[k]}: {name}": [decoder_view(film, k, s).panels[1 + i] for s in columns]
+        f"{film.labels[k]},\n{trained(name)}": [decoder_view(film, k, s).panels[1 + i] for s in columns]
         for k in chosen
         for i, name in enumerate(film.images)
     }
-    return filmstrip(rows, [f"{film.sigmas[s]:.1f}" for s in columns], "deviation of the noise on the tokens")
+    return filmstrip(rows, [f"{film.sigmas[s]:.1f}" for s in columns], "standard deviation of the noise on the tokens")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'STEPS', 'SMALL', 'NARROW', 'LARGE', 'WIDEST', 'LONGER', 'CASES', 'TRIED', 'TABLE', 'COLOURS', 'NAMES',
-           'PANELS', 'rows_of', 'case_of', 'shipped_fits', 'make_one_image', 'draw_network', 'width_figure', 'missed',
-           'times', 'by_width']
+           'LEARNED', 'MARKS', 'PANELS', 'rows_of', 'case_of', 'shipped_fits', 'make_one_image', 'draw_network',
+           'width_figure', 'missed', 'times', 'by_width']
 
 # %% ../../../nbs/lib/studies/rae/one_image.ipynb #80e6ae5e
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from ...base import paths
 from ...base.statistics import four_digits
@@ -23,7 +25,7 @@ from ...measure.verdicts import Paired, beside
 from ...measure.wording import NotTrained
 from ...rae import ImageFit, fit_image
 from ...runs.experiments import load_rows, save_rows
-from ...workbench.plots import INK, PALETTE, theme
+from ...workbench.plots import INK, PALETTE, QUIET, theme
 
 # %% ../../../nbs/lib/studies/rae/one_image.ipynb #1430d527
 KINDS = ("v", "eps", "x")
@@ -45,7 +47,12 @@ LARGE = tuple(
 WIDEST = (ImageFit("v", 768, 32, STEPS, 0, "SiT"),)
 
 # %% ../../../nbs/lib/studies/rae/one_image.ipynb #df27a1bc
-LONGER = tuple(ImageFit("v", width, 16, 3 * STEPS, 0, network) for network in ("SiT", "DiT-DH") for width in (48, 96))
+LONGER = tuple(
+    ImageFit("v", width, 16, 3 * STEPS, seed, network)
+    for seed in range(3)
+    for network in ("SiT", "DiT-DH")
+    for width in (48, 96)
+)
 CASES = (*SMALL, *NARROW, *LONGER, *LARGE, *WIDEST)
 TRIED = (ImageFit("v", 24, 16, 60), ImageFit("x", 24, 16, 60), ImageFit("v", 24, 16, 60, 0, "DiT-DH"))  # with smoke
 
@@ -89,19 +96,23 @@ def make_one_image(
 # %% ../../../nbs/lib/studies/rae/one_image.ipynb #0cf8d17c
 COLOURS = dict(zip(KINDS, (PALETTE[1], PALETTE[2], PALETTE[0])))
 NAMES = {"v": "v", "eps": "ε", "x": "x"}
+LEARNED = 0.1  # share of the noise; a network that misses less has learned its image
+MARKS = {(48, False): ("o", None), (192, False): ("D", None), (48, True): ("o", "none")}  # values, longer -> mark, face
 
 
-def draw_network(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+def draw_network(axis: Axes, rows: Sequence[Mapping[str, Any]], steps: int) -> None:
     """What the fits of one network miss, one mark each, with lines through the means of small tokens."""
     frame = pd.DataFrame(rows)
+    frame["longer"] = frame["steps"] > steps
     for kind, of_kind in frame.groupby("prediction", sort=False):
-        for dim, marker in ((48, "o"), (192, "D")):
-            of = of_kind[of_kind["token_dim"] == dim]
-            axis.plot(of["width"] / dim, of["missed"], marker, color=COLOURS[kind], ms=5, alpha=0.7)
-        small = of_kind[of_kind["token_dim"] == 48].groupby("width")["missed"].mean()
+        for (dim, longer), of in of_kind.groupby(["token_dim", "longer"]):
+            mark, face = MARKS[dim, longer]
+            axis.plot(of["width"] / dim, of["missed"], mark, color=COLOURS[kind], mfc=face, ms=5, alpha=0.7)
+        small = of_kind[(of_kind["token_dim"] == 48) & ~of_kind["longer"]].groupby("width")["missed"].mean()
         axis.plot(small.index / 48, small, color=COLOURS[kind], lw=1.2, label=f"{NAMES[kind]}-prediction")
     share = np.linspace(0.4, 1 - 1e-3, 200)
     axis.plot(share, 1 - share, "--", color=INK, lw=1, label="bound of v and ε: 1 − d/n")
+    axis.axhline(LEARNED, color=INK, lw=0.6, ls="-.", label="learned, if below")
     axis.axvline(1, color=INK, lw=0.6, ls=":")
     axis.set(xscale="log", yscale="log", ylim=(1e-3, 1.2), xlim=(0.42, 4.8), xlabel="width over values in a token, d/n")
     axis.set_xticks([0.5, 1, 2, 4], ["1/2", "1", "2", "4"])
@@ -116,18 +127,28 @@ PANELS = {
 
 
 def width_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Every fit of the usual length beside the bound; circles are tokens of 48 values, diamonds of 192."""
+    """Every fit beside the bound; circles are tokens of 48 values, diamonds of 192, hollow ones were trained longer."""
     theme()
     steps = min(row["steps"] for row in rows)
-    shown = {name: [row for row in rows if (row["network"], row["steps"]) == (name, steps)] for name in PANELS}
+    shown = {name: [row for row in rows if row["network"] == name] for name in PANELS}
     shown = {name: of for name, of in shown.items() if of}
     figure = Figure(figsize=(2.2 + 2.4 * len(shown), 3.4), layout="constrained")
     axes = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     for axis, (name, of) in zip(axes, shown.items(), strict=True):
-        draw_network(axis, of)
+        draw_network(axis, of, steps)
         axis.set_title(PANELS[name], fontsize=10)
     axes[0].set_ylabel("share of the noise that is missed")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    marks = {
+        "48 values a token": MARKS[48, False],
+        "192 values": MARKS[192, False],
+        "48, trained three times as long": MARKS[48, True],
+    }
+    dots = [
+        Line2D([], [], marker=mark, mfc=face, color=QUIET, ls="", label=name) for name, (mark, face) in marks.items()
+    ]
+    figure.legend(
+        handles=[*axes[0].get_legend_handles_labels()[0], *dots], loc="outside lower center", ncols=4, fontsize=8
+    )
     return figure
 
 # %% ../../../nbs/lib/studies/rae/one_image.ipynb #9edf6fab
