@@ -2851,6 +2851,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                        'maskalign_lab/studies/ahpa/routing.py'),
                                                     'maskalign_lab.studies.ahpa.routing.constant_losses': ( 'lib/studies/ahpa/routing.html#constant_losses',
                                                                                                             'maskalign_lab/studies/ahpa/routing.py'),
+                                                    'maskalign_lab.studies.ahpa.routing.fitted_images': ( 'lib/studies/ahpa/routing.html#fitted_images',
+                                                                                                          'maskalign_lab/studies/ahpa/routing.py'),
                                                     'maskalign_lab.studies.ahpa.routing.has_losses': ( 'lib/studies/ahpa/routing.html#has_losses',
                                                                                                        'maskalign_lab/studies/ahpa/routing.py'),
                                                     'maskalign_lab.studies.ahpa.routing.level_losses_at': ( 'lib/studies/ahpa/routing.html#level_losses_at',

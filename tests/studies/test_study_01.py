@@ -6,7 +6,7 @@ from functools import partial
 
 import nbformat
 import pytest
-from shared.studies import run_cells, run_job
+from shared.studies import run_cells, run_job, with_tables
 
 from maskalign_lab import gradient_norms
 from maskalign_lab.base import paths
@@ -38,10 +38,9 @@ def test_an_empty_folder_and_one_class_are_refused(tmp_path):
 
 
 def test_a_given_run_is_studied(tmp_path, after_smoke, monkeypatch):
-    after_smoke("01")
+    out = with_tables(after_smoke("01"), tmp_path / "out", "01_rows.json")
     monkeypatch.setattr(gradient_norms, "fit_observer", partial(gradient_norms.fit_observer, steps=10))
-    path = train(make_recipe("sit", "smoke", overrides="training.steps=2"), tmp_path / "mine", "cpu", 0)
-    out = str(tmp_path / "out")
+    path = train(make_recipe("sit", "smoke", overrides="training.steps=2 data.n=64"), tmp_path / "mine", "cpu", 0)
     run_cells("01", {"preset": "smoke", "run": str(path), "seeds": 1, "out_dir": out})  # a short table of arms
     findings = json.loads((tmp_path / "out" / "01_filmstrip.json").read_text())["findings"]
     assert findings[0]["run"] == "mine"
