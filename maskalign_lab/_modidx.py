@@ -2217,6 +2217,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'maskalign_lab/runs/experiments.py'),
                                                 'maskalign_lab.runs.experiments.Length.looks': ( 'lib/runs/experiments.html#length.looks',
                                                                                                  'maskalign_lab/runs/experiments.py'),
+                                                'maskalign_lab.runs.experiments._counted_flops': ( 'lib/runs/experiments.html#_counted_flops',
+                                                                                                   'maskalign_lab/runs/experiments.py'),
                                                 'maskalign_lab.runs.experiments.arm_rows': ( 'lib/runs/experiments.html#arm_rows',
                                                                                              'maskalign_lab/runs/experiments.py'),
                                                 'maskalign_lab.runs.experiments.blank_batch': ( 'lib/runs/experiments.html#blank_batch',

@@ -142,7 +142,7 @@ class Scale:
 EVERY = "headline ablations controls repa"
 SCALES = {
     "smoke": Scale(
-        "training.cooldown=0 training.steps=3 training.batch_size=8 data.n=64", 64, 3, 2, 2, 2, "pair", 16, 8
+        "training.cooldown=0 training.steps=4 training.batch_size=8 data.n=64", 64, 3, 2, 2, 2, "pair", 16, 8
     ),
     "laptop": Scale(""),
     "gpu": Scale("", 4096, 11, 10, 16, 8, EVERY, judged=1000),
