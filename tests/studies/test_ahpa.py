@@ -424,7 +424,7 @@ def test_latents_are_encoded_on_the_spot_and_on_disk(vae, tmp_path):
 
 
 def test_another_autoencoder_does_not_continue_a_run(vae, tmp_path):
-    first, other = shutil.copytree(vae(0), tmp_path / "vae"), vae(1)
+    first, other = str(shutil.copytree(vae(0), tmp_path / "vae")), vae(1)
     train(recipe(first), tmp_path / "run", "cpu", 0)
     longer = recipe(first, more="training.steps=6")
     (tmp_path / "run" / "recipe.json").unlink()
@@ -519,7 +519,7 @@ def test_a_run_of_an_earlier_revision_is_another_run(vae, tmp_path):
 
 
 def test_another_autoencoder_does_not_show_a_run(vae, tmp_path):
-    first, other = shutil.copytree(vae(0), tmp_path / "vae"), vae(1)
+    first, other = str(shutil.copytree(vae(0), tmp_path / "vae")), vae(1)
     train(recipe(first), tmp_path / "run", "cpu", 0)
     before, now = (load_autoencoder(folder).digest for folder in (first, other))
     shutil.rmtree(first)

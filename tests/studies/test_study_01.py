@@ -54,7 +54,7 @@ from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.recipe import identity
 from maskalign_lab.runs.batches import make_batches
 from maskalign_lab.training.loop import fit
-recipe = make_recipe("repa", "smoke", overrides="training.steps=2")
+recipe = make_recipe("repa", "smoke", overrides="training.steps=2 data.n=64")
 batches = make_batches(recipe)
 net, method = build(recipe, batches.facts)
 losses = [float(step.losses["alignment"]) for step in fit(net, method, batches, recipe.training, device="cpu")]
@@ -81,7 +81,7 @@ def test_editing_the_loss_cell_changes_what_is_trained():
         lambda source: source + "\n# a comment\n",
         lambda source: source.replace("return -F.cosine_similarity(", "return -2 * F.cosine_similarity("),
     )
-    recipe = make_recipe("repa", "smoke", overrides="training.steps=2")
+    recipe = make_recipe("repa", "smoke", overrides="training.steps=2 data.n=64")
     assert same_digest == "" and same_id == identity(recipe)  # untouched cells find the runs that ship
     assert edited_digest and edited_id != same_id  # edited ones never do
     assert edited[0] == pytest.approx(2 * same[0], rel=1e-4)
