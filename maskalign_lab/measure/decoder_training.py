@@ -11,7 +11,7 @@ __all__ = ['PERCEPTION', 'DecoderConfig', 'decoding_config', 'training_config', 
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from ..base.files import check_unused, write_atomic, write_card
 from ..base.paths import home_of
 from ..base.seeding import batch_indices
 from ..base.small_training import complete
-from ..data.datasets import Dataset, load_dataset
+from ..data.datasets import STREAMS, Dataset, load_dataset
 from ..encoders.latent_statistics import latent_statistics
 from ..encoders.rae_folders import save_rae, teacher_encoder
 from ..encoders.representation_autoencoders import PixelDecoder, TeacherEncoder, build_decoder
@@ -113,7 +113,8 @@ def perception_judge(
     print_every: float,
 ) -> Judge:
     """The classifier in whose features images are compared; trained if it is not there yet."""
-    dataset = training_images(spec, config)
+    few = replace(config, n=1) if path.is_file() and spec in STREAMS else config  # whose classes one image tells
+    dataset = training_images(spec, few)
     if not path.is_file():
         write_atomic(path, pack_judge(complete(judge_steps(dataset, config, device), print_every).model))
     return unpack_judge(path.read_bytes(), dataset.classes, config.channels).to(resolve_device(device))

@@ -11,8 +11,10 @@ import dis
 import hashlib
 import inspect
 import textwrap
+from functools import lru_cache
 from types import CodeType, FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from ..training.methods import INSTALLED, MethodConfig, layers_of, method_class
 
@@ -56,6 +58,7 @@ def _is_near(thing: Any, user: Any, seen: frozenset) -> bool:
     return is_code and thing.__module__ == user.__module__ and id(thing) not in seen
 
 
+@lru_cache(maxsize=1024)
 def _names(code: CodeType) -> list[str]:
     """The global names that code reads."""
     read = [step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"]
@@ -63,13 +66,19 @@ def _names(code: CodeType) -> list[str]:
     return sorted({*read, *(name for nested in inner for name in _names(nested))})
 
 # %% ../../nbs/lib/runs/edits.ipynb #01050971
+_TREES: WeakKeyDictionary[FunctionType, str] = WeakKeyDictionary()  # reading a source costs more than all else here
+
+
 def _tree(function: FunctionType) -> str:
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
-    except OSError:  # generated, like a dataclass's __init__: names and defaults tell all
-        return f"{function.__code__.co_varnames} {function.__defaults__}"
-    tree.name = ""
-    return ast.dump(tree)
+    """What the source of a function says. It is read once: a cell that runs again makes another function."""
+    if function not in _TREES:
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+        except OSError:  # generated, like a dataclass's __init__: names and defaults tell all
+            return f"{function.__code__.co_varnames} {function.__defaults__}"
+        tree.name = ""
+        _TREES[function] = ast.dump(tree)
+    return _TREES[function]
 
 # %% ../../nbs/lib/runs/edits.ipynb #8057a375
 def edit_digest(config: MethodConfig) -> str:

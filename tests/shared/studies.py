@@ -1,8 +1,10 @@
 """What the tests of all studies share: one smoke run of each, and ways to look at a job and at a study's opening."""
 
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -53,6 +55,14 @@ def after_smoke(smoke_job, studies_cache, monkeypatch):
     """number -> makes sure that the study's smoke run is done; what it trained is in the cache."""
     monkeypatch.setenv("MASKALIGN_LAB_CACHE", str(studies_cache))
     return smoke_job
+
+
+def with_tables(job: Job, folder: Path, *tables: str) -> str:
+    """A folder for the results of another execution that holds tables of a job: their arms are not measured again."""
+    folder.mkdir()
+    for table in tables:
+        shutil.copy(job.path(".html").parent / table, folder)
+    return str(folder)
 
 
 def check_figure(job: Job, study: str, name: str) -> dict[str, Any]:

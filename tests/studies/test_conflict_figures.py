@@ -44,8 +44,14 @@ def haste(tmp_path_factory):
     return train(recipe, folder / "run", "cpu", print_every=0)
 
 
-def test_rows_of_every_checkpoint_and_loss(haste):
-    rows = course_rows(haste, "HASTE", 2)
+@pytest.fixture(scope="module")
+def course(haste):
+    """Its conflict at every checkpoint."""
+    return course_rows(haste, "HASTE", 2)
+
+
+def test_rows_of_every_checkpoint_and_loss(haste, course):
+    rows = course
     looked = [(row["step"], row["part"]) for row in rows]
     assert looked == [(step, part) for step in steps_of(haste) for part in ("alignment", "attention")]
     assert json.loads(json.dumps(rows)) == rows and stops_of(rows) == [3]
@@ -85,8 +91,8 @@ def test_a_run_without_alignment_is_refused(haste):
     assert aligning_parts(load_run(haste)) == (("alignment", "attention"), 2)
 
 
-def test_haste_s_line_is_broken_behind_its_stop(haste):
-    rows = [row for row in course_rows(haste, "HASTE", 2) if row["part"] == "alignment"]
+def test_haste_s_line_is_broken_behind_its_stop(course):
+    rows = [row for row in course if row["part"] == "alignment"]
     axis = course_figure(rows).axes[0]
     whole, behind, dotted = axis.lines[1:4]
     assert max(whole.get_xdata()) <= 3 < min(behind.get_xdata()) and dotted.get_linestyle() == ":"

@@ -6,7 +6,7 @@ from functools import partial
 
 import nbformat
 import pytest
-from shared.studies import run_cells, run_job
+from shared.studies import run_cells, run_job, with_tables
 
 from maskalign_lab import gradient_norms
 from maskalign_lab.base import paths
@@ -38,10 +38,9 @@ def test_an_empty_folder_and_one_class_are_refused(tmp_path):
 
 
 def test_a_given_run_is_studied(tmp_path, after_smoke, monkeypatch):
-    after_smoke("01")
+    out = with_tables(after_smoke("01"), tmp_path / "out", "01_rows.json")
     monkeypatch.setattr(gradient_norms, "fit_observer", partial(gradient_norms.fit_observer, steps=10))
-    path = train(make_recipe("sit", "smoke", overrides="training.steps=2"), tmp_path / "mine", "cpu", 0)
-    out = str(tmp_path / "out")
+    path = train(make_recipe("sit", "smoke", overrides="training.steps=2 data.n=64"), tmp_path / "mine", "cpu", 0)
     run_cells("01", {"preset": "smoke", "run": str(path), "seeds": 1, "out_dir": out})  # a short table of arms
     findings = json.loads((tmp_path / "out" / "01_filmstrip.json").read_text())["findings"]
     assert findings[0]["run"] == "mine"
@@ -55,7 +54,7 @@ from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.recipe import identity
 from maskalign_lab.runs.batches import make_batches
 from maskalign_lab.training.loop import fit
-recipe = make_recipe("repa", "smoke", overrides="training.steps=2")
+recipe = make_recipe("repa", "smoke", overrides="training.steps=2 data.n=64")
 batches = make_batches(recipe)
 net, method = build(recipe, batches.facts)
 losses = [float(step.losses["alignment"]) for step in fit(net, method, batches, recipe.training, device="cpu")]
@@ -82,7 +81,7 @@ def test_editing_the_loss_cell_changes_what_is_trained():
         lambda source: source + "\n# a comment\n",
         lambda source: source.replace("return -F.cosine_similarity(", "return -2 * F.cosine_similarity("),
     )
-    recipe = make_recipe("repa", "smoke", overrides="training.steps=2")
+    recipe = make_recipe("repa", "smoke", overrides="training.steps=2 data.n=64")
     assert same_digest == "" and same_id == identity(recipe)  # untouched cells find the runs that ship
     assert edited_digest and edited_id != same_id  # edited ones never do
     assert edited[0] == pytest.approx(2 * same[0], rel=1e-4)

@@ -5,7 +5,7 @@ import re
 import nbformat
 import pytest
 import torch
-from shared.studies import check_figure, run_cells, smoke_fixture
+from shared.studies import check_figure, run_cells, smoke_fixture, with_tables
 
 from maskalign_lab.base import paths
 from maskalign_lab.diffusion.objectives import Objective
@@ -146,8 +146,8 @@ def test_noise_that_a_perfect_noise_network_leaves_after_one_step(steps, percent
 
 
 def test_a_run_of_jit_is_looked_at(tmp_path, after_smoke):
-    after_smoke("03")
+    out = with_tables(after_smoke("03"), tmp_path / "out", "03_rows.json", "03_jit.json")
     more = "network.width=16 training.steps=2 data.n=64"
     path = train(make_recipe("jit", "smoke", overrides=more), tmp_path / "mine", "cpu", 0)
-    run_cells("03", {"preset": "smoke", "run": str(path), "out_dir": str(tmp_path / "out")})
+    run_cells("03", {"preset": "smoke", "run": str(path), "out_dir": out})
     assert (tmp_path / "out" / "03_filmstrip.png").exists()

@@ -9,7 +9,7 @@ import nbformat
 import numpy as np
 import pytest
 from shared.displayed import displayed_markdown, section_prose
-from shared.studies import check_figure, run_cells, smoke_fixture
+from shared.studies import check_figure, run_cells, smoke_fixture, with_tables
 
 from maskalign_lab.base import paths
 from maskalign_lab.measure.courses import METRICS, course_figure, shape_figure
@@ -17,10 +17,10 @@ from maskalign_lab.measure.findings import check_words, findings_table, headline
 from maskalign_lab.measure.wording import NotTrained, difference
 from maskalign_lab.runs import studied_runs
 from maskalign_lab.runs.expectations import expect
-from maskalign_lab.runs.experiments import lengths, load_rows, results_file, run_identity
+from maskalign_lab.runs.experiments import lengths, load_rows, results_file, run_arms, run_identity
 from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.run import train
-from maskalign_lab.runs.rung import BASELINE, EARLY, UNSEEN, rung_rows, table_preset, table_seeds
+from maskalign_lab.runs.rung import BASELINE, EARLY, UNSEEN, table_preset, table_seeds
 from maskalign_lab.studies.maskalign import findings, opening
 from maskalign_lab.studies.maskalign import verdict_tables as verdicts
 from maskalign_lab.studies.maskalign.arms import (
@@ -106,8 +106,9 @@ def test_the_table_that_ships_is_what_todays_recipes_would_train(shipped):
     """`-p seeds 5` finds the rows by the identity of their runs: nothing is trained again."""
     of = SCALES["laptop"].recipe_of("laptop", "shapes")
     arms = [arm for arm in ARMS if arm.name in {row["arm"] for row in shipped}]
-    recipes = {arm.name: of(arm, UNSEEN) for arm in arms}
+    recipes = {arm.name: of(arm, UNSEEN) for arm in ARMS}
     plan = lengths(recipes, BASELINE, expect(recipes["REG"]).facts, EARLY)
+    assert all(each.relative > 0 and len(each.looks) == 4 for each in plan.values())  # of arms without rows, too
     for arm in arms:
         rows = [row for row in shipped if row["arm"] == arm.name]
         assert {row["relative_flops"] for row in rows} == {plan[arm.name].relative}
@@ -116,13 +117,16 @@ def test_the_table_that_ships_is_what_todays_recipes_would_train(shipped):
 
 
 def test_every_arm_trains_and_is_measured(own_folders):
-    """At the smallest size, through the same machinery: methods, controls, and networks whose projector needs the grid."""
+    """At the smallest size, through the same machinery: methods, controls, and networks whose projector needs the grid.
+
+    Their operations are counted above, and looks on the way are those of the smoke run.
+    """
 
     def recipe_of(arm, seed):
         few = "data.n=32 training.batch_size=8 training.warmup=1 training.cooldown=0 training.steps=2"
         return arm.recipe("smoke", "shapes", seed, few)
 
-    rows = rung_rows(ARMS, 1, recipe_of, partial(measure_arm, images=8, samples=0), device="cpu")
+    rows = run_arms(ARMS, table_seeds(1), recipe_of, None, partial(measure_arm, images=8, samples=0), device="cpu")
     assert {row["arm"] for row in rows} == {arm.name for arm in ARMS}
     assert all(np.isfinite(row["velocity"]) for row in rows)
     assert all(("gap" in row) is (row["arm"] not in ("SiT", "iREPA")) for row in rows)
@@ -399,9 +403,9 @@ def test_what_a_study_was_asked_for_reaches_its_table(monkeypatch, tmp_path):
 
 
 def test_a_run_without_class_token_or_mixer_is_studied(tmp_path, after_smoke):
-    after_smoke("05")
+    out = with_tables(after_smoke("05"), tmp_path / "out", "05_rows.json")
     path = train(make_recipe("repa", "smoke", overrides="training.steps=2 data.n=64"), tmp_path / "mine", "cpu", 0)
-    run_cells("05", {"preset": "smoke", "run": str(path), "seeds": 1, "out_dir": str(tmp_path / "out")})
+    run_cells("05", {"preset": "smoke", "run": str(path), "seeds": 1, "out_dir": out})
     assert (tmp_path / "out" / "05_filmstrip.png").exists()
 
 

@@ -56,7 +56,7 @@ class Scale:
         return recipes_of(preset, dataset, self.overrides, overrides, "repa")
 
 # %% ../../../nbs/lib/studies/gradient_norms/arms.ipynb #9639b577
-SMOKE = "training.cooldown=0 training.steps=8 data.n=128"
+SMOKE = "training.cooldown=0 training.steps=4 training.batch_size=8 data.n=64"
 SCALES = {
     "smoke": Scale(192, 3, 3, SMOKE, 2, ARMS[:2], 64, 16, 8),
     "laptop": Scale(),

@@ -141,7 +141,9 @@ class Scale:
 # %% ../../../nbs/lib/studies/maskalign/arms.ipynb #a1f41275
 EVERY = "headline ablations controls repa"
 SCALES = {
-    "smoke": Scale("training.cooldown=0 training.steps=8 data.n=128", 64, 3, 2, 2, 2, "pair", 16, 8),
+    "smoke": Scale(
+        "training.cooldown=0 training.steps=4 training.batch_size=8 data.n=64", 64, 3, 2, 2, 2, "pair", 16, 8
+    ),
     "laptop": Scale(""),
     "gpu": Scale("", 4096, 11, 10, 16, 8, EVERY, judged=1000),
     "paper": Scale("training.steps=400000 training.clip=1.0", 8192, 11, 10, 16, 5, EVERY, judged=5000),

@@ -76,7 +76,7 @@ class Scale:
         return recipes_of(preset, dataset, self.overrides, overrides, "repa")
 
 # %% ../../../nbs/lib/studies/position_preference/arms.ipynb #e8eaa467
-SMOKE = "training.cooldown=0 training.steps=8 data.n=128"
+SMOKE = "training.cooldown=0 training.steps=4 training.batch_size=8 data.n=64"
 FEW = tuple(BY_NAME[name] for name in (BASELINE, "REPA", "REPA, permuted"))
 SCALES = {
     "smoke": Scale(SMOKE, 1, FEW, 64, 16, 8, 5, (PLAIN, "permuted")),

@@ -90,7 +90,7 @@ class Scale:
         return recipes_of(preset, dataset, self.overrides, overrides, "reg")
 
 # %% ../../../nbs/lib/studies/reg/arms.ipynb #019d31f6
-SMOKE = "training.cooldown=0 training.steps=8 data.n=128"
+SMOKE = "training.cooldown=0 training.steps=4 training.batch_size=8 data.n=64"
 SCALES = {
     "smoke": Scale(12, 6, 4, 200, 3, SMOKE, seeds=2, arms=BASELINES, images=16, judged=8),
     "laptop": Scale(),
