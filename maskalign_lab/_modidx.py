@@ -2949,6 +2949,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                            'maskalign_lab/studies/dsd/denoising_film.py'),
                                                           'maskalign_lab.studies.dsd.denoising_film.Denoising': ( 'lib/studies/dsd/denoising_film.html#denoising',
                                                                                                                   'maskalign_lab/studies/dsd/denoising_film.py'),
+                                                          'maskalign_lab.studies.dsd.denoising_film._missed': ( 'lib/studies/dsd/denoising_film.html#_missed',
+                                                                                                                'maskalign_lab/studies/dsd/denoising_film.py'),
                                                           'maskalign_lab.studies.dsd.denoising_film.both_heads': ( 'lib/studies/dsd/denoising_film.html#both_heads',
                                                                                                                    'maskalign_lab/studies/dsd/denoising_film.py'),
                                                           'maskalign_lab.studies.dsd.denoising_film.clean_of': ( 'lib/studies/dsd/denoising_film.html#clean_of',
