@@ -112,8 +112,8 @@ class Representing(nn.Module):
     def forward(self, out: Output, seen: Encoded, wanted: Encoded, batch: Batch) -> dict[str, Tensor]:
         found = {}
         if self.shallow is not None:
-            told = self.shallow(out.hidden[self.depth])
-            found["alignment"] = cosine_alignment(told, batch.features[..., : told.shape[-1]]).mean()
+            projected = self.shallow(out.hidden[self.depth])
+            found["alignment"] = cosine_alignment(projected, batch.features[..., : projected.shape[-1]]).mean()
         if self.deep is not None:
             last = self.deep(out.hidden[max(out.hidden)])
             found["deep"] = cosine_alignment(last, wanted.tokens.detach()).mean()
@@ -132,21 +132,22 @@ class SelfDistillation(Method, name="dsd"):
     def build(self, net: DSD, teacher_dims: tuple[int, ...]) -> None:
         config, dim = self.config, net.in_channels
         check_depths((config.depth,), net.depth)
-        teacher_dim = sum(teacher_dims[:1])  # 0 where no part asks a teacher
+        teacher_dim = teacher_dims[0] if teacher_dims else 0  # 0 where no part asks a teacher
         if config.gradient == "both" and config.target == "ema":
             raise ValueError(
                 "method.gradient=both: no gradient passes an average; expected method.target=online, or gradient=input"
             )
         self.latent = dim, net.side, net.side
         self.representing = Representing(config, net, teacher_dim)
-        told = Discriminator(teacher_dim, config.eyes) if config.adversarial else None
-        self.rebuilding = Rebuilding(config.reconstruction, config.perceptual, told, 1 - config.views)
+        discriminator = Discriminator(teacher_dim, config.eyes) if config.adversarial else None
+        self.rebuilding = Rebuilding(config.reconstruction, config.perceptual, discriminator, 1 - config.views)
         narrow = (nn.Linear(dim, config.rank, bias=False), nn.Linear(config.rank, dim)) if config.rank else ()
         self.low_pass = nn.Sequential(*narrow)
         if config.target == "ema":
             self.reads_average = "the averaged encoder gives the target"
         if config.adversarial:
-            self.uncompilable = self.indivisible = "the discriminator's weight compares gradients of the whole batch"
+            self.uncompilable = "the discriminator's weight compares gradients of the whole batch"
+            self.indivisible = self.uncompilable
         if config.floor or config.whitening:
             self.indivisible = "deviations are over the images of a batch"
 
@@ -164,19 +165,20 @@ class SelfDistillation(Method, name="dsd"):
             self.rebuilding.discriminator.look_through(teacher)
 
     def last_words(self, log: list[dict[str, float]]) -> str:
-        told = [(line["step"], line["spread"]) for line in log if "spread" in line]
-        return collapse_text(*zip(*told)) if told else ""
+        noted = [(line["step"], line["spread"]) for line in log if "spread" in line]
+        return collapse_text(*zip(*noted)) if noted else ""
 
     def phases(self) -> dict[str, Phase]:
-        told = self.rebuilding.discriminator
-        return {} if told is None else {"discriminator": Phase(told)}
+        discriminator = self.rebuilding.discriminator
+        return {} if discriminator is None else {"discriminator": Phase(discriminator)}
 
     def draw(self, batch: Batch, step: int, generator: Callable[[int, str], torch.Generator]) -> SelfDistillationDraw:
         plain, config, b = super().draw(batch, step, generator), self.config, len(batch.y)
         noise, decoder_noise = (
             draw_noise(self.objective, (b, *self.latent), generator(step, name)) for name in ("noise", "decoder noise")
         )
-        time, coin = torch.rand(2, b, generator=(g := generator(step, "decoder time")), device=g.device)
+        g = generator(step, "decoder time")
+        time, coin = torch.rand(2, b, generator=g, device=g.device)
         found = SelfDistillationDraw(plain.t, noise, plain.y, decoder_noise=decoder_noise)
         found.decoder_t = config.decoder_noise * torch.where(coin < 0.5, time, 0.0)
         if config.grain:
@@ -212,9 +214,11 @@ class SelfDistillation(Method, name="dsd"):
 
     def wanted(self, state: State, x: Tensor, seen: Encoded) -> Encoded:
         """The latent to be told of an image, and the tokens behind it; the gradient is cut unless it is asked for."""
-        net, through = (state.ema, False) if self.config.target == "ema" else (state.model, True)
-        with torch.set_grad_enabled(through and self.config.gradient == "both"):
-            found = seen if through and not self.config.views else net.encode(x)
+        with torch.set_grad_enabled(self.config.gradient == "both"):
+            if self.config.target == "ema":
+                found = state.ema.encode(x)
+            else:  # without views the encoder has seen these images
+                found = state.model.encode(x) if self.config.views else seen
         return found if self.config.gradient == "both" else Encoded(found.z.detach(), found.tokens.detach())
 
     def distilled(

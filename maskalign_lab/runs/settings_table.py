@@ -98,6 +98,7 @@ WHY = {  # by name of the row, or by name and value
     "teacher blocks": "the last ones of a teacher with fewer blocks",
     "projector width": "goes with the width of the network",
     "levels": "those of another autoencoder",
+    ("adversarial", "0"): "left out, for shorter trainings",
     ("weight", "2"): STRONGER,
     ("weight", "4"): STRONGER,  # of losses that weigh twice as much with their authors
     ("attention weight", "2"): STRONGER,

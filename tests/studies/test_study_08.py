@@ -1,32 +1,43 @@
 """Study 08: what its notebook promises beyond what every study does."""
 
+import re
 from dataclasses import replace
 
 import nbformat
+import numpy as np
 import pytest
 import torch
 from shared.studies import check_figure
 
 from maskalign_lab.base import paths
 from maskalign_lab.dsd import TARGETS
-from maskalign_lab.measure.findings import check_words, findings_table, headline
+from maskalign_lab.measure.findings import check_words, findings_table
 from maskalign_lab.runs.experiments import load_rows, own_facts, step_flops
 from maskalign_lab.runs.recipe import identity
 from maskalign_lab.runs.run import load_run
 from maskalign_lab.studies.dsd.arms import SCALES
 from maskalign_lab.studies.dsd.courses import psnr
+from maskalign_lab.studies.dsd.denoising_film import Denoising
 from maskalign_lab.studies.dsd.filming import load_film
-from maskalign_lab.studies.dsd.findings import all_findings, collapses
-from maskalign_lab.studies.dsd.opening import FILM, TABLE, whole_recipe
+from maskalign_lab.studies.dsd.findings import all_findings, collapses, verdict_line
+from maskalign_lab.studies.dsd.opening import DENOISING, FILM, TABLE, whole_recipe
 from maskalign_lab.studies.dsd.tables import (
+    FEW,
+    HALF,
+    JUDGED,
     METRICS,
     PAIRS,
     collapse_of,
+    foretold,
+    last_rows,
     pull_of,
+    readable,
     stable_by_rank,
     theory_table,
     verdicts,
 )
+from maskalign_lab.studies.dsd.toy import CASES, train_toy
+from maskalign_lab.studies.dsd.variance_term import flow
 
 BOOK = paths.notebooks() / "08_dsd.ipynb"
 
@@ -91,21 +102,110 @@ def test_tables_of_the_rows_that_ship():
         arm: {collapse_of(row) for row in rows if row["arm"] == arm and row["budget"] == "steps"} for arm in table.index
     }
     assert ways["a: v"] == {"spread"} and ways["b: target cut"] == {"rank"} and ways["c: x"] == {""}
-    assert set(verdicts(rows, "steps")["metric"]) <= set(METRICS)
+    assert set(verdicts(rows, "steps")["metric"]) == set(METRICS["steps"])
+
+
+def prose() -> str:
+    cells = nbformat.read(BOOK, as_version=4).cells
+    return " ".join(" ".join(cell.source.split()) for cell in cells if cell.cell_type == "markdown")
+
+
+def ways(arm: str) -> list[str]:
+    """How the latents of each seed have collapsed."""
+    return [collapse_of(row) for row in last_rows(shipped()) if row["arm"] == arm]
+
+
+def means(arm: str, metric: str, budget: str = "steps") -> list[float]:
+    """Of each of the looks at an arm, in order."""
+    of = [row for row in shipped() if row["arm"] == arm and row["budget"] == budget]
+    return [
+        float(np.mean([row[metric] for row in of if row["step"] == step])) for step in sorted({r["step"] for r in of})
+    ]
 
 
 def test_what_the_text_says_of_interventions_is_what_their_rows_say():
-    """A low rank of the prediction is enough, and it is not needed; a floor does not keep the rank."""
-    of = lambda arm: {collapse_of(row) for row in shipped() if row["arm"] == arm and row["budget"] == "steps"}  # noqa: E731
-    assert of("b, low-pass") == of("c, noise on top") == {""} and of("c, x + eps") == of("a, floor") == {"rank"}
+    """With the target cut a low rank of the prediction is enough, and it is not needed; a floor does not keep the rank."""
+    assert set(ways("b, low-pass")) == set(ways("c, noise on top")) == {""}
+    assert set(ways("c, x + eps")) == set(ways("a, floor")) == {"rank"}
+    text, told = prose(), {row["metric"]: row["verdict"] for _, row in verdicts(shipped(), "steps")[::3].iterrows()}
+    assert told == {"psnr": "lower", "rank": "lower"} and "pictures and rank are worse than a's" in text
+    instead, rest = ways("a, x instead"), [r for r in last_rows(shipped()) if r["arm"] == "a, x instead"]
+    assert f"collapses in spread in {instead.count('spread')} of {len(instead)} seeds" in text
+    others = [row["spread"] for row in rest if not collapse_of(row)]
+    assert f"when training stops ({min(others):.2f} to {max(others):.2f})" in text
+    first, second, last = *means("a, whitened", "rank", "early"), *means("a, whitened", "rank")
+    assert f"from {first:.1f} over {second:.1f} to {last:.1f}, to a bound of {FEW * 16:.1f}" in text
+    free = ways("c, free scale")
+    assert f"loses its rank in {free.count('rank')} of {len(free)} seeds" in text
 
 
-def test_findings_fit_on_a_screen_and_the_first_screen_tells_the_headline():
+def test_what_the_text_says_of_collapse_and_of_pictures_is_what_the_rows_say():
+    text, psnr = prose(), lambda arm: means(arm, "psnr")[0]
+    assert f"their effective rank is below {FEW * 16:.1f}. By that a's rank of {means('a: v', 'rank')[0]:.1f}" in text
+    kept = sorted(psnr(arm.name) for arm in SCALES["laptop"].table("answers"))
+    low, d, c = (psnr(arm) for arm in ("b, low-pass", "d: average, views", "c: x"))
+    assert (
+        f"{kept[0]:.1f} to {kept[-1]:.1f} dB, beside {low:.1f} of *b, low-pass*, {d:.1f} of d and {c:.1f} of c" in text
+    )
+    assert kept[0] > max(psnr(arm.name) for arm in SCALES["laptop"].table("steps interventions free"))
+    assert set(verdicts(shipped(), "answers")["verdict"]) == {"lower"}
+
+
+def test_the_arms_in_the_text_are_those_that_are_trained():
+    scale, text = SCALES["laptop"], prose()
+    for arm in scale.table("steps"):
+        recipe = scale.recipe_of("laptop", "shapes")(arm, 0)
+        method = recipe.method
+        reached = {"both": "input and target", "input": "input"}[method.gradient]
+        views = {0.0: "none", 0.5: "half of the images"}[method.views]
+        source = {"ema": "its average", "online": "the encoder"}[method.target]
+        assert f"| {arm.name} | {method.predicts} | {reached} | {source} | {views} |" in text
+    size, training = recipe.network, recipe.training
+    assert f"{size.depth} blocks of width {size.width}, {training.steps} steps of {training.batch_size} images" in text
+    assert f"out of {recipe.data.n:,}" in text and f"Latents of {size.latent_dim} channels" in text
+    assert f"asked at a spread of {HALF:g}" in text and min(row["seed"] for row in shipped()) == 5
+
+
+def test_what_theory_foretold_is_counted():
+    scale = SCALES["laptop"]
+    table = theory_table(shipped(), scale.table("steps interventions free"), scale.recipe_of("laptop", "shapes"))
+    text = foretold(table)
+    assert f"of 9 of {len(table)} arms (not of *b: target cut*, *c, x + eps*, *a, floor*)" in text
+    untrained = theory_table([], scale.table("steps"), scale.recipe_of("laptop", "shapes"))
+    assert "of 0 of 0 arms whether" in foretold(untrained)
+
+
+def test_the_toy_ends_where_the_text_says():
+    text = prose()
+    naive, cut = (train_toy(CASES[name]) for name in ("a: v", "b: v, target cut"))
+    _, told = flow(cut[0], "v", True, 0.6)
+    ends = [float(found) for found in re.findall(r"still at (\S+)\. .* of b ends at (\S+), by .* at (\S+)\.", text)[0]]
+    assert (
+        ends == pytest.approx([each.item() for each in (naive[-1, 0], cut[-1, 1], told[-1, 1])], abs=0.01)
+        and naive[-1, 1] < 0.02
+    )
+    held = train_toy(CASES["a, and a decoder"], steps=800)
+    assert held[-1].tolist() == pytest.approx([0.3, 0.3], abs=0.05) and (held[-1] < held[600]).all()
+
+
+def test_tables_of_one_seed_read_as_one_seed():
+    rows = [row for row in shipped() if row["seed"] == 5]
+    whole = [row for row in rows if row["arm"] == "DSD"]
+    rows += [row | {"arm": f"without {part}"} for row in whole for part in ("views", "deep")]
+    for question in PAIRS:
+        table = readable(verdicts(rows, question))
+        assert set(table["verdict"]) == {"undecided (1 seed)"} and set(table["+/-"]) == set(table["detectable"]) == {
+            "–"
+        }
+        assert not table.isna().any(axis=None) and "nan" not in table.to_string()
+    assert set(verdicts(rows, "unity", "flops")["metric"]) == set(JUDGED)
+
+
+def test_findings_fit_on_a_screen_and_the_first_screen_tells_the_verdict():
     rows = shipped()
     assert check_words(findings_table(all_findings(rows)).data) <= 250
-    first = nbformat.read(BOOK, as_version=4).cells[0].source.replace("\n", " ")
-    naive, cut = all_findings(rows)[:2]
-    assert headline(naive()) in first and headline(cut()) in first
+    first = nbformat.read(BOOK, as_version=4).cells[0].source
+    assert f"**Verdict.** {verdict_line(rows)}\n" in first
 
 
 def test_a_verdict_needs_all_seeds():
@@ -121,7 +221,15 @@ def test_a_verdict_needs_all_seeds():
 def test_the_film_that_ships_shows_the_steps():
     film = load_film(paths.data() / "results" / FILM)
     assert list(film.arms) == [arm.name for arm in SCALES["laptop"].table("steps")]
+    assert f"{film.clouds.shape[2]} held-out images as points" in prose()
     assert film.steps[-1] == 400 and film.collapsed[0] is not None and film.collapsed[2] is None
+
+
+def test_what_the_text_says_of_denoising_is_in_its_film():
+    film = load_film(paths.data() / "results" / DENOISING, Denoising)
+    (distilled, *_, d), (velocity, *_, v) = film.missed
+    assert f"At $t={film.times[0]:g}$ the diffusion head misses {distilled:.0%}".replace("%", " %") in prose()
+    assert f"the velocity head misses {100 * velocity:.1f} %" in prose() and d < v and film.labels[0] == "disc"
 
 
 def test_the_whole_network_that_ships_is_the_tables_and_gives_images_back():

@@ -28,7 +28,7 @@ def bare(name: str, overrides: str = "", small: str = SMALL) -> Arm:
 
 
 def steps_arms(small: str) -> tuple[Arm, ...]:
-    """From the naive way to DSD, step by step."""
+    """From the naive way to DSD by the authors' remedies, step by step."""
     return (
         bare("a: v", "method.predicts=v method.gradient=both", small),
         bare("b: target cut", "method.predicts=v method.gradient=input", small),
@@ -90,7 +90,7 @@ def part_arms() -> tuple[Arm, ...]:
         "classification": "method.classification=0",
         "deep": "method.deep=0",
     }
-    return DSD, *(Arm(f"without {part}", "dsd", overrides, +1) for part, overrides in without.items())
+    return DSD, *(Arm(f"without {part}", "dsd", overrides) for part, overrides in without.items())
 
 # %% ../../../nbs/lib/studies/dsd/arms.ipynb #1507a040
 GROUPS: dict[str, Callable[[str], tuple[Arm, ...]]] = {  # what the argument says: the size of bare arms

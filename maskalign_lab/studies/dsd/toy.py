@@ -31,8 +31,8 @@ class Case:
 
 CASES = {
     "a: v": Case(),
-    "b: v, target detached": Case(detached=True),
-    "c: x, target detached": Case("x", detached=True),
+    "b: v, target cut": Case(detached=True),
+    "c: x, target cut": Case("x", detached=True),
     "a, and a decoder": Case(rebuilt=True),
     "decoder alone (REPA-E)": Case(detached=True, apart=True, rebuilt=True),
 }
@@ -118,15 +118,17 @@ def toy_figure(
 ) -> Figure:
     """The spreads that were measured, over those that the closed form tells for the best denoiser."""
     theme()
-    figure = Figure(figsize=(2.5 * len(courses), 2.6), layout="constrained")
+    figure = Figure(figsize=(2.5 * len(courses), 2.9), layout="constrained")
     axes = figure.subplots(1, len(courses), sharey=True, squeeze=False)[0]
     top = 1.1 * max(course.max().item() for course in courses.values())
     for axis, (name, course) in zip(axes, courses.items()):
-        axis.plot(torch.linspace(0, length, len(course)), course, color=PALETTE[0], lw=2.4)
+        axis.axhline(1, color=QUIET, lw=1, ls=":", label="the noise's spread")
+        for direction, colour, label in zip(course.T, PALETTE, ("wide direction", "narrow direction")):
+            axis.plot(torch.linspace(0, length, len(course)), direction, color=colour, lw=2.4, label=label)
         if not (CASES[name].apart or CASES[name].rebuilt):
-            axis.plot(*flow(course[0], CASES[name].prediction, CASES[name].detached, length), "--", color=INK, lw=1)
-        axis.axhline(1, color=QUIET, lw=0.6)
+            lengths, told = flow(course[0], CASES[name].prediction, CASES[name].detached, length)
+            axis.plot(lengths, told, "--", color=INK, lw=1, label=["closed form", None])
         axis.set(title=name, xlabel="learning rate x steps", ylim=(0, top))
-    axes[0].set_ylabel("spread of the latent's\ntwo directions")
-    axes[0].legend([*axes[0].lines[::2]][:2], ["measured", "closed form"], fontsize=7)
+    axes[0].set_ylabel("spread of the latent")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     return figure
