@@ -233,7 +233,7 @@ def test_what_is_said_of_rankings_is_in_the_rows():
     told = [signed(by_norm[run, 0.5][0], 3) for run in ("reg", "maskalign")]
     assert f"({told[0]} and {told[1]} at t = 0.5)" in said("What this study finds")
     last = ranking_findings(rows)[-1]()
-    lost, whole = last.effect.split()[0], last.verdict.split()[-1]
+    lost, whole = last.effect.split()[0], last.verdict.split()[0]
     assert f"loses {lost} of its cosine; with all content removed it is {whole}" in said("behind the mixer an eighth")
 
 
@@ -256,7 +256,7 @@ def test_what_is_said_of_the_first_steps_is_in_the_rows():
         for mean, half in list(zip(row["per t"], row["per t half"], strict=True))[:2]
         if mean < -half
     ]
-    assert f"{spoken(max(against))} to {spoken(min(against))}" in said("on the way")
+    assert f"{spoken(max(against))} to {spoken(min(against))}" in said("And **on the way**?")
     assert not [row for row in rows if row["step"] > 30 and row["mean"] < -row["mean half"]]
     for row in (row for row in rows if row["part"] == "alignment" and row["step"] == conflict_courses.STEPS):
         assert row["times"][-1] == 0.95 and row["per t"][-1] > row["per t half"][-1], row["arm"]
