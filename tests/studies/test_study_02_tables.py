@@ -23,6 +23,7 @@ from maskalign_lab.studies.position_preference import answers, conflict_courses,
 from maskalign_lab.studies.position_preference.cause_findings import cause_table, cell, following, follows
 from maskalign_lab.studies.position_preference.causes import CUT
 from maskalign_lab.studies.position_preference.depth_film import load_film
+from maskalign_lab.studies.position_preference.flip import flip_table
 from maskalign_lab.studies.position_preference.gap_quality import correlation_table
 from maskalign_lab.studies.position_preference.mixer_figures import dose_table, mixer_findings
 from maskalign_lab.studies.position_preference.opening import SHIPPED, TABLES, open_study
@@ -207,6 +208,15 @@ def test_what_is_said_of_the_turn_is_in_the_rows():
     assert min(agreement(*case.logs)[0, -1] for case in oracle.values()) > 0.7
     r = agreement(*torch.from_numpy(load_parts(paths.data() / "runs" / "sit-shapes").means.sum(2)))
     assert r[0, -1] > 0.6
+
+
+def test_what_is_said_of_lengths_is_seen_in_the_run_that_ships():
+    observed = observe(load_run("repa-shapes", device="cpu"))
+    flip = flip_table(observed, observed.run.survey_images(256), (0.0, 1.0))
+    assert 1.8 < flip.loc[0.0, "length on objects"] < 2.3 and flip.loc[0.0, "angle's share"] < 0.05
+    assert flip.loc[0.0, "map and objects"] < -0.8 and flip.loc[1.0, "map and objects"] > 0.7
+    assert abs(flip.loc[1.0, "length's share"] - flip.loc[1.0, "angle's share"]) < 0.15
+    assert flip.loc[0.0, "length and spread"] > 0.7 and flip.loc[1.0, "length and spread"] < -0.7
 
 
 def test_what_the_first_screen_says_of_untrained_networks_is_in_the_rows():
