@@ -139,7 +139,9 @@ def gap_figure(rows: Rows) -> Figure | None:  # None: no arms to compare
         axis.set_title(titles.get(METRICS[metric], ""), fontsize=9)
         axis.set_xscale("symlog", linthresh=LINEAR)
         better = "less" if badness(metric) > 0 else "more"
-        axis.set(xlabel=f"stability gap (cosine; linear up to {LINEAR:g})", ylabel=f"{METRICS[metric]} ({better} is better)")
+        axis.set(
+            xlabel=f"stability gap (cosine; linear up to {LINEAR:g})", ylabel=f"{METRICS[metric]} ({better} is better)"
+        )
     figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return figure
 

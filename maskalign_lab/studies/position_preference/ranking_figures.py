@@ -214,7 +214,9 @@ def of_greedy(rows: Rows, question: str, ranking: str) -> Finding:
 def lost_by_others(rows: Rows, question: str, run: str) -> Finding:
     """What the tokens that are left lose if the others are dropped, chosen at random, up to the last level."""
     row, whole = row_of(rows, run, RANDOM, removal="drop"), row_of(rows, run, RANDOM)
-    return of_number(question, row["drop"], f"{plain(whole['drop'], 3)} if all content is removed", row["drop half"], digits=3)
+    return of_number(
+        question, row["drop"], f"{plain(whole['drop'], 3)} if all content is removed", row["drop half"], digits=3
+    )
 
 # %% ../../../nbs/lib/studies/position_preference/ranking_figures.ipynb #ace56424
 def all_findings(rows: Rows, run: str = "repa-shapes", masked: str = "maskalign-shapes") -> list[Callable[[], Finding]]:

@@ -32,6 +32,8 @@ def training_note(
     table: pd.DataFrame,  # from `training_table`
 ) -> str:
     """How alike the maps of the first checkpoint are to those of the last."""
+    if table.empty:
+        return "These runs have no maps of earlier checkpoints."
     first = table[table["step"] == table["step"].min()].set_index("run")
     times = [column for column in table if column.startswith("t = ")]
     told = "; ".join(f"at {t} by {', '.join(signed(value, 2) for value in first[t])}" for t in times)
