@@ -133,7 +133,10 @@ def test_the_answers_end_in_what_the_rows_say():
     assert (moved["REPA"] > still["REPA"]).all() and moved["REPA"][:, :-1].min() > 0.9
     cut = f"REPA, {CUT}"
     assert (moved[cut] < still[cut])[:, :-1].all() and (moved[cut] > still[cut])[:, -1].all()
-    assert all(name in answers.cause_answer(causes) for name in ("untrained", "SiT", "4 x 4"))
+    told = answers.cause_answer(causes)
+    assert "REPA's map goes with the teacher's tokens:" in told and "With attention cut it stays:" in told
+    assert "*consistent with* the objection" in answers.dose_answer(mixer)
+    assert "decided only together with the arms that drop more" in answers.quality_answer(masked, mixer)
     silent, table = ["mask, no mixer", "mixer radius 0"], dose_table(mixer)
     assert (table.loc[silent, "restored"] == 0).all() and (table.drop(silent)["restored"] > 0).all()
     assert (
