@@ -43,7 +43,7 @@ def followed(rows: Rows, student: str) -> str:
     early = f"{span(moved[:, :-1])} moved along, {span(still[:, :-1])} left where it was"
     return f"{early} at t up to {TIMES[-2]:g} ({span(moved[:, -1])} and {span(still[:, -1])} at t = {TIMES[-1]:g})"
 
-
+# %% ../../../nbs/lib/studies/position_preference/answers.ipynb #bad456a3
 FAVOURED = 1.5  # a peak from which a map has a favourite
 
 
@@ -58,7 +58,7 @@ def goes_with(rows: Rows, student: str) -> str:
         else "does neither"
     )
 
-
+# %% ../../../nbs/lib/studies/position_preference/answers.ipynb #447ba076
 def cause_answer(rows: Rows) -> str:
     """Whether the teacher, alignment or dependence makes the map."""
     cut = f"REPA, {CUT}"
@@ -71,8 +71,8 @@ def cause_answer(rows: Rows) -> str:
     seen = {name: f"{peaks[name]:.1f} ({in_seeds(len(of))})" for name, of in cells.items()}
     said = [
         f"**Answer to the first objection**, from the small networks. The favourite, in times of the mean position: {seen['untrained']} in "
-        f"an untrained network, {seen['SiT']} in a SiT that was never aligned, {seen['REPA']} in REPA, and {seen[cut]} with REPA's attention "
-        "cut, which is when the trained network is read, not in training.",
+        f"an untrained network, {seen['SiT']} in a SiT that was never aligned, {seen['REPA']} in REPA, and {seen[cut]} with REPA's "
+        "attention cut, which is when the trained network is read, not in training.",
         f"When the teacher's tokens are moved, REPA's map {ways[0]}: it correlates with the plain one by {follows[0]}.",
         f"With attention cut it {ways[1]}: {follows[1]}.",
         "So a favourite takes neither alignment nor attention, and on how many tokens a network relies it does not tell."
@@ -94,7 +94,7 @@ def told(found: RankCorrelation) -> str:
     word = "undecided" if found.verdict(0) == "undecided" else "decided"
     return f"{signed(found.rho, 2)} ({signed(found.low, 2)} to {signed(found.high, 2)}), {word}"
 
-
+# %% ../../../nbs/lib/studies/position_preference/answers.ipynb #b429f43e
 def dose_answer(rows: Rows) -> str:
     """Whether stability goes with what comes back through the mixer."""
     try:
@@ -136,7 +136,7 @@ def spread_of(found: Sequence[RankCorrelation]) -> str:
     word = f"{decided} of {len(found)} decided" if decided else "undecided"
     return f"{span([each.rho for each in found])} ({found[0].arms} arms, {word})"
 
-
+# %% ../../../nbs/lib/studies/position_preference/answers.ipynb #d5527507
 def concluded(found: Sequence[RankCorrelation], alike: Sequence[RankCorrelation]) -> str:
     """What all correlations allow, and those of arms that drop alike."""
     if any(each.verdict(+1) == "reproduced" for each in found):
@@ -146,7 +146,7 @@ def concluded(found: Sequence[RankCorrelation], alike: Sequence[RankCorrelation]
     rest = "; that it goes with bad ones is decided only together with the arms that drop more" * only
     return f"So nothing shows that a small gap makes good networks{rest}."
 
-
+# %% ../../../nbs/lib/studies/position_preference/answers.ipynb #64bc462c
 def quality_answer(
     masked: Rows,  # of study 05
     mixer: Rows,  # of study 02

@@ -74,7 +74,7 @@ def table_numbers(
         "sweep_layers": {"rows": some_of(tables["sweep"], ("arm", "seed", "aligned", "probe", "CKNNA"))},
     }
 
-
+# %% ../../../nbs/lib/studies/position_preference/figure_numbers.ipynb #e84a7d74
 def ranking_numbers(rows: Rows) -> dict[str, dict[str, Any]]:  # figure -> its numbers
     """What the figures of rankings show: curves, and leads over random orders."""
     key, asked = ("run", "t", "ranking", "images"), picked(rows, question="alignment")
