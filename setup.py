@@ -1,4 +1,5 @@
 """Packaging: settings.ini tells what the package is and needs; the wheel carries data/ and nbs/ inside the package."""
+
 import shutil
 from configparser import ConfigParser
 from pathlib import Path

@@ -31,9 +31,8 @@ def pull_parts(
     hidden = hidden.detach().requires_grad_()
     with torch.enable_grad():
         projected = projector(hidden)
-    length = projected.detach().norm(dim=-1)
-    sine = projected_gradients(projected.detach(), features).norm(dim=-1) * length
-    direction = F.normalize(projected_gradients(projected.detach(), features), dim=-1)
+    gradients, length = projected_gradients(projected.detach(), features), projected.detach().norm(dim=-1)
+    sine, direction = gradients.norm(dim=-1) * length, F.normalize(gradients, dim=-1)
     (back,) = torch.autograd.grad(projected, hidden, direction)
     return torch.stack([sine.log(), -length.log(), back.norm(dim=-1).log()])
 

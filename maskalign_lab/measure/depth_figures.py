@@ -53,7 +53,7 @@ def over_depth_figure(
     axes = figure.subplots(len(NAMES), len(times), squeeze=False, sharex=True, sharey="row")
     for line, (key, label) in zip(axes, NAMES.items(), strict=True):
         for time, axis in enumerate(line):
-            axis.axhline(max(found[key].chance for found in runs.values()), color=QUIET, lw=1, ls="--")
+            axis.axhline(max(found[key].chance for found in runs.values()), color=QUIET, lw=1, ls="--", label="chance")
             for (name, found), colour in zip(runs.items(), PALETTE * len(runs), strict=False):
                 draw_run(axis, found[key], time, name, colour, aligned.get(name))
         line[0].set_ylabel(label)
@@ -62,5 +62,6 @@ def over_depth_figure(
     for axis in axes[-1]:
         axis.set_xlabel("block, counted from 1")
         axis.xaxis.get_major_locator().set_params(integer=True)
+    figure.suptitle("bands: 95 % intervals; dots: the aligned block", fontsize=10)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure

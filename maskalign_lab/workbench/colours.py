@@ -28,6 +28,7 @@ QUANTITIES = {
     "top": Quantity("among the 10 % largest norms", "top", (0, 1), ((0.25, "no"), (0.75, "yes"))),
     "probability": Quantity("probability of the top 10 %", "viridis", (0, 0.8),
                             ((0.1, "0.1 uniform"), (0.4, "0.4"), (0.8, "0.8"))),
+    "marked": Quantity("probability of the top 10 %", "viridis"),
     "loss": Quantity("loss of a token", "cividis"),
     "error": Quantity("error of a token (root mean square)", "rocket", (0, 1), ((0, "0"), (0.5, "0.5"), (1, "1"))),
     "excess": Quantity("log, less the mean token's", "RdBu_r"),

@@ -6,6 +6,7 @@
 __all__ = ['HeatMap', 'some_labels', 'draw_heat_map']
 
 # %% ../../nbs/lib/workbench/heat_maps.ipynb #eb79d348
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,13 +62,18 @@ def draw_heat_map(
     for (row, column), value in np.ndenumerate(panel.values):
         if np.isfinite(value):
             sure = halves is None or abs(value) > halves[row, column]
-            text, colour = f"{value:.{digits}f}" if sure else "·", _ink(value, panel.quantity, ends)
+            text, colour = _short(value, digits) if sure else "·", _ink(value, panel.quantity, ends)
             axis.text(column, row, text, ha="center", va="center", fontsize=7.5, color=colour)
     axis.set_xticks(*some_labels(panel.columns))
     axis.set_yticks(*some_labels(panel.rows, 14))
     axis.set(title=panel.title, xlabel=panel.axes[1], ylabel=panel.axes[0])
     axis.spines[:].set_visible(False)
     return shown
+
+
+def _short(value: float, digits: int) -> str:
+    """ "-.10": without the zero, which would make neighbours touch."""
+    return re.sub(r"^(-?)0\.", r"\1.", f"{value:.{digits}f}")
 
 
 def _scale(quantity: str) -> Any:

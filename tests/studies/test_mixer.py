@@ -179,7 +179,7 @@ def test_a_leak_that_buys_the_gap_is_found_and_one_that_does_not_is_not():
     bought, free = (
         findings_table([*mixer_findings(made_up(slope)).values()]).data.splitlines() for slope in (-1e-3, 1e-3)
     )
-    assert "| -" in bought[2] and "reproduced (8 arms, 3 seeds)" in bought[2] and "contradicted" in free[2]
+    assert "| +" in bought[2] and "reproduced (8 arms, 3 seeds)" in bought[2] and "contradicted" in free[2]
     smaller = next(line for line in bought if "carries nothing?" in line)
     assert "reproduced (3 seeds)" in smaller and "-.0004" in smaller
     noise = next(line for line in bought if "noise can be rebuilt" in line)

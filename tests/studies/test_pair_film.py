@@ -128,6 +128,17 @@ def test_the_best_block_is_told_from_the_aligned_one_by_intervals():
     assert "aligned at none" in notes.depth_note(seen, {})
 
 
+def test_blocks_that_are_as_much_like_the_teacher_are_named():
+    flat = {"CKNNA": over([0.4, 0.5, 0.49], 0.02), "probe": over([0.5, 0.6, 0.9])}
+    assert "behind block 2 (not told from 3), and aligned at none" in notes.depth_note({"mine": flat}, {})
+
+
+def test_the_times_of_the_paper_s_table_are_told_where_a_survey_has_them():
+    assert "those of t = 0.1 and 0.9 by -1.00" in notes.preference_note({"mine": survey(0, True)})
+    few = PartSurvey(np.linspace(0, 1, 3), survey(0, True).means[:, [0, 5, 10]], np.zeros(1), np.zeros(1), 64)
+    assert "those of" not in notes.preference_note({"mine": few})
+
+
 def test_a_study_without_aligned_runs_has_no_conflict_to_tell():
     assert "nothing to agree" in notes.conflict_note([])
     row = {

@@ -134,3 +134,14 @@ def test_the_smoke_run_notes_its_numbers(smoke):
     (alike,) = side["alike"].values()
     assert set(alike) == {"same t", "over t", "both ends"} and all(-1 <= value <= 1 for value in alike.values())
     assert np.isfinite([list(of.values()) for of in side["uneven"].values()]).all()
+
+
+def test_beside_a_figure_stand_its_own_numbers_alone(smoke):
+    folder = smoke.path(".html").parent
+    side = {
+        name: json.loads((folder / f"02_{name}.json").read_text()) for name in ("agreement", "wrt", "conflict", "depth")
+    }
+    (of,) = (each for each in side["agreement"].values() if isinstance(each, dict) and "correlations" in each)
+    assert np.shape(of["correlations"]) == (len(of["t"]),) * 2
+    assert {row["with hidden"] for row in side["wrt"]["correlations"]} == {"inputs", "parameters"}
+    assert np.ndim(side["depth"]["cosine"]) == 3 and not any("uneven" in each for each in side.values())

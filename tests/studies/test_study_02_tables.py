@@ -1,30 +1,38 @@
 """Study 02: which tables are trained, what ships of the lenses, and how rows become figures."""
 
-import re
 from types import SimpleNamespace
 
 import nbformat
 import numpy as np
 import pytest
+import torch
 
 from maskalign_lab.base import paths
 from maskalign_lab.gradient_norms import observe
 from maskalign_lab.measure.courses import METRICS
 from maskalign_lab.measure.findings import findings_table
+from maskalign_lab.measure.rankings import NORM
+from maskalign_lab.measure.spatial import METRICS as SPATIAL
 from maskalign_lab.measure.verdicts import by_seed
+from maskalign_lab.measure.wording import plain, signed
+from maskalign_lab.position_preference import agreement, peak_again
 from maskalign_lab.runs.experiments import load_rows
 from maskalign_lab.runs.run import load_run
 from maskalign_lab.runs.rung import UNSEEN
-from maskalign_lab.studies.position_preference import conflict_courses, lenses, tables
-from maskalign_lab.studies.position_preference.cause_findings import cause_table, follows
+from maskalign_lab.studies.position_preference import answers, conflict_courses, lenses, tables
+from maskalign_lab.studies.position_preference.cause_findings import cause_table, cell, following, follows
+from maskalign_lab.studies.position_preference.causes import CUT
 from maskalign_lab.studies.position_preference.depth_film import load_film
+from maskalign_lab.studies.position_preference.flip import flip_table
 from maskalign_lab.studies.position_preference.gap_quality import correlation_table
 from maskalign_lab.studies.position_preference.mixer_figures import dose_table, mixer_findings
 from maskalign_lab.studies.position_preference.opening import SHIPPED, TABLES, open_study
+from maskalign_lab.studies.position_preference.part_tables import training_table
 from maskalign_lab.studies.position_preference.ranked_runs import ROWS as RANKED
 from maskalign_lab.studies.position_preference.ranking_figures import all_findings as ranking_findings
-from maskalign_lab.studies.position_preference.ranking_figures import trust_table
+from maskalign_lab.studies.position_preference.ranking_figures import picked, trust_table
 from maskalign_lab.studies.position_preference.summary import CHOSEN, all_findings
+from maskalign_lab.studies.position_preference.surveys import load_parts
 
 RESULTS = paths.data() / "results"
 
@@ -116,27 +124,102 @@ def test_what_the_first_screen_says_of_gaps_and_rankings_is_in_the_rows():
     assert norms.verdict.startswith("contradicted") and "g_i" in norms.question
 
 
-def test_what_is_said_of_the_mixers_doses_is_in_the_rows():
-    """Of the networks after equal steps: where nothing comes back the gap is widest, and neighbours are enough."""
-    rows, text = load_rows(RESULTS / "02_mixer_shapes.json"), said("Two seeds; over the seven doses")
-    table, silent = dose_table(rows), ["mask, no mixer", "mixer radius 0"]
-    seeing = table.drop(silent)
-    assert (table.loc[silent, "restored"] == 0).all() and len(table) == 7
-    assert seeing["restored"].idxmin() == "mixer of 1" and 0.2 < seeing["restored"].min() < 0.3
-    assert seeing["restored"].idxmax() == "mixer radius 1" and 0.85 < seeing["restored"].max() < 0.95
-    assert 0.0003 < table.loc[silent, "gap"].min() and table.loc[silent, "gap"].max() < 0.00055
-    assert seeing["gap"].max() < 0.0001
-    between = mixer_findings(rows)["between arms"]()
-    assert between.effect.replace("-", "−") in text and between.verdict.startswith("reproduced")
-    reg = np.mean([*by_seed(rows, "velocity")["REG"].values()])
-    losses = [*table.loc[["mixer radius 1", "mixer radius 2", "MaskAlign"], "velocity"], reg]
-    assert re.findall(r"\.\d{3}\b", text.partition("the loss is")[2]) == [f"{loss:.3f}"[1:] for loss in losses]
+def test_the_answers_end_in_what_the_rows_say():
+    """Their numbers are made from the rows; their conclusions are words, and hold for the rows that ship."""
+    causes, mixer, masked = (
+        load_rows(RESULTS / f"{name}_shapes.json") for name in ("02_causes", "02_mixer", "05_maskalign")
+    )
+    moved, still = ({of: following(causes, of, how) for of in ("REPA", f"REPA, {CUT}")} for how in (True, False))
+    assert (moved["REPA"] > still["REPA"]).all() and moved["REPA"][:, :-1].min() > 0.9
+    cut = f"REPA, {CUT}"
+    assert (moved[cut] < still[cut])[:, :-1].all() and (moved[cut] > still[cut])[:, -1].all()
+    told = answers.cause_answer(causes)
+    assert "REPA's map goes with the teacher's tokens:" in told and "With attention cut it stays:" in told
+    assert "*consistent with* the objection" in answers.dose_answer(mixer)
+    assert "decided only together with the arms that drop more" in answers.quality_answer(masked, mixer)
+    silent, table = ["mask, no mixer", "mixer radius 0"], dose_table(mixer)
+    assert (table.loc[silent, "restored"] == 0).all() and (table.drop(silent)["restored"] > 0).all()
+    assert (
+        table.loc[silent, "gap"].min() > table.drop(silent)["gap"].max()
+        and table["velocity"].idxmin() == "mixer radius 1"
+    )
+    assert mixer_findings(mixer)["latents come back"]().verdict.startswith("undecided")
+    every = correlation_table(masked)
+    assert set(every[(every["part"] == "between") & (every["among"] == "told alike")]["verdict"]) == {"undecided"}
+    names = by_seed(masked, "gap")
+    assert {"ratio 0.5", "ratio 0.75"} <= set(names)
+    fewer = answers.quality(masked, [name for name in names if "ratio" not in name], ["frechet", "accuracy"])
+    assert all(each.verdict(0) == "undecided" for each in fewer)
+    assert 0.12 < np.mean([*names["MaskAlign"].values()]) / np.mean([*names["REG"].values()]) < 0.145
+    assert "1 seed" in answers.cause_answer([row for row in causes if row["seed"] == 5])
 
 
 def said(words: str) -> str:
     """The text of the notebook that has some words."""
     book = nbformat.read(paths.notebooks() / "02_position_preference.ipynb", as_version=4)
     return next(cell.source for cell in book.cells if cell.cell_type == "markdown" and words in cell.source)
+
+
+@pytest.fixture(scope="module")
+def surveys():
+    return {name: load_parts(paths.data() / "runs" / f"{name}-shapes") for name in SHIPPED}
+
+
+def test_what_is_said_of_the_runs_that_ship_is_in_their_surveys(surveys):
+    text = said("What this study finds").replace("\n", " ")
+    r = {name: agreement(*torch.from_numpy(survey.means.sum(2))).numpy() for name, survey in surveys.items()}
+    aligned = [r[name] for name in SHIPPED if name != "sit"]
+    ends, inside = ([of[at] for of in aligned] for at in ((0, -1), (1, -2)))
+    for values in (ends, inside):
+        assert f"by {spoken(max(values))} to {spoken(min(values))}" in text
+    assert min(of[0, 1] for of in aligned) > 0.85 and min(of[3:10, 3:10].min() for of in aligned) > 0.85
+    shares = np.stack([survey.share[:, 0] for survey in surveys.values()])
+    assert f"{100 * shares.min():.0f} to {100 * shares.max():.0f} % of the variance" in text and shares.max() < 0.5
+    peaks = {name: peak_again(*torch.from_numpy(survey.marks[:, 5])).item() for name, survey in surveys.items()}
+    assert f"{min(peaks.values()):.1f} to {max(peaks.values()):.1f} times" in text
+    assert f"MaskAlign's favourite, {peaks['maskalign']:.2f}, is no smaller\nthan REG's, {peaks['reg']:.2f}" in said(
+        "Fig. 2b"
+    )
+
+
+def spoken(value: float) -> str:
+    """ "−.35"."""
+    return signed(value, 2).replace("-", "−")
+
+
+def test_what_is_said_of_the_course_of_training_is_in_the_stored_maps():
+    runs = [
+        SimpleNamespace(name=name, run=SimpleNamespace(path=paths.data() / "runs" / f"{name}-shapes"))
+        for name in SHIPPED
+    ]
+    table = training_table(runs)
+    table = table[table["run"] != "sit"].set_index("step")
+    text = said("Over **training**")
+    for step in (1000, 3000):
+        low, high = (spoken(end(table.loc[step, "t = 0.0"])) for end in (min, max))
+        assert f"({low} to {high})" in text
+    assert table.loc[1000, ["t = 0.5", "t = 1.0"]].min().min() > 0.8
+
+
+def test_what_is_said_of_the_turn_is_in_the_rows():
+    cells = cause_table(load_rows(RESULTS / "02_causes_shapes.json")).set_index(["student", "teacher"])
+    repa, text = cells.loc[("REPA", "as taught")], said("Why the map of the shipped REPA turns over")
+    assert f"{spoken(repa['with objects, t = 0'])} at t = 0 and {spoken(repa['with objects, t = 1'])} at t = 1" in text
+    angle = plain(repa["angle's share, t = 0"], 2)
+    assert f"the angle has {angle} of the map" in text
+    oracle = cell(load_rows(RESULTS / "02_causes_shapes.json"), "REPA", "oracle")
+    assert min(agreement(*case.logs)[0, -1] for case in oracle.values()) > 0.7
+    r = agreement(*torch.from_numpy(load_parts(paths.data() / "runs" / "sit-shapes").means.sum(2)))
+    assert r[0, -1] > 0.6
+
+
+def test_what_is_said_of_lengths_is_seen_in_the_run_that_ships():
+    observed = observe(load_run("repa-shapes", device="cpu"))
+    flip = flip_table(observed, observed.run.survey_images(256), (0.0, 1.0))
+    assert 1.8 < flip.loc[0.0, "length on objects"] < 2.3 and flip.loc[0.0, "angle's share"] < 0.05
+    assert flip.loc[0.0, "map and objects"] < -0.8 and flip.loc[1.0, "map and objects"] > 0.7
+    assert abs(flip.loc[1.0, "length's share"] - flip.loc[1.0, "angle's share"]) < 0.15
+    assert flip.loc[0.0, "length and spread"] > 0.7 and flip.loc[1.0, "length and spread"] < -0.7
 
 
 def test_what_the_first_screen_says_of_untrained_networks_is_in_the_rows():
@@ -150,9 +233,43 @@ def test_what_the_first_screen_says_of_a_teacher_whose_tokens_are_moved_is_in_th
     rows = load_rows(RESULTS / "02_causes_shapes.json")
     assert follows(rows, True).verdict.startswith("higher") and follows(rows, False).verdict.startswith("undecided")
 
+    assert (following(rows, "SiT", True) < following(rows, "SiT", False))[:, 3].all()  # at t = 0.75
+
+
+def test_what_is_said_of_rankings_is_in_the_rows():
+    rows = load_rows(RESULTS / RANKED)
+    by_norm = {
+        (row["run"].removesuffix("-shapes"), row["t"]): row["less random"]
+        for row in picked(rows, question="alignment", ranking=NORM)
+    }
+    assert all(by_norm[run, t][0] < -by_norm[run, t][1] for run in ("repa", "sit") for t in (0.2, 0.5, 0.8))
+    told = [signed(by_norm[run, 0.5][0], 3) for run in ("reg", "maskalign")]
+    assert f"({told[0]} and {told[1]} at t = 0.5)" in said("What this study finds")
+    last = ranking_findings(rows)[-1]()
+    lost, whole = last.effect.split()[0], last.verdict.split()[0]
+    assert f"loses {lost} of its cosine; with all content removed it is {whole}" in said("behind the mixer an eighth")
+
+
+def test_what_is_said_of_untaught_teachers_is_in_the_rows():
+    rows = [row for row in load_rows(RESULTS / lenses.ROWS) if row["lens"] == "space" and row["variant"] == "as it is"]
+    of = {row["teacher"]: row for row in rows}
+    above = {
+        name: sum(of[f"untrained {name}"][metric] > of[name][metric] for metric in SPATIAL)
+        for name in ("tiny", "tiny-4x4")
+    }
+    assert above == {"tiny": 4, "tiny-4x4": 3}
+
 
 def test_what_is_said_of_the_first_steps_is_in_the_rows():
     rows = load_rows(RESULTS / conflict_courses.ROWS)
+    haste = [row for row in rows if row["arm"] == "HASTE" and row["part"] == "alignment" and row["step"] >= row["stop"]]
+    against = [
+        mean
+        for row in haste
+        for mean, half in list(zip(row["per t"], row["per t half"], strict=True))[:2]
+        if mean < -half
+    ]
+    assert f"{spoken(max(against))} to {spoken(min(against))}" in said("And **on the way**?")
     assert not [row for row in rows if row["step"] > 30 and row["mean"] < -row["mean half"]]
     for row in (row for row in rows if row["part"] == "alignment" and row["step"] == conflict_courses.STEPS):
         assert row["times"][-1] == 0.95 and row["per t"][-1] > row["per t half"][-1], row["arm"]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FAVOURITE', 'ASKED', 'COMPARED', 'OBJECTS', 'cell', 'log_peak', 'over_chance', 'preferred', 'prefers_more',
-           'likeness', 'symmetries', 'by_chance', 'alike', 'follows', 'on_path', 'explained', 'cause_findings',
-           'angle_share', 'cell_row', 'cause_table']
+           'likeness_over_time', 'likeness', 'symmetries', 'by_chance', 'alike', 'follows', 'following', 'on_path',
+           'explained', 'cause_findings', 'angle_share', 'cell_row', 'cause_table']
 
 # %% ../../../nbs/lib/studies/position_preference/cause_findings.ipynb #071d64e0
 from collections.abc import Callable, Sequence
@@ -59,10 +59,15 @@ def prefers_more(rows: Rows, question: str, student: str, other: str) -> Finding
     return of_factor(question, pair, 0, "02_causes")
 
 # %% ../../../nbs/lib/studies/position_preference/cause_findings.ipynb #6054a3e1
-def likeness(one: Case, other: Case, order: Tensor | None = None) -> float:
+def likeness_over_time(one: Case, other: Case, order: Tensor | None = None) -> np.ndarray:  # (T,)
     """Correlation of two cases' maps at the same times, across halves of the images; `order` moves the other's positions."""
     there = other.logs if order is None else other.logs[..., order]
-    return float(np.mean([agreement(one.logs[k], there[1 - k]).diagonal().mean().item() for k in (0, 1)]))
+    return np.mean([agreement(one.logs[k], there[1 - k]).diagonal().numpy() for k in (0, 1)], 0)
+
+
+def likeness(one: Case, other: Case, order: Tensor | None = None) -> float:
+    """The mean over times."""
+    return float(likeness_over_time(one, other, order).mean())
 
 # %% ../../../nbs/lib/studies/position_preference/cause_findings.ipynb #fad680e1
 def symmetries(
@@ -110,6 +115,19 @@ def follows(rows: Rows, moved: bool) -> Finding:
     return alike(f"REPA's map under the permuted teacher, correlated with its plain map, {how}?", one, other, order)
 
 
+def following(
+    rows: Rows,
+    student: str,
+    moved: bool,  # along with the teacher's tokens; else left where it was
+) -> np.ndarray:  # (seeds, T)
+    """How alike a student's maps under the permuted and the plain teacher are, at every time and of every seed."""
+    one, other = cell(rows, student, "permuted"), cell(rows, student)
+    if not (seeds := sorted(one.keys() & other.keys())):
+        raise NotTrained(f"{student} under two teachers with a seed in common")
+    order = moved_order(other[seeds[0]].logs.shape[-1]) if moved else None
+    return np.stack([likeness_over_time(one[seed], other[seed], order) for seed in seeds])
+
+
 def on_path(rows: Rows, change: str) -> Finding:
     """The map of other times or another path beside the plain one."""
     question = f"REPA's map with {change}, correlated with its plain map?"
@@ -129,6 +147,7 @@ ASKED = {  # name -> question, student, teacher, change
     "centred": ("With a teacher whose positions have equal means?", "REPA", "centred", ""),
     "positionless": ("With a teacher without position embedding?", "REPA", "positionless", ""),
     "untrained": ("Without training?", "untrained", PLAIN, ""),
+    "unaligned": ("In a SiT that was never aligned?", "SiT", PLAIN, ""),
     "torus": ("On a torus, with a teacher that knows no position?", "REPA", "oracle", "torus"),
 }
 COMPARED = {  # name -> question, student, other student

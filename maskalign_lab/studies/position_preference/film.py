@@ -78,13 +78,13 @@ def make_film(
     )
 
 # %% ../../../nbs/lib/studies/position_preference/film.ipynb #13776851
-SHOWN = ("angle", "1 / length", "gain")  # PARTS as they are written: a long projection is pulled less
+SHOWN = ("log sin angle", "- log length", "log gain")  # PARTS as they are written: a long projection is pulled less
 
 
 def row_of(film: Film, run: int, image: int, time: int, reach: float) -> list[TokenMap]:
     """The maps of one run: the whole, and what adds up to it."""
     side = int(film.parts.shape[-1] ** 0.5)
-    titles = [f"log pull in {film.runs[run].split('-')[0]}", *(f"= {SHOWN[0]}", *(f"+ {part}" for part in SHOWN[1:]))]
+    titles = [f"log pull in {film.runs[run].split('-')[0]}", f"= {SHOWN[0]}", SHOWN[1], f"+ {SHOWN[2]}"]
     maps = film.parts[run, image, time].reshape(4, side, side)
     return [TokenMap(title, values, "excess", (-reach, reach)) for title, values in zip(titles, maps, strict=True)]
 

@@ -132,13 +132,16 @@ def gap_figure(rows: Rows) -> Figure | None:  # None: no arms to compare
     titles = titles_of(rows)
     names = list(dict.fromkeys(name for arms, *_ in reversed(panels.values()) for name in arms))
     figure = Figure(figsize=(4 * len(panels), 4.6), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    axes = figure.subplots(1, len(panels), sharex=True, squeeze=False)[0]
     for axis, (metric, (arms, gaps, values)) in zip(axes, panels.items(), strict=True):
         for name, gap, each in zip(arms, gaps, values, strict=True):
             draw_arm(axis, gap, each, names.index(name), name)
         axis.set_title(titles.get(METRICS[metric], ""), fontsize=9)
         axis.set_xscale("symlog", linthresh=LINEAR)
-        axis.set(xlabel="stability gap", ylabel=METRICS[metric])
+        better = "less" if badness(metric) > 0 else "more"
+        axis.set(
+            xlabel=f"stability gap (cosine; linear up to {LINEAR:g})", ylabel=f"{METRICS[metric]} ({better} is better)"
+        )
     figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return figure
 

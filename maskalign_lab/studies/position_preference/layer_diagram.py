@@ -114,7 +114,9 @@ def layer_diagram(
         MIXER: "mixer: it arrives too, not counted",
         "white": "attention compared",
     }
-    edges = zip(words, (QUIET, QUIET, SEEN), strict=True)
+    if not any(taps_of(recipe).attention for recipe in recipes.values()):
+        del words["white"]
+    edges = zip(words, (QUIET, QUIET, SEEN), strict=False)
     marks = [FancyBboxPatch((0, 0), 1, 1, fc=colour, ec=edge, lw=2 if edge == SEEN else 0.8) for colour, edge in edges]
     figure.legend(marks, list(words.values()), loc="outside lower center", ncols=3)
     return figure

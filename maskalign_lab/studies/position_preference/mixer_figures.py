@@ -27,13 +27,13 @@ from ...workbench.plots import PALETTE, QUIET, theme
 # %% ../../../nbs/lib/studies/position_preference/mixer_figures.ipynb #faf76be5
 Rows = Sequence[dict[str, Any]]
 RESPONSES = {
-    "restored": "influence restored",
-    "rebuilt latents": "latents rebuilt",
-    "rebuilt noise": "noise rebuilt",
-    "gap": "stability gap",
-    "velocity": "velocity loss",
-    "frechet": "judge's distance",
-}  # key of the rows -> name
+    "restored": "influence restored\n(share of the network's own)",
+    "rebuilt latents": "latents rebuilt\n(squared correlation)",
+    "rebuilt noise": "noise rebuilt\n(squared correlation)",
+    "gap": "stability gap\n(cosine)",
+    "velocity": "velocity loss\n(less is better)",
+    "frechet": "judge's distance\n(less is better)",
+}  # key of the rows -> name, with the unit
 DOSED = tuple(dict.fromkeys((*DEPTHS, *RADII)))  # arms
 UNMASKED = {name: name.replace("rebuilt", "unmasked") for name in RESPONSES if name.startswith("rebuilt")}
 
@@ -54,17 +54,16 @@ def draw_doses(
     ladder: Mapping[str, int],  # arm -> dose
     unmasked: Mapping[str, Mapping[int, float]],  # the same without a mask; empty if that is no question
 ) -> None:
-    """One response to one kind of dose."""
+    """One response to one kind of dose; the line is broken where a dose between was not trained."""
     there = {arm: np.array(list(values[arm].values())) for arm in ladder if arm in values}
     if NONE.name in values:
         axis.axhline(np.mean(list(values[NONE.name].values())), color=QUIET, lw=1, ls="--", label="no mixer")
     for arm, of in there.items():
-        axis.plot([ladder[arm]] * len(of), of, "o", color=PALETTE[0], ms=4, alpha=0.5, mew=0)
-    means = [np.mean(of) for of in there.values()]
-    halves = [half_of(of) for of in there.values()]
-    axis.errorbar(
-        [ladder[arm] for arm in there], means, halves, color=PALETTE[0], marker="D", ms=5, lw=1.4, label="masked"
-    )
+        axis.plot([ladder[arm]] * len(of), of, "o", color=PALETTE[0], ms=4, alpha=0.5, mew=0, label="one seed")
+    means = [there[arm].mean() if arm in there else np.nan for arm in ladder]
+    halves = [half_of(there[arm]) if arm in there else np.nan for arm in ladder]
+    style = {"color": PALETTE[0], "marker": "D", "ms": 5, "lw": 1.4, "label": "masked, mean of seeds"}
+    axis.errorbar(list(ladder.values()), means, halves, **style)
     shown = [arm for arm in ladder if arm in unmasked]
     if shown:
         full = [np.mean(list(unmasked[arm].values())) for arm in shown]
@@ -86,7 +85,7 @@ def dose_figure(rows: Rows) -> Figure | None:  # None: no dose was measured
     if not shown:
         return None
     theme()
-    figure = Figure(figsize=(2.4 * len(shown), 5), layout="constrained")
+    figure = Figure(figsize=(2.2 * len(shown), 5.4), layout="constrained")
     axes = figure.subplots(len(LADDERS), len(shown), sharey="col", squeeze=False)
     for line, (label, ladder) in zip(axes, LADDERS.items(), strict=True):
         for axis, metric in zip(line, shown, strict=True):
@@ -96,7 +95,7 @@ def dose_figure(rows: Rows) -> Figure | None:  # None: no dose was measured
     for axis, metric in zip(axes[0], shown, strict=True):
         axis.set_title(RESPONSES[metric], fontsize=10)
     marks = {name: mark for axis in axes.flat for mark, name in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(list(marks.values()), list(marks), loc="outside lower center", ncols=3)
+    figure.legend(list(marks.values()), list(marks), loc="outside lower center", ncols=len(marks))
     return figure
 
 # %% ../../../nbs/lib/studies/position_preference/mixer_figures.ipynb #6f219a1b
@@ -108,7 +107,7 @@ def leak_and_gap(rows: Rows, part: str) -> Finding:
     _, restored, gap = both_metrics(rows, "restored", "gap", DOSED)
     who = "doses" if part == "between" else "seeds of a dose"
     question = f"Have {who} that restore more a smaller gap (rank correlation)?"
-    return of_correlation(question, rank_correlation(restored, gap, part), -1, FIGURE)
+    return of_correlation(question, rank_correlation(restored, -gap, part), +1, FIGURE)
 
 
 def beside(question: str, rows: Rows, arm: str, other: str, metric: str, digits: int) -> Finding:

@@ -29,7 +29,7 @@ from maskalign_lab.position_preference import (
 )
 from ..gradient_norms.figures import pulled
 from .surveys import PartSurvey, carried
-from ...workbench.plots import TokenMap, filmstrip
+from ...workbench.plots import QUANTITIES, theme
 
 # %% ../../../nbs/lib/studies/position_preference/part_tables.ipynb #02e1cef6
 Surveys = Mapping[str, PartSurvey]
@@ -133,13 +133,25 @@ def wrt_figure(
     pulls: Mapping[str, Tensor],  # wrt -> (b, n) log norms
     title: str,
 ) -> Figure:
-    """The mean map and three images, in every kind of pull; a row has a scale of its own."""
-    rows = {}
-    for wrt, norms in pulls.items():
-        maps = [each - each.mean() for each in (norms.mean(0), *norms[:3])]
-        reach, side = max(each.abs().max().item() for each in maps), int(norms.shape[-1] ** 0.5)
-        rows[wrt] = [TokenMap("", each.reshape(side, side).numpy(), "excess", (-reach, reach)) for each in maps]
-    return filmstrip(rows, ["mean of images", *(f"image {i}" for i in range(1, len(maps)))], title)
+    """The mean map and three images, in every kind of pull; the mean has a scale of its own in each, and images share one."""
+    theme()
+    side, scale = int(next(iter(pulls.values())).shape[-1] ** 0.5), QUANTITIES["excess"].scale
+    figure = Figure(figsize=(7.4, 0.5 + 1.5 * len(pulls)), layout="constrained")
+    grid = figure.subplots(len(pulls), 4, squeeze=False)
+    for line, (wrt, norms) in zip(grid, pulls.items(), strict=True):
+        maps = [(each - each.mean()).reshape(side, side).numpy() for each in (norms.mean(0), *norms[:3])]
+        for axes, of in ((line[:1], maps[:1]), (line[1:], maps[1:])):
+            reach = max(abs(each).max() for each in of)
+            for axis, each in zip(axes, of, strict=False):
+                shown = axis.imshow(each, cmap=scale, vmin=-reach, vmax=reach)
+                axis.set(xticks=[], yticks=[])
+                axis.spines[:].set_visible(False)
+            figure.colorbar(shown, ax=list(axes), pad=0.02, aspect=12)
+        line[0].set_ylabel(wrt, rotation=0, ha="right", va="center")
+    for axis, name in zip(grid[0], ("mean of images", "image 1", "image 2", "image 3"), strict=True):
+        axis.set_title(name, fontsize=9)
+    figure.suptitle(f"{title}: {QUANTITIES['excess'].label}", fontsize=10)
+    return figure
 
 # %% ../../../nbs/lib/studies/position_preference/part_tables.ipynb #5d5e51ff
 def run_shares(surveys: Surveys) -> dict[str, float]:

@@ -84,6 +84,7 @@ def curves_figure(rows: Rows, question: str = "alignment", t: float = MIDDLE) ->
         line[0].set_ylabel(f"{curve}\n({ANSWERS[question]})")
     for axis, run in zip(axes[0], names, strict=True):
         axis.set_title(run.removesuffix("-shapes"))
+    figure.suptitle(f"t = {t:g}; each network has a scale of its own", fontsize=10)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
@@ -117,10 +118,11 @@ def gaps_figure(rows: Rows, question: str = "alignment") -> Figure | None:  # No
     axes = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0]
     for axis, run in zip(axes, runs, strict=True):
         draw_gaps(axis, picked(rows, run=run), names, times)
-        axis.set(title=run.removesuffix("-shapes"), xlabel=f"gap beyond chance ({UNITS[question]})")
+        axis.set(title=run.removesuffix("-shapes"), xlabel=f"lead over random ({UNITS[question]})")
         axis.locator_params("x", nbins=5)
     axes[0].set_yticks(range(len(names) + 1), [*names, "greedy"])
     axes[0].set_ylim(len(names) + 0.6, -0.6)
+    figure.suptitle("each network has a scale of its own", fontsize=10)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(times))
     return figure
 
@@ -153,7 +155,8 @@ def maps_figure(observed: Observed, question: str = "alignment", t: float = MIDD
     rows = {name: [Picture(name, each) for each in to_pixels(observed.run.decode(x))] for name, x in seen.items()}
     rows |= map_rows({name: each.values.detach().cpu().numpy() for name, each in found.items()}, observed.net.side)
     labels = [dataset.classes[label] for label in dataset.labels[index]]
-    return filmstrip(rows, labels, f"{observed.name}: the {ANSWERS[question]}; red adds to it, blue takes from it")
+    title = f"{observed.name}: the {ANSWERS[question]}; red adds to it, blue takes from it (norms have no sign)"
+    return filmstrip(rows, labels, title)
 
 # %% ../../../nbs/lib/studies/position_preference/ranking_figures.ipynb #82eeb9f9
 def trust_table(rows: Rows) -> pd.DataFrame:
@@ -211,7 +214,9 @@ def of_greedy(rows: Rows, question: str, ranking: str) -> Finding:
 def lost_by_others(rows: Rows, question: str, run: str) -> Finding:
     """What the tokens that are left lose if the others are dropped, chosen at random, up to the last level."""
     row, whole = row_of(rows, run, RANDOM, removal="drop"), row_of(rows, run, RANDOM)
-    return of_number(question, row["drop"], f"{plain(whole['drop'], 3)} without content", row["drop half"], digits=3)
+    return of_number(
+        question, row["drop"], f"{plain(whole['drop'], 3)} if all content is removed", row["drop half"], digits=3
+    )
 
 # %% ../../../nbs/lib/studies/position_preference/ranking_figures.ipynb #ace56424
 def all_findings(rows: Rows, run: str = "repa-shapes", masked: str = "maskalign-shapes") -> list[Callable[[], Finding]]:
@@ -220,20 +225,20 @@ def all_findings(rows: Rows, run: str = "repa-shapes", masked: str = "maskalign-
     moved = "Conductance behind block 1 less that at the aligned depth: does content move to other tokens?"
     return [
         lambda: of_images(
-            f"Does {run}'s alignment rest on tokens of large g_i? Gap beside chance (cosine, t = 0.5)", of(NORM)
+            f"Does {run}'s alignment rest on tokens of large g_i? Lead over random (cosine, t = 0.5)", of(NORM)
         ),
         partial(of_networks, rows, "In how many networks and times does it?", NORM),
         lambda: of_images("Rank correlation of g_i with a token's misalignment?", of(NORM), "misaligned"),
-        lambda: of_images("Gap by the position's mean g_i on other images?", of(POSITIONS)),
+        lambda: of_images("Lead by the position's mean g_i on other images?", of(POSITIONS)),
         lambda: of_images("By integrated gradients?", of(PATH)),
-        partial(of_greedy, rows, "Their part of the gap of a greedy search, in the median?", PATH),
+        partial(of_greedy, rows, "Their part of a greedy search's lead, in the median?", PATH),
         lambda: of_images(moved, of(FIRST), f"less {OWN}"),
-        lambda: of_images("For the class (logit): gap by g_i?", of(NORM, "class"), digits=2),
+        lambda: of_images("For the class (logit): lead by g_i?", of(NORM, "class"), digits=2),
         lambda: of_images("By integrated gradients?", of(PATH, "class"), digits=2),
         partial(
             lost_by_others,
             rows,
-            "MaskAlign: what does the last eighth of the tokens lose if the others are dropped?",
+            "MaskAlign: what cosine does an eighth of the tokens lose when it is left alone?",
             masked,
         ),
     ]

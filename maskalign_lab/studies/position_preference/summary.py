@@ -18,7 +18,7 @@ from .mixer_figures import mixer_findings
 # %% ../../../nbs/lib/studies/position_preference/summary.ipynb #53afb745
 Rows = Sequence[dict[str, Any]]
 CHOSEN = {  # findings of each objection, by name
-    "causes": ("preference", "positionless", "untrained", "attention", "torus", "moved along"),
+    "causes": ("preference", "untrained", "unaligned", "attention", "moved along", "left where it was"),
     "mixer": ("between arms", "latents come back"),
     "gap": ("told alike: velocity", "all arms: frechet"),
 }
