@@ -4117,6 +4117,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                                                      'maskalign_lab/studies/position_preference/sweep_figures.py'),
                                                                          'maskalign_lab.studies.position_preference.sweep_figures.sweep_figure': ( 'lib/studies/position_preference/sweep_figures.html#sweep_figure',
                                                                                                                                                    'maskalign_lab/studies/position_preference/sweep_figures.py'),
+                                                                         'maskalign_lab.studies.position_preference.sweep_figures.sweep_text': ( 'lib/studies/position_preference/sweep_figures.html#sweep_text',
+                                                                                                                                                 'maskalign_lab/studies/position_preference/sweep_figures.py'),
                                                                          'maskalign_lab.studies.position_preference.sweep_figures.swept': ( 'lib/studies/position_preference/sweep_figures.html#swept',
                                                                                                                                             'maskalign_lab/studies/position_preference/sweep_figures.py')},
             'maskalign_lab.studies.position_preference.table_notes': { 'maskalign_lab.studies.position_preference.table_notes.listed': ( 'lib/studies/position_preference/table_notes.html#listed',

@@ -49,7 +49,7 @@ def over_depth_figure(
     """Probe and CKNNA over depth, a column a time."""
     times = common_times(runs)
     theme()
-    figure = Figure(figsize=(1.6 + 2.7 * len(times), 5.4), layout="constrained")
+    figure = Figure(figsize=(1.4 + 2.4 * len(times), 4.9), layout="constrained")
     axes = figure.subplots(len(NAMES), len(times), squeeze=False, sharex=True, sharey="row")
     for line, (key, label) in zip(axes, NAMES.items(), strict=True):
         for time, axis in enumerate(line):

@@ -63,7 +63,7 @@ def test_seeds_train_the_tables_that_are_named_alone(name, trained, tmp_path):
     assert not trained
     tables.table_rows(study(count=2, out_dir=str(tmp_path)), name)
     ((arms, seeds, recipe_of, baseline, measure, _, keep, device),) = trained
-    assert list(seeds) == [UNSEEN, UNSEEN + 1] and device == "cpu" and keep.name == f"02_{name}.json"
+    assert list(seeds) == [UNSEEN, UNSEEN + 1] and device == "cpu" and keep.name == f"02_{name}_rows.json"
     assert baseline == ("SiT" if name == "mixer" else None) and arms[0].name == "SiT"
     assert all(recipe_of(arm, 5).training.steps == 1000 for arm in arms)
     assert measure.keywords["samples"] == 500

@@ -75,7 +75,7 @@ def curves_figure(rows: Rows, question: str = "alignment", t: float = MIDDLE) ->
         return None
     theme()
     names = runs_of(rows)
-    figure = Figure(figsize=(1.2 + 2.3 * len(names), 5.2), layout="constrained")
+    figure = Figure(figsize=(1.0 + 2.0 * len(names), 4.6), layout="constrained")
     axes = figure.subplots(2, len(names), sharex=True, sharey="col", squeeze=False)
     for line, curve, label in zip(axes, ("deletion", "insertion"), ("gone", "there"), strict=True):
         for axis, run in zip(line, names, strict=True):

@@ -60,7 +60,7 @@ def table_rows(study: Study, name: str) -> list[dict[str, Any]]:
         return shipped_rows(what.table, study.preset, study.dataset, study.overrides)
     known, keep = load_rows(results_file(what.table, study.dataset)), None
     if study.out_dir:
-        keep = Path(study.out_dir) / f"{what.table}.json"
+        keep = Path(study.out_dir) / f"{what.table}_rows.json"  # without "_rows" it is a figure's sidecar
     measure = what.asked(scale, samples_judged(study.dataset, scale.judged))
     recipe_of, chosen = (
         scale.recipe_of(study.preset, study.dataset, study.overrides),
