@@ -103,21 +103,6 @@ def blank_step(
     return BlankStep(net, method, lambda step: method.loss(State(net, net, step), batch, draw))
 
 # %% ../../nbs/lib/runs/experiments.ipynb #f278c693
-_FLOPS: dict[tuple[str, str], float] = {}
-
-
-def step_flops(
-    recipe: Recipe,
-    facts: Facts = COMMON,
-) -> float:
-    """Floating-point operations of a training step per image, forward and backward, a mean over the training's steps."""
-    alike = replace(recipe, training=replace(recipe.training, seed=0))  # all seeds cost the same, and are counted once
-    asked = identity(alike), repr(facts)
-    if asked not in _FLOPS:
-        _FLOPS[asked] = _counted_flops(recipe, facts)
-    return _FLOPS[asked]
-
-
 def _counted_flops(recipe: Recipe, facts: Facts) -> float:
     blank = blank_step(recipe, facts)
 
@@ -138,6 +123,21 @@ def _counted_flops(recipe: Recipe, facts: Facts) -> float:
     stop = min(getattr(layers_of(recipe.method)[-1], "stop", steps), steps)
     phases = [(start, end) for start, end in ((0, stop), (stop, steps)) if end > start]
     return sum((end - start) * counted(start, end) for start, end in phases) / steps
+
+# %% ../../nbs/lib/runs/experiments.ipynb #0d7eae27
+_FLOPS: dict[tuple[str, str], float] = {}
+
+
+def step_flops(
+    recipe: Recipe,
+    facts: Facts = COMMON,
+) -> float:
+    """Floating-point operations of a training step per image, forward and backward, a mean over the training's steps."""
+    alike = replace(recipe, training=replace(recipe.training, seed=0))
+    asked = identity(alike), repr(facts)
+    if asked not in _FLOPS:
+        _FLOPS[asked] = _counted_flops(recipe, facts)
+    return _FLOPS[asked]
 
 # %% ../../nbs/lib/runs/experiments.ipynb #0ce898ef
 @dataclass(frozen=True)
