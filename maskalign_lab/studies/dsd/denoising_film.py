@@ -155,7 +155,7 @@ def view(film: Denoising, time: int, image: int) -> Panels:
     below.append(Picture("clean, decoded", film.target_decoded[image]))
     return Panels((*above, *below), missed_curve(film, time), per_row=len(above))
 
-
+# %% ../../../nbs/lib/studies/dsd/denoising_film.ipynb #2c95cd13
 def scrubber(film: Denoising) -> Scrubber:
     """The interactive view of a film."""
     places, images = range(len(film.times)), range(len(film.labels))
@@ -194,7 +194,7 @@ def strip(film: Denoising, image: int = 0, most: int = 6) -> Figure:
     _missed(below, film)
     return figure
 
-
+# %% ../../../nbs/lib/studies/dsd/denoising_film.ipynb #ffb1bebf
 def _missed(figure: Figure, film: Denoising) -> None:
     axis, curve = figure.subplots(), missed_curve(film, 0)
     for (name, line), colour in zip(curve.ys.items(), PALETTE):

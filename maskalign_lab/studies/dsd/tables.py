@@ -59,7 +59,7 @@ def theory_table(
         table.append(entry | seen(found))
     return pd.DataFrame(table)
 
-
+# %% ../../../nbs/lib/studies/dsd/tables.ipynb #b0089cf9
 FEW = 0.2  # share of the channels below which a rank has collapsed
 
 
