@@ -43,7 +43,7 @@ def last_rows(rows: Rows) -> list[Mapping[str, Any]]:
     """The rows after equal steps."""
     return [row for row in rows if row["budget"] == "steps"]
 
-
+# %% ../../../nbs/lib/studies/dsd/tables.ipynb #f8452faf
 def theory_table(
     rows: Rows,
     arms: Sequence[Arm],
@@ -69,7 +69,7 @@ def collapse_of(row: Mapping[str, Any], channels: int = 16) -> str:
         return "spread"
     return "rank" if row["rank"] < FEW * channels else ""
 
-
+# %% ../../../nbs/lib/studies/dsd/tables.ipynb #be80983f
 def seen(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:  # of one arm
     """What was measured of an arm, as cells."""
     if not found:
