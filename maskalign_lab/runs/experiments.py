@@ -128,13 +128,9 @@ def _counted_flops(recipe: Recipe, facts: Facts) -> float:
 _FLOPS: dict[tuple[str, str], float] = {}
 
 
-def step_flops(
-    recipe: Recipe,
-    facts: Facts = COMMON,
-) -> float:
+def step_flops(recipe: Recipe, facts: Facts = COMMON) -> float:
     """Floating-point operations of a training step per image, forward and backward, a mean over the training's steps."""
-    alike = replace(recipe, training=replace(recipe.training, seed=0))
-    asked = identity(alike), repr(facts)
+    asked = identity(replace(recipe, training=replace(recipe.training, seed=0))), repr(facts)
     if asked not in _FLOPS:
         _FLOPS[asked] = _counted_flops(recipe, facts)
     return _FLOPS[asked]

@@ -19,7 +19,14 @@ from maskalign_lab.runs.experiments import load_rows
 from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.studies.rae.arms import SCALES, film_arms, shift_of
 from maskalign_lab.studies.rae.film import check_shown, load_film
-from maskalign_lab.studies.rae.findings import all_findings, wide_enough
+from maskalign_lab.studies.rae.findings import (
+    all_findings,
+    head_helps,
+    noisy_decoder,
+    semantics,
+    shift_helps,
+    wide_enough,
+)
 from maskalign_lab.studies.rae.noise import DECODERS
 from maskalign_lab.studies.rae.one_image import CASES, case_of, rows_of, shipped_fits
 from maskalign_lab.studies.rae.opening import BOTH, FILM, NOISE, load_decoded
@@ -133,6 +140,15 @@ def test_findings_fit_on_a_screen_and_the_first_screen_tells_the_headline():
     assert check_words(text) <= 250
     first = nbformat.read(BOOK, as_version=4).cells[0].source
     assert headline(wide_enough(shipped_fits())) in first
+    assert "help as claimed" in first and "as well" in first and "farther from real images" in first
+
+
+def test_the_verdict_of_the_data_set_is_in_the_rows():
+    rows = load_rows(paths.data() / "results" / "07_rae_shapes.json")
+    shift = [shift_helps(rows, metric, "") for metric in ("accuracy", "odds loss")]
+    found = [each.verdict for each in (noisy_decoder(rows), head_helps(rows), *shift, semantics(rows))]
+    words = ["reproduced", "reproduced", "reproduced", "contradicted", "contradicted"]
+    assert found == [f"{word} (3 seeds)" for word in words]
 
 
 # ---- what ships, and what a job leaves
