@@ -66,7 +66,7 @@ def test_paper_tells_only_what_is_sure():
     panel = HeatMap("", values, "cosine", ["1", "2"], ["0", "1"], ("block", "t"))
     axis = Figure().subplots()
     draw_heat_map(axis, panel, (-1, 1), np.full((2, 2), 0.2))
-    assert [text.get_text() for text in axis.texts] == ["0.50", "-0.50", "·"]
+    assert [text.get_text() for text in axis.texts] == [".50", "-.50", "·"]
     assert (axis.get_xlabel(), axis.get_ylabel()) == ("t", "block")
 
 
