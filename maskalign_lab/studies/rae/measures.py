@@ -17,13 +17,13 @@ from torch import Tensor
 from ...base.seeding import generator
 from ...base.statistics import four_digits
 from ...diffusion.sampling import SampleStep
-from ...encoders.autoencoders import load_autoencoder
 from ...measure.judge import load_judge
 from ...measure.metrics import velocity_error
 from ...measure.representation import class_labels, pooled_hidden, probe_hits
 from ...rae import odds_times
 from ...runs.evaluation import judge_ends, quality
 from ...runs.run import Run
+from ...runs.sources import kept_autoencoder
 from .noise import DECODERS
 
 # %% ../../../nbs/lib/studies/rae/measures.ipynb #6790ee4b
@@ -73,7 +73,7 @@ def by_the_other_decoder(
     if not ends or run.recipe.data.autoencoder != DECODERS["noise"]:
         return {}
     other = replace(run)
-    other.autoencoder = load_autoencoder(DECODERS["no noise"], run.device)
+    other.autoencoder = kept_autoencoder(DECODERS["no noise"], run.device)
     return {CLEAN: judge_ends(other, load_judge(run.recipe.data.name, device=run.device), ends)["frechet"]}
 
 # %% ../../../nbs/lib/studies/rae/measures.ipynb #abdcd619
