@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from ...measure.findings import Finding, of_arms, of_count
-from ...measure.wording import NotTrained, mean_of
+from ...measure.wording import NotTrained, in_seeds, mean_of
 from .tables import Rows, collapse_of, last_rows
 
 # %% ../../../nbs/lib/studies/dsd/findings.ipynb #fcb0c237
@@ -29,7 +29,7 @@ def collapses(
     word = "collapses" if count == total else "does not collapse" if not count else "collapses at times"
     if claim is not None:
         word = "undecided" if 0 < count < total else "reproduced" if bool(count) == claim else "contradicted"
-    return of_count(question, count, total, "seeds", f"{word} ({total} seed{'s' * (total > 1)})", figure)
+    return of_count(question, count, total, "seeds", f"{word} ({in_seeds(total)})", figure)
 
 # %% ../../../nbs/lib/studies/dsd/findings.ipynb #8b0cd686
 KEPT = "one trunk, nothing reached"  # no diffusion gradient reaches its latents

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from ...measure.courses import METRICS
 from ...measure.depth_figures import NAMES
-from ...measure.wording import plain
+from ...measure.wording import in_seeds, plain
 from ...runs.rung import BASELINE
 from .sweep_arms import DEPTH_ARMS, TIMES, WEIGHT_ARMS
 from ...workbench.plots import INK, PALETTE, QUIET, theme
@@ -94,8 +94,7 @@ def sweep_text(rows: Rows) -> str:  # "" if nothing was swept
     seeds = len({row["seed"] for row in rows})
     alone = [row["velocity"] for row in at_the_end(rows, (BASELINE,))]
     beside = f"; {BASELINE}, which is not aligned, has {plain(float(np.mean(alone)), 3)}" if alone else ""
-    count = f"{seeds} seed{'s' * (seeds > 1)}"
-    return f"The velocity loss after equal steps ({count}): {'; '.join(told)}{beside}."
+    return f"The velocity loss after equal steps ({in_seeds(seeds)}): {'; '.join(told)}{beside}."
 
 # %% ../../../nbs/lib/studies/position_preference/sweep_figures.ipynb #0267a45c
 def layers_of_arms(

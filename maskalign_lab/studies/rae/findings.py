@@ -14,7 +14,7 @@ import numpy as np
 
 from ...measure.findings import Finding, of_arms, of_factor, of_number, of_pairs
 from ...measure.verdicts import beside, by_seed
-from ...measure.wording import NotTrained, between
+from ...measure.wording import NotTrained, between, in_seeds
 from .arms import Networks, width_name
 from .measures import CLEAN
 from .one_image import LEARNED, missed, times
@@ -32,7 +32,7 @@ def wide_enough(fits: Rows) -> Finding:
     if not of:
         raise NotTrained("v where its bound is zero")
     worst, seeds = max(of), len({row["seed"] for row in fits if row["steps"] == longest})
-    verdict = f"{'learned' if worst < LEARNED else 'not learned'} ({seeds} seed{'s' * (seeds > 1)})"
+    verdict = f"{'learned' if worst < LEARNED else 'not learned'} ({in_seeds(seeds)})"
     question = (
         f"One image, network at least as wide as a token, {longest} steps: what does v miss of the noise at most?"
     )
