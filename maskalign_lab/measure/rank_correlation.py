@@ -19,7 +19,7 @@ from scipy.stats import rankdata
 from ..base.seeding import rng
 from .findings import NONE, Finding
 from .verdicts import BETTER, by_seed
-from .wording import NotTrained, plain, signed
+from .wording import NotTrained, in_seeds, plain, signed
 
 # %% ../../nbs/lib/measure/rank_correlation.ipynb #7521170c
 def spearman(
@@ -147,5 +147,5 @@ def of_correlation(
     """A finding from a rank correlation."""
     effect = f"{signed(found.rho, 2)} ({signed(found.low, 2)} to {signed(found.high, 2)})"
     least = plain(found.least, 2) if np.isfinite(found.least) else NONE
-    verdict = f"{found.verdict(direction)} ({found.arms} arms, {found.seeds} seed{'s' * (found.seeds > 1)})"
+    verdict = f"{found.verdict(direction)} ({found.arms} arms, {in_seeds(found.seeds)})"
     return Finding(question, effect, least, verdict, figure, int(np.isfinite(found.least)))

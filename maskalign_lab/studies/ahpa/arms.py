@@ -16,6 +16,7 @@ import numpy as np
 
 from ...ahpa import AHPAConfig
 from ...base.statistics import four_digits
+from ...measure.wording import in_seeds
 from ...runs.evaluation import quality
 from ...runs.experiments import Arm
 from ...runs.presets import LATENTS
@@ -143,7 +144,9 @@ def budget(
     tried, traced = len(scale.tried) + 1, len(scale.traced)
     few = min(ORACLE_SEEDS, seeds)
     total = steps * (len(scale.arms) * seeds + traced) + short * tried * few
-    line = f"tables: {len(scale.arms)} arms x {seeds} seed{'s' * (seeds > 1)} x {steps:,} steps; oracle: {tried} x {few} x {short:,}; "
+    line = (
+        f"tables: {len(scale.arms)} arms x {in_seeds(seeds)} x {steps:,} steps; oracle: {tried} x {few} x {short:,}; "
+    )
     line += f"traces: {traced} x {steps:,}; {total:,} steps if nothing is known yet"
     took = [row["seconds"] / row["step"] for row in rows if row["budget"] == "steps"]
     return line + (f", {total * float(np.median(took)) / 3600:.1f} h at {np.median(took):.2f} s each" if took else "")

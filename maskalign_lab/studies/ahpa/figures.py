@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ...measure.verdicts import paired
+from ...measure.wording import in_seeds
 from .arms import LEVELS, WINDOWS
 from .routing import Routing
 from ...workbench.plots import INK, PALETTE, theme
@@ -146,7 +147,7 @@ def difference_figure(
     axes = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).flatten()
     for axis, (arm, each) in zip(axes, differences.items(), strict=False):
         draw_per_t(axis, each)
-        axis.set_title(f"{arm} ({len(each)} seed{'s' * (len(each) > 1)})", fontsize=10)
+        axis.set_title(f"{arm} ({in_seeds(len(each))})", fontsize=10)
     for axis in axes[len(differences) :]:
         axis.set_visible(False)
     axes[0].set(xlim=(0, 1))

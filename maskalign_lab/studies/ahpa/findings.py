@@ -17,7 +17,7 @@ import pandas as pd
 
 from ...measure.findings import Finding, of_arms, of_count, of_pairs
 from ...measure.verdicts import over_metrics, paired
-from ...measure.wording import UNSAID, NotTrained, plain
+from ...measure.wording import UNSAID, NotTrained, in_seeds, plain
 from .routing import Routing
 from .tables import DIGITS, claimed_pairs, coarse_in_noise, leanings
 
@@ -97,7 +97,7 @@ def leans(learned: Sequence[Routing]) -> Finding:
     found = leanings(learned)["all levels"]
     question = "Do AHPA's weights grow coarser with t (slope)?"
     told = of_pairs(question, found.slope, +1, "06_weights", digits=3)
-    return replace(told, verdict=f"{found.verdict(+1)} ({found.slope.seeds} seeds)") if found.turns else told
+    return replace(told, verdict=f"{found.verdict(+1)} ({in_seeds(found.slope.seeds)})") if found.turns else told
 
 
 def follows(learned: Sequence[Routing]) -> Finding:

@@ -20,7 +20,7 @@ from torch import Tensor
 from ...encoders.teacher_variants import moved_order
 from ...measure.findings import NONE, Finding, in_unit, of_factor, of_pairs
 from ...measure.verdicts import Paired, paired
-from ...measure.wording import NotTrained
+from ...measure.wording import NotTrained, in_seeds
 from ...position_preference import agreement, correlations
 from ..gradient_norms.unevenness import TIMES
 from .causes import CUT, FITTED, PLAIN
@@ -104,7 +104,7 @@ def alike(
     told = of_pairs(question, found, 0, "02_causes", digits=2)
     least = in_unit([chance + found.detectable], "", 2) if found.seeds > 1 else NONE
     effect = f"{told.effect} (chance within {in_unit([chance], '', 2)})"
-    return replace(told, effect=effect, detectable=least, verdict=f"{word} ({len(pairs)} seed{'s' * (len(pairs) > 1)})")
+    return replace(told, effect=effect, detectable=least, verdict=f"{word} ({in_seeds(len(pairs))})")
 
 # %% ../../../nbs/lib/studies/position_preference/cause_findings.ipynb #6b9bb527
 def follows(rows: Rows, moved: bool) -> Finding:

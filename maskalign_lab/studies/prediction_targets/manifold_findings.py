@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ...measure.verdicts import Paired
-from ...measure.wording import NotTrained, between, percent
+from ...measure.wording import NotTrained, between, in_seeds, percent
 from .findings import Rows, Unsaid, borne_out, series
 from .manifold import DATA, ToyConfig
 from .manifold_figures import diagram
@@ -60,7 +60,7 @@ def half_of_the_criterion(logs: Paired, bound: float, side: int) -> dict[str, An
     verdict = "undecided" if abs(away) <= logs.half else "met" if away > 0 else "missed"
     asked = f"at {'least' if side > 0 else 'most'} {bound}"
     told = {"ratio": ratio, "low": low, "high": high, "detectable": float(np.exp(logs.detectable)), "asked": asked}
-    seeds = f"({logs.seeds} seed{'s' * (logs.seeds > 1)})"
+    seeds = f"({in_seeds(logs.seeds)})"
     return told | {"whole interval meets it": verdict == "met", "verdict": f"{verdict} {seeds}"}
 
 
