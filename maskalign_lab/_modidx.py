@@ -4587,6 +4587,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'maskalign_lab/studies/rae/arms.py'),
                                                 'maskalign_lab.studies.rae.arms.Scale': ( 'lib/studies/rae/arms.html#scale',
                                                                                           'maskalign_lab/studies/rae/arms.py'),
+                                                'maskalign_lab.studies.rae.arms.Scale.by_width': ( 'lib/studies/rae/arms.html#scale.by_width',
+                                                                                                   'maskalign_lab/studies/rae/arms.py'),
                                                 'maskalign_lab.studies.rae.arms.Scale.latents': ( 'lib/studies/rae/arms.html#scale.latents',
                                                                                                   'maskalign_lab/studies/rae/arms.py'),
                                                 'maskalign_lab.studies.rae.arms.Scale.recipe_of': ( 'lib/studies/rae/arms.html#scale.recipe_of',

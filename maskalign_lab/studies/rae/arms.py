@@ -187,6 +187,11 @@ class Scale:
         """What `run_arms` asks for: arm and seed -> recipe."""
         return recipes_of(preset, dataset, self.overrides, overrides)
 
+    @property
+    def by_width(self) -> set[str]:
+        """The arms of `width_arms`, which are trained for equal steps alone."""
+        return {arm.name for arm in width_arms(self.latents, self.networks)}
+
     def table(self, groups: str = "") -> tuple[Arm, ...]:
         """The arms of a table; empty groups are the preset's."""
         return arms_of(groups or self.arms, self.latents, self.networks)

@@ -24,10 +24,10 @@ from ...measure.judge import load_judge
 from ...measure.metrics import balanced_labels
 from ...measure.rae_card import decoded, encoded
 from ...runs.evaluation import final_steps
-from ...runs.experiments import Arm, load_rows, results_file, save_rows, shipped_rows
+from ...runs.experiments import Arm, load_rows, results_file, run_arms, save_rows, shipped_rows
 from ...runs.recipe import Recipe
 from ...runs.run import Run, ensure_run, load_run
-from ...runs.rung import rung_rows, samples_judged
+from ...runs.rung import EARLY, rung_rows, samples_judged, table_seeds
 from .arms import SCALES, Scale, film_arms, shift_of
 from .film import Decoded, Film, load_film, make_film, save_film, to_bytes
 from .measures import measure_rae
@@ -96,10 +96,16 @@ def table_rows(study: Study) -> list[dict[str, Any]]:
     """The rows of the table of arms: those that ship, or those of `count` seeds, of which unknown ones are trained."""
     if not study.count:
         return shipped_rows(TABLE, study.preset, study.dataset, study.overrides)
-    scale, known = study.scale, load_rows(results_file(TABLE, study.dataset))
+    scale, known, keep = study.scale, load_rows(results_file(TABLE, study.dataset)), study.kept("07_rows.json")
     judge = samples_judged(study.dataset, scale.judged)
     measure = partial(measure_rae, shift=shift_of(scale.latents), images=scale.images, samples=judge)
-    return rung_rows(study.arms, study.count, study.recipe_of, measure, known, study.kept("07_rows.json"), study.device)
+    widths = [arm for arm in study.arms if arm.name in scale.by_width]
+    others = [arm for arm in study.arms if arm not in widths]
+    rows = rung_rows(others, study.count, study.recipe_of, measure, known, keep, study.device)
+    if not widths:
+        return rows
+    seeds = table_seeds(study.count)
+    return rows + run_arms(widths, seeds, study.recipe_of, None, measure, known, keep, study.device, EARLY)
 
 # %% ../../../nbs/lib/studies/rae/opening.ipynb #9b55904b
 def network_latents(
