@@ -15,8 +15,10 @@ from maskalign_lab.base import paths
 from maskalign_lab.diffusion.objectives import Objective, shifted
 from maskalign_lab.measure.findings import check_words, findings_table, headline
 from maskalign_lab.rae import BACKBONES, FIT, ImageFit, dimension_shift, noise_missed, odds_times
+from maskalign_lab.runs import rung
 from maskalign_lab.runs.experiments import load_rows
 from maskalign_lab.runs.presets import make_recipe
+from maskalign_lab.studies.rae import opening
 from maskalign_lab.studies.rae.arms import SCALES, film_arms, shift_of
 from maskalign_lab.studies.rae.film import check_shown, load_film
 from maskalign_lab.studies.rae.findings import (
@@ -29,7 +31,7 @@ from maskalign_lab.studies.rae.findings import (
 )
 from maskalign_lab.studies.rae.noise import DECODERS
 from maskalign_lab.studies.rae.one_image import CASES, case_of, rows_of, shipped_fits
-from maskalign_lab.studies.rae.opening import BOTH, FILM, NOISE, load_decoded
+from maskalign_lab.studies.rae.opening import BOTH, FILM, NOISE, Study, load_decoded
 from maskalign_lab.studies.rae.tables import PAIRS, untrained, verdicts
 
 BOOK = paths.notebooks() / "07_rae.ipynb"
@@ -123,6 +125,17 @@ def test_arms_of_one_question_differ_in_what_it_asks(preset):
     assert replace(recipes["REPA"], method=recipes["SiT"].method) == recipes["SiT"]
     assert all(name in recipes for pairs in PAIRS.values() for pair in pairs for name in pair[:2] if preset != "paper")
     assert {arm.recipe(preset).objective.prediction for arm in film_arms(scale).values()} == {"v", "x"}
+
+
+def test_arms_of_one_width_are_trained_for_equal_steps_alone(monkeypatch):
+    asked, scale = {}, SCALES["laptop"]
+    for module in (opening, rung):
+        monkeypatch.setattr(
+            module, "run_arms", lambda arms, _, __, baseline, *___: asked.update({baseline: arms}) or []
+        )
+    opening.table_rows(Study("laptop", "shapes", "cpu", 0, "", None, scale, 1, scale.table(), None, {}))
+    assert {arm.name for arm in asked[None]} == scale.by_width
+    assert {arm.name for arm in asked["SiT"]} == {arm.name for arm in scale.table("head shift latents")}
 
 
 # ---- nothing trained
