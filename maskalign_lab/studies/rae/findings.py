@@ -18,7 +18,7 @@ from ...measure.wording import NotTrained, between, in_seeds
 from .arms import Networks, width_name
 from .measures import CLEAN
 from .one_image import LEARNED, missed, times
-from .tables import Rows, factor
+from .widths import Rows, factor
 
 # %% ../../../nbs/lib/studies/rae/findings.ipynb #3129d109
 def wide_enough(fits: Rows) -> Finding:
