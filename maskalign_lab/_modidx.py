@@ -3045,6 +3045,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                       'maskalign_lab/studies/dsd/findings.py'),
                                                     'maskalign_lab.studies.dsd.findings.in_what': ( 'lib/studies/dsd/findings.html#in_what',
                                                                                                     'maskalign_lab/studies/dsd/findings.py'),
+                                                    'maskalign_lab.studies.dsd.findings.steps_line': ( 'lib/studies/dsd/findings.html#steps_line',
+                                                                                                       'maskalign_lab/studies/dsd/findings.py'),
                                                     'maskalign_lab.studies.dsd.findings.verdict_line': ( 'lib/studies/dsd/findings.html#verdict_line',
                                                                                                          'maskalign_lab/studies/dsd/findings.py')},
             'maskalign_lab.studies.dsd.measures': { 'maskalign_lab.studies.dsd.measures.collapsed_at': ( 'lib/studies/dsd/measures.html#collapsed_at',
