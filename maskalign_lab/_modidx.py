@@ -2625,6 +2625,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'maskalign_lab/runs/side_by_side.py'),
                                                  'maskalign_lab.runs.side_by_side.check_alike': ( 'lib/runs/side_by_side.html#check_alike',
                                                                                                   'maskalign_lab/runs/side_by_side.py'),
+                                                 'maskalign_lab.runs.side_by_side.first_network': ( 'lib/runs/side_by_side.html#first_network',
+                                                                                                    'maskalign_lab/runs/side_by_side.py'),
                                                  'maskalign_lab.runs.side_by_side.missing': ( 'lib/runs/side_by_side.html#missing',
                                                                                               'maskalign_lab/runs/side_by_side.py'),
                                                  'maskalign_lab.runs.side_by_side.train_group': ( 'lib/runs/side_by_side.html#train_group',

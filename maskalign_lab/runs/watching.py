@@ -6,8 +6,10 @@
 __all__ = ['glance', 'watched', 'take_steps']
 
 # %% ../../nbs/lib/runs/watching.ipynb #6100ad33
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from torch import nn
 
 from ..base.processes import is_first
 from ..data.gathering import gather
@@ -41,12 +43,13 @@ def watched(
     batches: Batches,
     run: Path,  # its folder
     print_every: float = 10.0,  # 0 for silence, as in `train`
+    network: Callable[[Step], nn.Module] = lambda step: step.state.model,  # that is looked at
 ) -> Iterator[Step]:
     """Pass the steps of a training through, with an eye on its health."""
     if not is_first():
         return steps
     latents, tell = bool(recipe.data.autoencoder), told_once(run, print_every > 0)
-    return with_health(steps, recipe.objective, glance(batches), recipe.training, latents, tell)
+    return with_health(steps, recipe.objective, glance(batches), recipe.training, latents, tell, network)
 
 # %% ../../nbs/lib/runs/watching.ipynb #bd1f0015
 def take_steps(

@@ -228,6 +228,7 @@ def with_health(
     config: TrainingConfig,
     latents: bool,  # whether they come from an autoencoder
     tell: Callable[[Symptom], None],
+    network: Callable[[Step], nn.Module] = lambda step: step.state.model,  # that is looked at
 ) -> Iterator[Step]:
     """Pass steps through, and tell what is wrong on the way."""
     for symptom in [*path_symptoms(objective), *(latent_symptoms(batch.x) if latents else [])]:
@@ -235,7 +236,7 @@ def with_health(
     first, due = True, max(SETTLED, config.warmup)
     for step in steps:
         if first or step.step == due:
-            look = look_at(step.state.model, objective, batch, config.seed)
+            look = look_at(network(step), objective, batch, config.seed)
             for symptom in network_symptoms(look, step.step, step.step == due):
                 tell(symptom)
             first = False

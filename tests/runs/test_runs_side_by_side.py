@@ -12,7 +12,9 @@ from maskalign_lab.runs.experiments import Arm, run_arms
 from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.run import cached_place, ensure_run, kept_run, train
 from maskalign_lab.runs.side_by_side import train_side_by_side
+from maskalign_lab.training import health
 from maskalign_lab.training import side_by_side as training
+from maskalign_lab.training.health import look_at
 
 pytestmark = pytest.mark.usefixtures("own_folders")
 SEEDS = (0, 1, 2)
@@ -212,3 +214,24 @@ def test_a_seed_that_is_not_finite_is_left_to_its_own_error(monkeypatch, capsys)
     train_side_by_side(given := recipes(), "cpu")
     assert [kept_run(recipe) is not None for recipe in given] == [True, False, True]
     assert "step 3: not finite, of seed 1; the others go on without" in capsys.readouterr().out
+
+
+# ---- an eye on the first of them
+
+
+def test_the_first_seed_is_looked_at_as_a_single_training_is(monkeypatch, tmp_path):
+    """Its losses over t behind the first step are those of the network that trains alone."""
+    looks = []
+    monkeypatch.setattr(health, "look_at", lambda *given: looks.append(look_at(*given)) or looks[-1])
+    train_side_by_side(given := recipes(seeds=SEEDS[:2]), "cpu")
+    train(given[0], tmp_path / "alone", "cpu")
+    (together, alone) = (look.losses["as it is"] for look in looks)
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_wrong_with_the_data_is_told_of_seeds_side_by_side_too(monkeypatch, capsys):
+    monkeypatch.setattr(health, "WIDEST", 1.0)  # no latents are so well normalised
+    train_side_by_side(given := recipes("reg", f"{ALIGNED} {LATENT}", SEEDS[:2]), "cpu")
+    assert capsys.readouterr().out.count("latents are not normalised") == 1
+    first, other = (path / "health.jsonl" for path in placed(given))
+    assert json.loads(first.read_text())["name"] == "latents" and not other.exists()
