@@ -188,7 +188,7 @@ def injected_names(
 
 # %% ../../nbs/lib/workbench/study_parameters.ipynb #7a0aca00
 def check_parameters() -> dict[str, Any]:  # the current values by name
-    """Refuse unknown parameters, wrong types and wrong choices in the notebook that calls this."""
+    """Refuse unknown parameters, wrong types and wrong choices in the notebook that calls this, and make its `out_dir`."""
     space = sys._getframe(1).f_globals
     if "In" not in space:
         return {}
@@ -199,4 +199,7 @@ def check_parameters() -> dict[str, Any]:  # the current values by name
     known = parse_cell(cells[declared[-1]])
     for name in injected_names(cells, declared[-1]):
         one_of(name, known, "parameter")
-    return check_values({name: space[name] for name in known}, known)
+    found = check_values({name: space[name] for name in known}, known)
+    if found.get("out_dir"):
+        Path(found["out_dir"]).mkdir(parents=True, exist_ok=True)  # now, not when there are results to be lost
+    return found

@@ -14,6 +14,7 @@ CELL = """preset: str = "laptop"  # smoke | laptop
 run: str = ""  # a "#" is no comment in here
 seed: int = 0
 weight: float = 0.5
+out_dir: str = ""
 quick: bool = False"""
 STUDIES = sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))
 
@@ -95,11 +96,12 @@ CHECK = (
 
 
 def test_plain_papermill_with_good_values(tmp_path):
-    given = ["-p", "preset", "smoke", "-p", "weight", "1"]
+    given = ["-p", "preset", "smoke", "-p", "weight", "1", "-p", "out_dir", str(tmp_path / "new" / "folder")]
     code, text = papermill(write(tmp_path / "study.ipynb", CHECK), tmp_path, *given)
     assert code == 0, text
     (output,) = nbformat.read(tmp_path / "out.ipynb", 4).cells[-1].outputs
     assert output.text.startswith("{'preset': 'smoke'") and "'weight': 1.0" in output.text
+    assert (tmp_path / "new" / "folder").is_dir()
 
 
 def test_plain_papermill_with_an_unknown_name(tmp_path):
