@@ -87,6 +87,20 @@ def test_operations_are_counted_with_each_arms_own_latents():
     assert costs["DSD"] == costs["DSD, three trunks"]  # as many operations, by other weights
 
 
+@pytest.mark.parametrize("preset", SCALES)
+def test_every_arm_of_every_preset_can_be_trained_on_its_latents(preset):
+    """Autoencoder, teacher and size of the images fit; the latents of the RAE have RAE's shift, those of the VAE none."""
+    scale = SCALES[preset]
+    of = scale.recipe_of(preset, "shapes")
+    recipes = {arm.name: of(arm, 0) for arm in scale.table("steps interventions free answers unity parts")}
+    facts = {name: own_facts(recipe) for name, recipe in recipes.items()}
+    vae, rae, whole = (recipes[name] for name in ("VAE and SiT", "RAE and SiT", "DSD"))
+    assert vae.data.size == rae.data.size == whole.data.size
+    assert (facts["VAE and SiT"].channels, facts["RAE and SiT"].channels) == ((4, 768) if scale.paper else (4, 128))
+    assert vae.objective.time_shift == 1 and rae.objective.time_shift == (6.928 if scale.paper else 2.828)
+    assert vae.data.autoencoder and rae.network.patch_size == 1 and vae.network.patch_size == 2
+
+
 # ---- tables and findings
 
 

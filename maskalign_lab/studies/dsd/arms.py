@@ -14,6 +14,8 @@ from ...base.errors import one_of
 from ...runs.experiments import Arm
 from ...runs.recipe import Recipe
 from ...runs.rung import recipes_of
+from ..rae.arms import PAPERS, Latents, shift_of
+from ..rae.arms import SMALL as SMALL_LATENTS
 
 # %% ../../../nbs/lib/studies/dsd/arms.ipynb #63c313f2
 BARE = (
@@ -70,13 +72,14 @@ def answer_arms(small: str) -> tuple[Arm, ...]:
 DSD = Arm("DSD", "dsd")
 
 
-def unity_arms() -> tuple[Arm, ...]:
+def unity_arms(latents: dict[str, Latents]) -> tuple[Arm, ...]:
     """DSD beside a SiT on latents that were made before."""
-    rae = "data.autoencoder=rae network.patch_size=1 objective.time_law=logit-normal"
+    data = {name: f"data.autoencoder={of.autoencoder} network.patch_size={of.patch}" for name, of in latents.items()}
+    law = f"objective.time_law=logit-normal objective.time_shift={shift_of(latents):.4g}"
     return (
         DSD,
-        Arm("VAE and SiT", "sit"),
-        Arm("RAE and SiT", "sit", rae),
+        Arm("VAE and SiT", "sit", data["VAE"]),
+        Arm("RAE and SiT", "sit", f"{data['RAE']} {law}"),
         Arm("DSD, three trunks", "dsd", "network.trunks=3"),
     )
 
@@ -93,20 +96,24 @@ def part_arms() -> tuple[Arm, ...]:
     return DSD, *(Arm(f"without {part}", "dsd", overrides) for part, overrides in without.items())
 
 # %% ../../../nbs/lib/studies/dsd/arms.ipynb #1507a040
-GROUPS: dict[str, Callable[[str], tuple[Arm, ...]]] = {  # what the argument says: the size of bare arms
-    "steps": steps_arms,
-    "interventions": intervention_arms,
-    "free": free_arms,
-    "answers": answer_arms,
-    "unity": lambda small: unity_arms(),
-    "parts": lambda small: part_arms(),
+GROUPS: dict[str, Callable[[str, dict[str, Latents]], tuple[Arm, ...]]] = {  # size of bare arms, latents beside DSD's
+    "steps": lambda small, latents: steps_arms(small),
+    "interventions": lambda small, latents: intervention_arms(small),
+    "free": lambda small, latents: free_arms(small),
+    "answers": lambda small, latents: answer_arms(small),
+    "unity": lambda small, latents: unity_arms(latents),
+    "parts": lambda small, latents: part_arms(),
 }
 
 
-def arms_of(groups: str, small: str = SMALL) -> tuple[Arm, ...]:
+def arms_of(
+    groups: str,  # of GROUPS, "steps unity"
+    small: str = SMALL,  # size of the bare arms
+    latents: dict[str, Latents] = SMALL_LATENTS,  # beside DSD's own
+) -> tuple[Arm, ...]:
     """The arms of some groups, each once."""
     asked = [one_of(name, GROUPS, "group of arms") for name in groups.split()]
-    return tuple({arm.name: arm for name in asked for arm in GROUPS[name](small)}.values())
+    return tuple({arm.name: arm for name in asked for arm in GROUPS[name](small, latents)}.values())
 
 # %% ../../../nbs/lib/studies/dsd/arms.ipynb #71e912b1
 @dataclass(frozen=True)
@@ -120,11 +127,12 @@ class Scale:
     filmed: str = "steps"  # groups in the film
     images: int = 250  # held out, behind losses and ranks
     judged: int = 500  # samples
+    paper: bool = False  # whether the latents beside DSD's are the paper's
 
     @property
     def whole(self) -> set[str]:
         """The arms that are whole networks; the others are bare."""
-        return {arm.name for arm in arms_of("unity parts", self.small)}
+        return {arm.name for arm in self.table("unity parts")}
 
     def recipe_of(self, preset: str, dataset: str, overrides: str = "") -> Callable[[Arm, int], Recipe]:
         """What `run_arms` asks for: arm and seed -> recipe."""
@@ -132,7 +140,7 @@ class Scale:
 
     def table(self, groups: str = "") -> tuple[Arm, ...]:
         """The arms of the tables; empty groups are the preset's."""
-        return arms_of(groups or self.arms, self.small)
+        return arms_of(groups or self.arms, self.small, PAPERS if self.paper else SMALL_LATENTS)
 
 # %% ../../../nbs/lib/studies/dsd/arms.ipynb #5fad4ff4
 TINY = "network.width=16 network.depth=2 network.heads=2"
@@ -143,5 +151,5 @@ SCALES = {
     ),
     "laptop": Scale(),
     "gpu": Scale(small=WIDER, seeds=5, judged=1000),
-    "paper": Scale(small="", seeds=5, images=2048, judged=5000),
+    "paper": Scale(small="", seeds=5, images=2048, judged=5000, paper=True),
 }
