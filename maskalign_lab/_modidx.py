@@ -3101,6 +3101,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                        'maskalign_lab/studies/dsd/tables.py'),
                                                   'maskalign_lab.studies.dsd.tables.tell_untrained': ( 'lib/studies/dsd/tables.html#tell_untrained',
                                                                                                        'maskalign_lab/studies/dsd/tables.py'),
+                                                  'maskalign_lab.studies.dsd.tables.term_of': ( 'lib/studies/dsd/tables.html#term_of',
+                                                                                                'maskalign_lab/studies/dsd/tables.py'),
                                                   'maskalign_lab.studies.dsd.tables.theory_table': ( 'lib/studies/dsd/tables.html#theory_table',
                                                                                                      'maskalign_lab/studies/dsd/tables.py'),
                                                   'maskalign_lab.studies.dsd.tables.verdicts': ( 'lib/studies/dsd/tables.html#verdicts',

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['HALF', 'Rows', 'FEW', 'FRESH', 'JUDGED', 'LABELS', 'METRICS', 'PAIRS', 'pull_of', 'stable_by_rank', 'last_rows',
-           'theory_table', 'collapse_of', 'seen', 'foretold', 'score', 'verdicts', 'readable', 'tell_untrained']
+           'term_of', 'theory_table', 'collapse_of', 'seen', 'foretold', 'score', 'verdicts', 'readable',
+           'tell_untrained']
 
 # %% ../../../nbs/lib/studies/dsd/tables.ipynb #ee562cc3
 from collections.abc import Mapping, Sequence
@@ -24,10 +25,12 @@ from .variance_term import pull
 HALF = 0.5  # spread at which the pull is told
 
 
-def pull_of(method: SelfDistillationConfig, std: float = HALF) -> float:
+def pull_of(method: SelfDistillationConfig, std: float = HALF) -> float | None:  # None: the closed form does not say
     """How the distillation pulls on the spread in theory; above 0 the latents get narrower."""
     if method.gradient == "none":
         return 0.0
+    if method.rank:  # a head behind a filter cannot be the best denoiser
+        return None
     return pull(torch.tensor(std), method.predicts, method.gradient == "input").item()
 
 
@@ -44,6 +47,14 @@ def last_rows(rows: Rows) -> list[Mapping[str, Any]]:
     return [row for row in rows if row["budget"] == "steps"]
 
 # %% ../../../nbs/lib/studies/dsd/tables.ipynb #f8452faf
+def term_of(method: SelfDistillationConfig) -> str:
+    """What the variance term does to the latents of an arm, in a word."""
+    narrows = pull_of(method)
+    if narrows is None:
+        return "–"
+    return "narrower" if narrows > 1e-6 else "wider" if narrows < -1e-6 else "nothing"
+
+
 def theory_table(
     rows: Rows,
     arms: Sequence[Arm],
@@ -53,9 +64,11 @@ def theory_table(
     table = []
     for arm in arms:
         method, found = recipe_of(arm, 0).method, [row for row in last_rows(rows) if row["arm"] == arm.name]
-        narrows = pull_of(method)
-        told = "narrower" if narrows > 1e-6 else "wider" if narrows < -1e-6 else "nothing"
-        entry = {"arm": arm.name, "variance term": told, "by rank": "stable" if stable_by_rank(method) else "unstable"}
+        entry = {
+            "arm": arm.name,
+            "variance term": term_of(method),
+            "by rank": "stable" if stable_by_rank(method) else "unstable",
+        }
         table.append(entry | seen(found))
     return pd.DataFrame(table)
 
@@ -90,7 +103,7 @@ def foretold(
 ) -> str:  # Markdown
     """Of how many arms each of the two causes told what was seen, and of which it did not."""
     there = table[table["collapsed"] != "not trained"]
-    by_term = there[there["variance term"] != "nothing"]
+    by_term = there[there["variance term"].isin(["narrower", "wider"])]
     spread_as_told = (by_term["variance term"] == "narrower") == (by_term["spread"].astype(float) < FRESH)
     end_as_told = (there["by rank"] == "unstable") == (there["collapsed"] != "no")
     return (
