@@ -5161,6 +5161,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                          'maskalign_lab/training/latent_terms.py'),
                                                      'maskalign_lab.training.latent_terms.draw_hidden': ( 'lib/training/latent_terms.html#draw_hidden',
                                                                                                           'maskalign_lab/training/latent_terms.py'),
+                                                     'maskalign_lab.training.latent_terms.latent_rank': ( 'lib/training/latent_terms.html#latent_rank',
+                                                                                                          'maskalign_lab/training/latent_terms.py'),
                                                      'maskalign_lab.training.latent_terms.spread': ( 'lib/training/latent_terms.html#spread',
                                                                                                      'maskalign_lab/training/latent_terms.py'),
                                                      'maskalign_lab.training.latent_terms.variance_floor': ( 'lib/training/latent_terms.html#variance_floor',
