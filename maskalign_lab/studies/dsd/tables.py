@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['HALF', 'Rows', 'FRESH', 'JUDGED', 'LABELS', 'METRICS', 'PAIRS', 'pull_of', 'stable_by_rank', 'last_rows', 'term_of',
-           'theory_table', 'collapse_of', 'seen', 'foretold', 'score', 'verdicts', 'readable', 'tell_untrained']
+           'theory_table', 'collapse_of', 'seen', 'as_told', 'foretold', 'score', 'verdicts', 'readable',
+           'tell_untrained']
 
 # %% ../../../nbs/lib/studies/dsd/tables.ipynb #ee562cc3
 from collections.abc import Mapping, Sequence
@@ -95,24 +96,33 @@ def seen(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:  # of one arm
 FRESH = 0.7  # the spread of a fresh network's latents with the norm, about
 
 
+def as_told(
+    table: pd.DataFrame,  # from `theory_table`
+) -> dict[str, pd.Series]:  # "variance term", "rank" -> by arm, whether it told what was seen
+    """What each of the two causes says of the trained arms of which it says something, beside what was seen."""
+    there = table[table["collapsed"] != "not trained"].set_index("arm")
+    by_term = there[there["variance term"].isin(["narrower", "wider"])]
+    return {
+        "variance term": (by_term["variance term"] == "narrower") == (by_term["spread"].astype(float) < FRESH),
+        "rank": (there["by rank"] == "unstable") == (there["collapsed"] != "no"),
+    }
+
+
 def foretold(
     table: pd.DataFrame,  # from `theory_table`
 ) -> str:  # Markdown
     """Of how many arms each of the two causes told what was seen, and of which it did not."""
-    there = table[table["collapsed"] != "not trained"]
-    by_term = there[there["variance term"].isin(["narrower", "wider"])]
-    spread_as_told = (by_term["variance term"] == "narrower") == (by_term["spread"].astype(float) < FRESH)
-    end_as_told = (there["by rank"] == "unstable") == (there["collapsed"] != "no")
+    term, rank = map(score, as_told(table).values())
     return (
-        f"The variance term foretold {score(by_term['arm'], spread_as_told)} whether their spread ends below that of a "
-        f"fresh network, {FRESH:g}. The rank foretold {score(there['arm'], end_as_told)} whether any seed collapses."
+        f"The variance term foretold {term} whether their spread ends below that of a fresh network, {FRESH:g}. "
+        f"The rank foretold {rank} whether any seed collapses."
     )
 
 
-def score(arms: pd.Series, right: pd.Series) -> str:  # names, bool
+def score(right: pd.Series) -> str:  # bool, by arm
     """ "of 9 of 10 arms (not of *b*)"."""
-    wrong = ", ".join(f"*{name}*" for name in arms[~right])
-    return f"of {right.sum()} of {len(arms)} arms" + (f" (not of {wrong})" if wrong else "")
+    wrong = ", ".join(f"*{name}*" for name in right.index[~right])
+    return f"of {right.sum()} of {len(right)} arms" + (f" (not of {wrong})" if wrong else "")
 
 # %% ../../../nbs/lib/studies/dsd/tables.ipynb #a46d95ff
 JUDGED = {"frechet": "judge's distance", "accuracy": "judge's accuracy"}
