@@ -5157,6 +5157,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'maskalign_lab/training/irepa.py')},
             'maskalign_lab.training.latent_terms': { 'maskalign_lab.training.latent_terms.around_places': ( 'lib/training/latent_terms.html#around_places',
                                                                                                             'maskalign_lab/training/latent_terms.py'),
+                                                     'maskalign_lab.training.latent_terms.collapse_signs': ( 'lib/training/latent_terms.html#collapse_signs',
+                                                                                                             'maskalign_lab/training/latent_terms.py'),
                                                      'maskalign_lab.training.latent_terms.collapse_step': ( 'lib/training/latent_terms.html#collapse_step',
                                                                                                             'maskalign_lab/training/latent_terms.py'),
                                                      'maskalign_lab.training.latent_terms.collapse_text': ( 'lib/training/latent_terms.html#collapse_text',

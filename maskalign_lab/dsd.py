@@ -25,14 +25,7 @@ from .diffusion.objectives import denoising_loss, draw_noise
 from .diffusion.sit import Output, check_depths
 from .encoders.teachers import Teacher
 from .training.adversarial import Discriminator, draw_views
-from maskalign_lab.training.latent_terms import (
-    collapse_text,
-    draw_hidden,
-    latent_rank,
-    spread,
-    variance_floor,
-    whitening,
-)
+from .training.latent_terms import collapse_signs, collapse_text, draw_hidden, variance_floor, whitening
 from .training.methods import Batch, Draw, Losses, Method, MethodConfig, Phase, State
 from .training.rae_decoding import Perception
 from .training.rebuilding import Rebuilding
@@ -219,9 +212,7 @@ class SelfDistillation(Method, name="dsd"):
         if self.rebuilding.hears and state.step >= config.heard_from:
             parts |= self.rebuilding.voice(decoded, draw.lots, parts, net.image_head.linear.weight)
             weighted.append(config.adversarial * parts["weight"] * parts["adversarial"])
-        return Losses(
-            parts["velocity"] + sum(weighted), parts | {"spread": spread(seen.z.detach()), "rank": latent_rank(seen.z)}
-        )
+        return Losses(parts["velocity"] + sum(weighted), parts | collapse_signs(seen.z))
 
     def wanted(self, state: State, x: Tensor, seen: Encoded) -> Encoded:
         """The latent to be told of an image, and the tokens behind it; the gradient is cut unless it is asked for."""

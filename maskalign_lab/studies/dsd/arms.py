@@ -105,7 +105,7 @@ GROUPS: dict[str, Callable[[str, dict[str, Latents]], tuple[Arm, ...]]] = {  # s
     "parts": lambda small, latents: part_arms(),
 }
 
-
+# %% ../../../nbs/lib/studies/dsd/arms.ipynb #589b9589
 def arms_of(
     groups: str,  # of GROUPS, "steps unity"
     small: str = SMALL,  # size of the bare arms
