@@ -152,7 +152,7 @@ def test_what_the_text_says_of_interventions_is_what_their_rows_say():
     assert f"from {first:.1f} over {second:.1f} to {last:.1f}, to a bound of {FEW * 16:.1f}" in text
     white = [row for row in last_rows(shipped()) if row["arm"] == "a, whitened"]
     ranks, wide = [row["rank"] for row in white], np.mean([row["spread"] for row in white])
-    assert min(ranks) > FEW * 16 and f"its seeds stand at {min(ranks):.2f} to {max(ranks):.2f}" in text
+    assert min(ranks) > FEW * 16 and f"its seeds have {min(ranks):.2f} to {max(ranks):.2f}" in text
     assert f"its spread is {wide:.2f} in the end" in text
     free = ways("c, free scale")
     assert f"loses its rank in {free.count('rank')} of {len(free)} seeds" in text
