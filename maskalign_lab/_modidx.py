@@ -2611,6 +2611,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                        'maskalign_lab/runs/settings_table.py'),
                                                    'maskalign_lab.runs.settings_table.folded_line': ( 'lib/runs/settings_table.html#folded_line',
                                                                                                       'maskalign_lab/runs/settings_table.py'),
+                                                   'maskalign_lab.runs.settings_table.is_told': ( 'lib/runs/settings_table.html#is_told',
+                                                                                                  'maskalign_lab/runs/settings_table.py'),
                                                    'maskalign_lab.runs.settings_table.line': ( 'lib/runs/settings_table.html#line',
                                                                                                'maskalign_lab/runs/settings_table.py'),
                                                    'maskalign_lab.runs.settings_table.own_text': ( 'lib/runs/settings_table.html#own_text',

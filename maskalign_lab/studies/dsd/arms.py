@@ -18,9 +18,7 @@ from ..rae.arms import PAPERS, Latents, shift_of
 from ..rae.arms import SMALL as SMALL_LATENTS
 
 # %% ../../../nbs/lib/studies/dsd/arms.ipynb #63c313f2
-BARE = (
-    "method.alignment=0 method.deep=0 method.classification=0 method.perceptual=0 method.views=0 method.target=online"
-)
+BARE = "method.alignment=0 method.deep=0 method.classification=0 method.perceptual=0 method.adversarial=0 method.views=0 method.target=online"
 SMALL = "network.width=64 network.depth=4 network.heads=4 training.steps=400 training.batch_size=32 data.n=3000"
 
 
