@@ -2963,6 +2963,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                            'maskalign_lab/studies/dsd/denoising_film.py'),
                                                           'maskalign_lab.studies.dsd.denoising_film.Denoising': ( 'lib/studies/dsd/denoising_film.html#denoising',
                                                                                                                   'maskalign_lab/studies/dsd/denoising_film.py'),
+                                                          'maskalign_lab.studies.dsd.denoising_film.Denoising.errors': ( 'lib/studies/dsd/denoising_film.html#denoising.errors',
+                                                                                                                         'maskalign_lab/studies/dsd/denoising_film.py'),
                                                           'maskalign_lab.studies.dsd.denoising_film._missed': ( 'lib/studies/dsd/denoising_film.html#_missed',
                                                                                                                 'maskalign_lab/studies/dsd/denoising_film.py'),
                                                           'maskalign_lab.studies.dsd.denoising_film.both_heads': ( 'lib/studies/dsd/denoising_film.html#both_heads',

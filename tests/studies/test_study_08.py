@@ -249,6 +249,7 @@ def test_what_the_text_says_of_denoising_is_in_its_film():
     (distilled, *_, d), (velocity, *_, v) = film.missed
     assert f"At $t={film.times[0]:g}$ the diffusion head misses {distilled:.0%}".replace("%", " %") in prose()
     assert f"the velocity head misses {100 * velocity:.1f} %" in prose() and d < v and film.labels[0] == "disc"
+    assert film.errors["times"].tolist() == film.times and film.errors["missed by the velocity head"][0] == velocity
 
 
 def test_the_whole_network_that_ships_is_the_tables_and_gives_images_back():
@@ -265,3 +266,5 @@ def test_the_job_keeps_its_rows(smoke_job):
     folder = smoke.path(".html").parent
     assert {row["arm"] for row in load_rows(folder / "08_rows.json")} == {arm.name for arm in SCALES["smoke"].table()}
     check_figure(smoke, "08_dsd", "08_toy")
+    beside = json.loads((folder / "08_denoising.json").read_text())
+    assert len(beside["missed by the diffusion head"]) == len(beside["times"]) > 3
