@@ -25,7 +25,7 @@ from .diffusion.objectives import denoising_loss, draw_noise
 from .diffusion.sit import Output, check_depths
 from .encoders.teachers import Teacher
 from .training.adversarial import Discriminator, draw_views
-from .training.latent_terms import collapse_text, draw_hidden, spread, variance_floor, whitening
+from .training.latent_terms import collapse_signs, collapse_text, draw_hidden, variance_floor, whitening
 from .training.methods import Batch, Draw, Losses, Method, MethodConfig, Phase, State
 from .training.rae_decoding import Perception
 from .training.rebuilding import Rebuilding
@@ -165,8 +165,10 @@ class SelfDistillation(Method, name="dsd"):
             self.rebuilding.discriminator.look_through(teacher)
 
     def last_words(self, log: list[dict[str, float]]) -> str:
-        noted = [(line["step"], line["spread"]) for line in log if "spread" in line]
-        return collapse_text(*zip(*noted)) if noted else ""
+        noted = [line for line in log if "spread" in line]
+        steps, spreads = ([line[name] for line in noted] for name in ("step", "spread"))
+        ranks = [line["rank"] for line in noted if "rank" in line]
+        return collapse_text(steps, spreads, ranks if len(ranks) == len(noted) else (), self.latent[0])
 
     def phases(self) -> dict[str, Phase]:
         discriminator = self.rebuilding.discriminator
@@ -210,7 +212,7 @@ class SelfDistillation(Method, name="dsd"):
         if self.rebuilding.hears and state.step >= config.heard_from:
             parts |= self.rebuilding.voice(decoded, draw.lots, parts, net.image_head.linear.weight)
             weighted.append(config.adversarial * parts["weight"] * parts["adversarial"])
-        return Losses(parts["velocity"] + sum(weighted), parts | {"spread": spread(seen.z.detach())})
+        return Losses(parts["velocity"] + sum(weighted), parts | collapse_signs(seen.z))
 
     def wanted(self, state: State, x: Tensor, seen: Encoded) -> Encoded:
         """The latent to be told of an image, and the tokens behind it; the gradient is cut unless it is asked for."""

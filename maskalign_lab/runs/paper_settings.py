@@ -243,7 +243,8 @@ SETTINGS["ditdh"] |= {
 
 # %% ../../nbs/lib/runs/paper_settings.ipynb #91236f32
 AS_REPA = "not known; as in REPA"
-SETTINGS["dsd"] = {path: Setting(value, AS_REPA, OURS) for path, (value, *_) in TRAINING.items()} | {
+SETTINGS["dsd"] = {path: Setting(value, AS_REPA, OURS) for path, (value, *_) in (OBJECTIVE | TRAINING).items()} | {
+    "objective.prediction": Setting("v", "a velocity head, which samples", SECOND_HAND),
     "network": Setting("DSD-B", "DSD abstract: 205M parameters; width, depth and patches are not known", OURS),
     "network.latent_dim": Setting("32", "not known; UNITE has 256 tokens of 32", OURS),
     "network.latent_norm": Setting("true", "not known; UNITE has a norm behind its encoder", OURS),
@@ -263,9 +264,20 @@ SETTINGS["dsd"] |= {
     "method.gradient": Setting("input", "a stop-gradient on the target, none on the input", SECOND_HAND),
     "method.target": Setting("ema", "an averaged encoder of the clean image", SECOND_HAND),
     "method.views": Setting("0.5", "stronger augmentation of the online input is known, its share is not", OURS),
-    "method.hidden": Setting("0.5", "not known", OURS),
+    "method.hidden": Setting(
+        "0.5",
+        "a random mask, second hand; its share is not known, and crops as patches hidden outside of a frame are ours",
+        OURS,
+    ),
+    "method.distillation": Setting("1.0", "not known", OURS),
+    "method.reconstruction": Setting("1.0", "a squared error, second hand; its weight is not known", OURS),
+    "method.perceptual": Setting(
+        "1.0", "LPIPS, second hand; here feature maps of a small classifier, and their weight is not known", OURS
+    ),
     "method.decoder_noise": Setting("0.3", "noise interpolation, second hand; the range is UNITE's", OURS),
     "method.adversarial": Setting("0.25", "that there is a discriminator, second hand; its weight is not known", OURS),
+    "method.heard_from": Setting("125100", "not known; half of the training, as in RAE", OURS),
+    "method.eyes": Setting("(12,3,6,9,12)", "not known; RAE's blocks of a DINO with as many", OURS),
     "method.alignment": Setting("0.5", "a shallow layer, second hand; REPA's weight", OURS),
     "method.depth": Setting("4", "a shallow layer, second hand; which one is not known", OURS),
     "method.projector_width": Setting("2048", AS_REPA, OURS),

@@ -33,7 +33,7 @@ def of_06(preset: str) -> list:
     return [of(arm, 0) for arm in (ahpa.ROUTED[0], *ahpa.BASELINES[1:])]
 
 
-STUDIES = {"01": shipped("repa", "sit", "reg", "maskalign"), "04": shipped("reg")}
+STUDIES = {"01": shipped("repa", "sit", "reg", "maskalign"), "04": shipped("reg"), "08": shipped("dsd")}
 STUDIES |= {
     f"{name} {preset}": of(preset)
     for name, of in (("04", of_04), ("05", of_05), ("06", of_06))
@@ -58,7 +58,7 @@ def test_a_study_tells_source_and_reason_of_whatever_differs(name):
             assert of and paper != here and why in WHY.values()
 
 
-@pytest.mark.parametrize("name", ["sit", "repa", "reg", "maskalign", "haste", "irepa", "sra2", "ahpa"])
+@pytest.mark.parametrize("name", ["sit", "repa", "reg", "maskalign", "haste", "irepa", "sra2", "ahpa", "dsd"])
 def test_what_a_paper_trains_differs_in_nothing(name):
     rows = rows_of(make_recipe(name, "paper"))
     assert rows and all(row.paper == row.here for row in rows)
@@ -78,6 +78,23 @@ def test_what_a_paper_trains_differs_in_nothing(name):
 def test_a_setting_that_was_asked_for_is_seen(method, overrides, setting, here):
     (row,) = [row for row in cells(settings_table([make_recipe(method, overrides=overrides)])) if row[0] == setting]
     assert row[4] == here and row[5] == ASKED
+
+
+def test_what_dsd_does_not_tell_is_in_the_table_as_ours():
+    rows = {row.name: row for row in rows_of(make_recipe("dsd", "paper"))}
+    for name in (
+        "latent dim",
+        "latent norm",
+        "time law",
+        "hidden",
+        "distillation",
+        "reconstruction",
+        "perceptual",
+        "eyes",
+    ):
+        assert rows[name].setting.standing == OURS
+    assert rows["trunks"].setting.standing == KNOWN and rows["heard from"].paper == "50% of the steps"
+    assert "time law" not in {row.name for row in rows_of(make_recipe("repa", "paper"))}
 
 
 def test_methods_that_agree_share_a_row_and_the_first_recipe_of_a_method_counts():

@@ -9,6 +9,7 @@ from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st
 from shared.given import given, in_double, small
+from torch.func import vmap
 
 from maskalign_lab.base.seeding import generator
 from maskalign_lab.cli import main
@@ -22,7 +23,8 @@ from maskalign_lab.runs.evaluation import held_out_losses
 from maskalign_lab.runs.facts import Facts
 from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.run import load_run, train
-from maskalign_lab.training.latent_terms import draw_hidden, spread, whitening
+from maskalign_lab.studies.dsd.courses import rank
+from maskalign_lab.training.latent_terms import draw_hidden, latent_rank, spread, whitening
 from maskalign_lab.training.methods import Plan, State, shard
 
 BARE = (
@@ -146,11 +148,21 @@ def test_spread_and_whitening_ignore_what_all_images_share(scale, seed):
     torch.testing.assert_close(whitening(z + places), whitening(z))
 
 
+@settings(max_examples=30, deadline=None)
+@drawn(st.floats(0.1, 4), st.integers(0, 99))
+def test_the_rank_of_a_step_is_that_of_the_tables(scale, seed):
+    """Of any scale, whatever all images share, whether it is one of many or alone."""
+    g = torch.Generator().manual_seed(seed)
+    z = scale * torch.randn(16, 4, 3, 3, generator=g) * torch.tensor([1.0, 0.5, 0.1, 0.0]).view(4, 1, 1)
+    assert latent_rank(z + 1).item() == pytest.approx(rank(z), rel=1e-3)
+    torch.testing.assert_close(vmap(latent_rank)(torch.stack([z, 2 * z])), latent_rank(z).expand(2))
+
+
 @pytest.mark.parametrize("name", ["floor", "whitening"])
 def test_a_penalty_is_in_the_loss_if_it_has_a_weight(name):
     net, ema, method, batch, draw = setting(f"{BARE} method.{name}=2.0")
     found = method.loss(State(net, ema, 0), batch, draw)
-    rest = sum(value for part, value in found.parts.items() if part not in (name, "spread"))
+    rest = sum(value for part, value in found.parts.items() if part not in (name, "spread", "rank"))
     torch.testing.assert_close(found.total, rest + 2 * found.parts[name])
     assert method.indivisible and name not in setting(BARE)[2].loss(State(net, ema, 0), batch, draw).parts
 
@@ -235,6 +247,7 @@ def test_all_that_was_asked_for_is_in_the_log(run):
         "classification",
         "adversarial",
         "spread",
+        "rank",
     ):
         assert f'"{name}"' in line
     assert '"discriminator loss"' in line
@@ -251,6 +264,9 @@ def test_a_training_that_collapsed_says_so_and_when(run):
     log = [{"step": step, "spread": spread} for step, spread in ((1, 0.7), (10, 0.05), (20, 0.04))]
     assert "the latents collapsed: from step 10 on" in run.method.last_words(log)
     assert "have not collapsed in spread" in run.method.last_words(log[:1]) and not run.method.last_words([{"step": 1}])
+    ranked = [line | {"spread": 0.9, "rank": rank} for line, rank in zip(log, (9.0, 3.3, 3.1))]
+    assert "they collapsed in rank at step 20" in run.method.last_words(ranked)
+    assert "in rank" not in run.method.last_words([line | {"spread": 0.9} for line in log])
 
 
 def test_the_command_ends_with_what_became_of_the_latents(tmp_path, capsys):

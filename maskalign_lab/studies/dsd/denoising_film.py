@@ -96,6 +96,13 @@ class Denoising:
     decoded: np.ndarray  # (3, k, T, h, w, 3) uint8
     missed: np.ndarray  # (2, T) float32 of both heads, in shares of the latents' variance over images
 
+    @property
+    def errors(self) -> dict[str, np.ndarray]:
+        """What both heads miss over the times, as it is written beside the figure."""
+        return {"times": np.array(self.times)} | {
+            f"missed by the {head}": self.missed[k] for k, head in enumerate(SEEN[1:])
+        }
+
 # %% ../../../nbs/lib/studies/dsd/denoising_film.ipynb #10e25d30
 TIMES = tuple(round(0.05 + 0.075 * k, 3) for k in range(13))
 
