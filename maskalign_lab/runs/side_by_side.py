@@ -128,7 +128,7 @@ def train_group(
     for _ in with_logs(steps, folders, training[0].log_every, print_every):
         pass
 
-
+# %% ../../nbs/lib/runs/side_by_side.ipynb #f6b61788
 def first_network(
     net: nn.Module,  # that is filled
     step: Step,  # of several seeds
