@@ -18,7 +18,7 @@ from ...runs.experiments import Arm, load_rows, results_file, run_arms, shipped_
 from ...runs.recipe import Recipe
 from ...runs.run import Run, ensure_run, load_run
 from ...runs.rung import EARLY, UNSEEN, samples_judged, table_seeds
-from .arms import DSD, SCALES, Scale, arms_of
+from .arms import DSD, SCALES, Scale
 from .denoising_film import Denoising, denoising_of
 from .filming import Film, film_of, load_film, save_film
 from .measures import measure_dsd
@@ -61,7 +61,7 @@ def film_saves(steps: int, places: int = 12) -> tuple[int, ...]:
 def filmed_runs(scale: Scale, preset: str, dataset: str, device: str, seed: int, overrides: str) -> dict[str, Run]:
     """The trainings of the film, done where they are missing."""
     plain, found = scale.recipe_of(preset, dataset, overrides), {}
-    for arm in arms_of(scale.filmed, scale.small):
+    for arm in scale.table(scale.filmed):
         saves = ",".join(map(str, film_saves(plain(arm, seed).training.steps)))
         recipe_of = scale.recipe_of(preset, dataset, f"training.save_at=({saves},) {overrides}")
         found[arm.name] = ensure_run(recipe_of(arm, seed), device, every_save=True)
