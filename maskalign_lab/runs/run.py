@@ -68,6 +68,7 @@ class Run:
     step: int
     net: nn.Module  # averaged weights, eval mode, no gradients
     method: Method
+    average: str = "ema"  # which of its averages the network is, see `load_run`
 
     @property
     def name(self) -> str:
@@ -226,7 +227,7 @@ def load_run(
     if method.state_dict():
         method.load_state_dict(load_tensors(folder, "method"))
     nets = (m.to(place).eval().requires_grad_(False) for m in (net, method))
-    return Run(path, recipe, facts, int(folder.name), *nets)
+    return Run(path, recipe, facts, int(folder.name), *nets, average)
 
 # %% ../../nbs/lib/runs/run.ipynb #95d6eafd
 def train(
