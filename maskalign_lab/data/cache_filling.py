@@ -66,7 +66,7 @@ def writers_of(folder: Path) -> list[int]:
     names = (path.name.removeprefix(".lock.") for path in folder.glob(".lock.*"))
     return sorted({0, *(int(name) for name in names if name.isdecimal())})
 
-
+# %% ../../nbs/lib/data/cache_filling.ipynb #8c3a3150
 def take_turn(
     lock: FileLock,
     folder: Path,
@@ -117,7 +117,7 @@ def own_lock(folder: Path, rank: int) -> FileLock:
         own.release()
         take_turn(everything, folder, 1.0).release()  # another one that asks has it for a moment
 
-
+# %% ../../nbs/lib/data/cache_filling.ipynb #275edbea
 def _sweep(folder: Path, names: Iterable[str]) -> None:
     for name in names:  # of shards that nobody else writes
         for path in folder.glob(f".{name}.*"):  # what write_atomic had not yet renamed: .00000.safetensors.PID
@@ -229,13 +229,13 @@ def fill_all(
         for group in groups.values():
             fill_group(group, compute, share, print_every)
 
-
+# %% ../../nbs/lib/data/cache_filling.ipynb #9eaabe57
 def is_whole(folder: Path) -> bool:
     """Whether a cache has all its shards."""
     index = read_index(folder)
     return index is not None and not index.missing(folder)
 
-
+# %% ../../nbs/lib/data/cache_filling.ipynb #a462cec2
 PATIENCE = 600.0  # seconds without a new shard and without a writer, after which the other processes are taken for gone
 
 
