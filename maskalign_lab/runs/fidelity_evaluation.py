@@ -61,10 +61,10 @@ def origin_of(
     told = ", ".join(f"{name} ({count} of {len(rows)} looked at)" for name, count in formats.most_common())
     return {"files": told, "crop": crop, "size": size}
 
-# %% ../../nbs/lib/runs/fidelity_evaluation.ipynb #c9470ad8
+# %% ../../nbs/lib/runs/fidelity_evaluation.ipynb #4b86c77f
 MOST = 50_000  # real images that are looked at, unless another number is asked for
 
-
+# %% ../../nbs/lib/runs/fidelity_evaluation.ipynb #c9470ad8
 def own_images(
     run: Run,
     split: str,  # train or validation
@@ -103,10 +103,10 @@ def reference_of(
             )
     return found
 
-# %% ../../nbs/lib/runs/fidelity_evaluation.ipynb #f19304e4
+# %% ../../nbs/lib/runs/fidelity_evaluation.ipynb #20ce5b72
 ROWS = 512  # in a file; a multiple of what the extractor sees at once, so that files do not matter
 
-
+# %% ../../nbs/lib/runs/fidelity_evaluation.ipynb #f19304e4
 class Looks:
     """The rows that an extractor makes of some images, on disk."""
 
