@@ -4125,8 +4125,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                                       'maskalign_lab/studies/position_preference/sweep_arms.py'),
                                                                       'maskalign_lab.studies.position_preference.sweep_arms.Scale.recipe_of': ( 'lib/studies/position_preference/sweep_arms.html#scale.recipe_of',
                                                                                                                                                 'maskalign_lab/studies/position_preference/sweep_arms.py'),
-                                                                      'maskalign_lab.studies.position_preference.sweep_arms.first_images': ( 'lib/studies/position_preference/sweep_arms.html#first_images',
-                                                                                                                                             'maskalign_lab/studies/position_preference/sweep_arms.py'),
                                                                       'maskalign_lab.studies.position_preference.sweep_arms.measure_sweep': ( 'lib/studies/position_preference/sweep_arms.html#measure_sweep',
                                                                                                                                               'maskalign_lab/studies/position_preference/sweep_arms.py'),
                                                                       'maskalign_lab.studies.position_preference.sweep_arms.sixths_deep': ( 'lib/studies/position_preference/sweep_arms.html#sixths_deep',
