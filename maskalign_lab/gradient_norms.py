@@ -191,7 +191,7 @@ def fit_observer(
     steps: int = 300,
 ) -> nn.Module:
     """REPA's projector, fitted to a frozen network's hidden tokens."""
-    dataset = run.images("train")
+    dataset = run.images_to_fit()
     features = run.teacher_view(dataset).tokens
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(0, 0, "observer"))

@@ -96,7 +96,7 @@ def test_the_way_of_a_papers_network(lab, place):
     lab.here("evaluate", run, *few, "--out", place / "row.json")
     row = json.loads((place / "row.json").read_text())
     assert (row["number"], row["step"], row["labels"]) == (12, STEPS, "random")
-    assert "tiny" in row["encoding"] and row["FID"] > 0
+    assert "tiny" in row["autoencoder"] and row["FID"] > 0
 
     lab.here("run", "01", "-p", "preset", "smoke", "-p", "seeds", 1, "-p", "run", run, "--out", place / "job")
     assert (place / "job").is_dir()

@@ -265,7 +265,8 @@ def check_grid(
         raise ValueError(
             f"teacher {teacher.name!r} has a grid of {teacher.grid} x {teacher.grid} tokens, "
             f"the network one of {grid} x {grid}; give the network the teacher's grid, teach a teacher with "
-            "another patch size, or take a timm teacher, which fits any grid"
+            "another patch size, or take a timm teacher, which fits any grid, such as timm:vit_base_patch14_dinov2 "
+            "(data.teacher of a training, --teacher of an import)"
         )
 
 # %% ../../nbs/lib/encoders/teachers.ipynb #6d4d7008

@@ -74,6 +74,11 @@ def load_extractor(
         raise OSError(
             f"the weights of Inception could not be fetched: {reason(error)}; name a copy of {WEIGHTS} by --inception"
         ) from error
+    except RuntimeError as error:  # of load_state_dict, which compares names and shapes
+        raise ValueError(
+            f"{weights} is of another Inception than torch-fidelity's, such as torchvision's: "
+            f"{' '.join(str(error).split())[:160]} ..; expected a file as {WEIGHTS}"
+        ) from None
     version = importlib.metadata.version("torch-fidelity")
     facts = {"extractor": f"{INCEPTION} of torch-fidelity {version}, weights {weights_digest(module)}"}
     return Extractor(module.to(device), facts | {"resize": "bilinear as in TensorFlow 1, to 299 x 299"})

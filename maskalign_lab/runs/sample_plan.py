@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'ROUNDINGS', 'NAMED', 'SAMPLING', 'balanced_label', 'random_label', 'labels_of', 'to_bytes', 'SamplePlan',
-           'own_plan', 'plan_of', 'made_from']
+           'own_plan', 'plan_of', 'settings_of', 'made_from']
 
 # %% ../../nbs/lib/runs/sample_plan.ipynb #3f44373f
 from collections.abc import Callable, Sequence
@@ -111,7 +111,19 @@ def plan_of(
     given = {name: value for name, value in typed.items() if value is not None}
     sampling = {"precision": run.recipe.execution.sampling} | {k: given.pop(k) for k in SAMPLING if k in given}
     sampling["precision"] = resolve_precision(sampling["precision"], run.device)
-    return replace(plan, sampler=replace(plan.sampler, **sampling), **given)
+    found = replace(plan, sampler=replace(plan.sampler, **sampling), **given)
+    return replace(found, settings=settings_of(plan, found))
+
+
+def settings_of(
+    plan: SamplePlan,  # that has a name, or none
+    typed: SamplePlan,  # what became of it
+) -> str:
+    """Whose settings they are, and what of them was changed; number, seed and precision are nobody's."""
+    was, now = ({**asdict(each), **asdict(each.sampler)} for each in (plan, typed))
+    free = ("n", "seed", "precision", "sampler")
+    changed = ", ".join(f"{name}={value}" for name, value in now.items() if value != was[name] and name not in free)
+    return f"{plan.settings}, with {changed}" if plan.settings and changed else plan.settings
 
 # %% ../../nbs/lib/runs/sample_plan.ipynb #f6bb5da6
 def made_from(run: Run, plan: SamplePlan) -> dict[str, Any]:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['kept_images', 'kept_teacher', 'kept_autoencoder', 'kept_levels', 'FEW', 'HELD_OUT', 'FITTED', 'options_of',
-           'images_of', 'check_teacher', 'kept_features', 'mean_latents', 'teacher_names', 'Sources', 'load_sources',
-           'found_facts', 'features_dim', 'token_side', 'check_needs', 'check_levels_there', 'levels_of',
-           'encodings_of', 'with_readable_front']
+           'images_of', 'first_images', 'drawn_images', 'check_teacher', 'kept_features', 'mean_latents',
+           'teacher_names', 'Sources', 'load_sources', 'found_facts', 'features_dim', 'token_side', 'check_needs',
+           'check_levels_there', 'levels_of', 'encodings_of', 'with_readable_front']
 
 # %% ../../nbs/lib/runs/sources.ipynb #f54564c1
 import re
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..base.devices import resolve_device
 from ..base.errors import one_of
+from ..base.seeding import rng
 from ..data.datasets import LISTINGS, STREAMS, Dataset, load_dataset
 from ..data.listing import note_unreadable
 from ..data.oracle import Oracle, oracle_of
@@ -52,6 +53,20 @@ def options_of(data: DataConfig) -> dict[str, str | tuple[str, ...]]:
 def images_of(data: DataConfig, split: str, n: int | None = None, lazy: bool = False) -> Dataset:
     """The images that a recipe names; n of them, or all."""
     return load_dataset(data.name, data.size, split, n, detail=data.detail, lazy=lazy, **options_of(data))
+
+# %% ../../nbs/lib/runs/sources.ipynb #719f4dce
+@lru_cache(maxsize=4)
+def first_images(dataset: Dataset, n: int) -> Dataset:
+    """At most n images, from the front."""
+    return dataset if len(dataset) <= n else dataset.subset(np.arange(n))
+
+
+@lru_cache(maxsize=4)
+def drawn_images(dataset: Dataset, n: int) -> Dataset:
+    """At most n images, drawn once and in the data set's order."""
+    if len(dataset) <= n:
+        return dataset
+    return dataset.subset(np.sort(rng(0, 0, "drawn images").choice(len(dataset), n, replace=False)))
 
 # %% ../../nbs/lib/runs/sources.ipynb #e189eb71
 kept_images = lru_cache(maxsize=4)(images_of)  # a study asks for the same images many times

@@ -1,8 +1,10 @@
 """Caches: what was stored comes back, filling goes on where it stopped, and what is damaged or foreign is named."""
 
+import contextlib
 import json
 import signal
 import sys
+import threading
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -406,3 +408,58 @@ def test_nobody_waits_for_ever_for_a_process_that_is_gone(tmp_path, monkeypatch)
     monkeypatch.setattr(cache_filling, "PATIENCE", 0.0)
     with pytest.raises(TimeoutError, match="lacks shards of other processes"):
         cache_filling.wait_for([folder], cache_filling.Share(0, 2))
+
+
+def test_who_waits_is_patient_with_one_that_still_writes(tmp_path, monkeypatch):
+    """However long a shard takes: here the other one ends when it has been asked for a second time."""
+    folder, asked = fill(tmp_path / "a", OURS, 20, Counted(), 6).folder, []
+    (folder / "00001.safetensors").unlink()
+    other = contextlib.ExitStack()
+    other.enter_context(cache_filling.cache_lock(folder, cache_filling.Share(1, 2)))
+    written = cache_filling.is_written
+
+    def ask(where):
+        asked.append(written(where))
+        if len(asked) == 2:
+            other.close()
+        return asked[-1]
+
+    monkeypatch.setattr(cache_filling, "PATIENCE", 0.0)
+    monkeypatch.setattr(cache_filling, "is_written", ask)
+    with pytest.raises(TimeoutError, match="nobody writes there"):
+        cache_filling.wait_for([folder], cache_filling.Share(0, 2))
+    assert asked == [True, True, False]
+
+
+@pytest.mark.parametrize(("first", "second"), [((1, 2), (0, 1)), ((0, 1), (1, 2)), ((0, 2), (0, 1))])
+def test_a_process_alone_and_one_with_a_share_wait_for_each_other(tmp_path, monkeypatch, first, second):
+    """What the first has half written stays while the second waits, which then makes what is missing and no more."""
+    folder, waits, made = tmp_path / "a", threading.Event(), []
+    monkeypatch.setattr(cache_filling, "say", lambda text: waits.set())
+    with pytest.raises(KeyboardInterrupt):  # the cache is there, and nothing in it
+        fill(folder, OURS, 20, Counted(stop_after=0), 6)
+    wanted = cache_filling.Wanted(folder, OURS)
+
+    def compute(spans):
+        for span in spans:
+            made.append(span.start)
+            yield [SOURCE[span.start : span.stop]], {}
+
+    with cache_filling.cache_lock(folder, cache_filling.Share(*first)):
+        (half := folder / ".00001.safetensors.99").write_bytes(b"half")
+        share = cache_filling.Share(*second)
+        other = threading.Thread(target=cache_filling.fill_all, args=([wanted], 20, compute, 6, share, 0))
+        other.start()
+        assert waits.wait(60) and half.exists() and made == []
+    other.join(60)
+    assert not other.is_alive() and not half.exists()
+    assert made == ([0, 6, 12, 18] if second == (0, 1) else [6, 18])
+
+
+def test_shares_do_not_wait_for_each_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_filling, "say", pytest.fail)
+    with contextlib.ExitStack() as held:
+        for rank in range(3):
+            held.enter_context(cache_filling.cache_lock(tmp_path, cache_filling.Share(rank, 3)))
+        assert cache_filling.is_written(tmp_path)
+    assert not cache_filling.is_written(tmp_path)

@@ -134,6 +134,14 @@ def test_a_file_that_is_something_else_is_refused_before_anything_runs(tmp_path,
     assert "this ran" not in capsys.readouterr().out
 
 
+def test_another_inception_is_refused_by_its_names(tmp_path):
+    """torchvision's has the same layers by name, and others beside them."""
+    known = {"Mixed_7c.branch_pool.conv.weight": torch.zeros(1), "AuxLogits.fc.weight": torch.zeros(1)}
+    torch.save(known, tmp_path / "inception_v3_google.pth")
+    with pytest.raises(ValueError, match="another Inception than torch-fidelity's.*expected a file as https"):
+        load_extractor(tmp_path / "inception_v3_google.pth")
+
+
 def test_a_cut_file_and_none_are_refused(tmp_path):
     (tmp_path / "weights.pth").write_bytes(b"PK\x03\x04cut")
     with pytest.raises(ValueError, match="is cut off"):

@@ -5,10 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from shared.sampled import eye, plan, random_run
 
 from maskalign_lab.cli import main
 from maskalign_lab.data.cache_filling import Share
+from maskalign_lab.data.datasets import load_dataset
 from maskalign_lab.measure.fidelity import gaussian_of, precision_recall, seen_in
 from maskalign_lab.runs import fidelity_evaluation, sampling_shards
 from maskalign_lab.runs.fidelity_evaluation import evaluate, evaluated_text, own_images, reference_of
@@ -78,7 +80,9 @@ def test_figures_are_those_of_the_samples_and_of_the_reference(run, tmp_path):
 
 def test_a_row_says_what_it_is_of(run, tmp_path):
     row = row_of(run, tmp_path)
-    told = {name: row[name] for name in ("run", "step", "number", "labels", "rounding", "seed", "encoding")}
+    told = {
+        name: row[name] for name in ("run", "step", "number", "labels", "rounding", "seed", "autoencoder", "average")
+    }
     assert told == {
         "run": "small",
         "step": 5,
@@ -86,10 +90,17 @@ def test_a_row_says_what_it_is_of(run, tmp_path):
         "labels": "balanced",
         "rounding": "nearest",
         "seed": 0,
-        "encoding": "pixels",
+        "autoencoder": "pixels",
+        "average": "ema",
     }
     assert (row["extractor"], row["resize"], row["sampler"]["solver"]) == ("eye", "none", "heun")
     assert row["reference"]["split"] == "validation" and row["reference"]["images"] == 40
+    assert "no file with losses" in row["encoding"]
+    assert {name: row["reference"][name] for name in ("files", "crop", "size")} == {
+        "files": "none, made as bytes",
+        "crop": "none",
+        "size": 16,
+    }
     assert "of fewer than 2,048 samples" in evaluated_text(row) and row == json.loads(json.dumps(row))
 
 
@@ -131,6 +142,30 @@ def test_references_that_do_not_fit_are_refused_before_any_work(run, tmp_path):
             reference_of(run, str(tmp_path / name) if name.endswith("npz") else name, 12)
 
 
+def test_of_real_images_in_files_the_formats_are_told(tmp_path):
+    """A file is what it holds, whatever its name says."""
+    for number in range(24):
+        (folder := tmp_path / "images" / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 16), (9 * number, 9, 9)).save(folder / f"{number}.jpg", "PNG" if number < 4 else "JPEG")
+    images = load_dataset(f"folder:{tmp_path / 'images'}", 16, "train", crop="adm")
+    told = fidelity_evaluation.origin_of(images, "adm")
+    found = dict(part.split(" (") for part in told.pop("files").removesuffix(" looked at)").split(" looked at), "))
+    counts = {name: int(count.split(" of ")[0]) for name, count in found.items()}
+    assert told == {"crop": "adm", "size": 16} and list(counts) == ["JPEG", "PNG"]
+    assert sum(counts.values()) == len(images)
+
+
+def test_real_images_are_at_no_distance_from_themselves(run):
+    """Through the reference and the rows that `evaluate` keeps; halves of them are farther."""
+    reference = real_of(run)
+    looks = fidelity_evaluation.Looks(reference.images, reference.facts, eye())
+    looks.make(Share(), 0)
+    found = fidelity_evaluation.figures_of(looks.kept(), reference, looks.kept(), 12)
+    assert abs(found["FID"]) < 1e-6 and (found["precision"], found["recall"]) == (1, 1)
+    half = fidelity_evaluation.figures_of(looks.kept(), reference, looks.kept()[:20], 12)
+    assert half["FID"] > 1e-2
+
+
 # ---- the command
 
 
@@ -167,6 +202,10 @@ def test_the_command_samples_compares_and_exports(run, tmp_path, with_eye, capsy
         asked = plan_of(load_run(run.path), n=20, steps=2, precision="float32")
         assert (file["arr_0"] == Drawer(run, asked)(0, 20).numpy()).all()
     assert len(list((tmp_path / "own").glob("*.safetensors"))) == 3
+    fewer = [*words[:-1], "30", "--samples", str(tmp_path / "own")]
+    assert main(fewer) == main(fewer) == 0
+    rows = [json.loads(path.read_text()) for path in sorted((tmp_path / "own").glob("figures-train*.json"))]
+    assert sorted(row["reference"]["images"] for row in rows) == [30, 40]  # neither took the other's place
 
 
 @pytest.mark.parametrize(
@@ -178,6 +217,13 @@ def test_the_command_samples_compares_and_exports(run, tmp_path, with_eye, capsy
         (["--as", "dit"], "unknown settings 'dit'. Did you mean 'ditdh'?"),
         (["--n", "5"], "5 samples are too few for these figures"),
         (["--reference", "imagenet"], "reference 'imagenet': expected train"),
+        (["--reference", "trian"], "Did you mean 'train'?"),
+        (["--reference-n", "-1"], "-1 real images are too few"),
+        (
+            ["--shards", "2", "--shard", "0", "--npz", "a.npz", "--out", "b", "--reference", "c", "--inception", "d"],
+            "--shard 0 draws its files and no more: give --npz, --out, --reference, --inception to the last call",
+        ),
+        (["--average", "second_ema"], "average of small"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_sentence(run, with_eye, words, message, capsys):

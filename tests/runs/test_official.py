@@ -6,27 +6,34 @@ import os
 import pickle
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from shared.golden import close, golden
 from shared.jit import OBJECTIVE, Diary, official_stages
 from torch import nn
 
+from maskalign_lab import gradient_norms
 from maskalign_lab.cli import main
 from maskalign_lab.diffusion.jit import NAMES, JiT, published_size
 from maskalign_lab.diffusion.objectives import Objective
 from maskalign_lab.diffusion.sampling import SamplerConfig, last_sample, sample
+from maskalign_lab.gradient_norms import fit_observer
 from maskalign_lab.runs.checkpoint_files import read_weights
 from maskalign_lab.runs.facts import Facts
 from maskalign_lab.runs.official import DOORS, SAMPLERS, arguments, from_official, to_official
 from maskalign_lab.runs.official_files import export_run, import_run
 from maskalign_lab.runs.official_jit import DENOISER, bare, flat, jit_sampler
 from maskalign_lab.runs.official_shapes import read_off, told_arguments
+from maskalign_lab.runs.paper_settings import IMAGES, Setting
 from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.recipe import from_json, to_json
 from maskalign_lab.runs.run import build, load_run
+from maskalign_lab.studies.gradient_norms.arms import SCALES
+from maskalign_lab.studies.gradient_norms.opening import open_study
 from maskalign_lab.training.methods import MethodConfig, PlainSiT
 
 
@@ -673,6 +680,28 @@ def test_dropout_of_a_jits_training_is_kept(tmp_path, capsys):
     file = training_checkpoint(tmp_path / "checkpoint-0.pth", {"model_ema1": golden("jit").weights})
     run = load_run(import_run(file, tmp_path / "run", config={"num_heads": 4, "in_context_start": 2}))
     assert run.recipe.network.dropout == 0.2 and "one dropout" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("family", ["sit", "jit"])
+def test_an_import_without_projectors_opens_study_01(family, tmp_path, monkeypatch):
+    """At a grid of 16 x 16, which no teacher of the lab's has, the papers' teacher is taken; here a tiny one stands for it."""
+    monkeypatch.setenv("MASKALIGN_LAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(IMAGES, "data.teacher", Setting("timm:test_vit?random", "small"))
+    monkeypatch.setattr(gradient_norms, "fit_observer", partial(fit_observer, steps=2))
+    monkeypatch.setitem(SCALES, "smoke", replace(SCALES["smoke"], images=6, times=2, shown=1))
+    for number in range(30):
+        (folder := tmp_path / "images" / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64), (8 * number, 9, 9)).save(folder / f"{number}.png")
+    size = {"input_size": 32, "hidden_size": 32, "depth": 2, "num_heads": 4, "num_classes": 2}
+    if family == "jit":
+        size |= {"patch_size": 2, "bottleneck_dim": 8, "in_context_len": 0, "in_context_start": 0}
+    net = DOORS[family].network(arguments(family, size))
+    save_file(net.state_dict(), tmp_path / "theirs.safetensors")
+    words = [*("--out", str(tmp_path / "run"), "--family", family, "--config", json.dumps(size))]
+    words += ["--dataset", f"folder:{tmp_path / 'images'}", *(["--autoencoder", "tiny"] if family == "sit" else [])]
+    assert main(["import", str(tmp_path / "theirs.safetensors"), *words]) == 0
+    film = open_study("smoke", str(tmp_path / "run"), device="cpu").film
+    assert film.norms.shape == (1, 1, 2, 256) and (film.norms > 0).all()
 
 
 def test_the_autoencoder_of_a_run_on_latents_comes_back(tmp_path, monkeypatch, capsys):

@@ -42,8 +42,8 @@ def test_a_published_checkpoint_is_imported_sampled_evaluated(name, tmp_path, wi
     for words in (["--as", family], []):
         assert main(["evaluate", place, *few, *words, "--out", str(tmp_path / "row.json")]) == 0
         rows.append(json.loads((tmp_path / "row.json").read_text()))
-    assert (rows[0]["settings"], rows[0]["sampler"]["solver"]) == (family, run.sampler.solver)
-    assert rows[0]["encoding"] == ("pixels" if family == "jit" else f"tiny ({run.autoencoder.digest})")
+    assert (rows[0]["settings"], rows[0]["sampler"]["solver"]) == (f"{family}, with steps=2", run.sampler.solver)
+    assert rows[0]["autoencoder"] == ("pixels" if family == "jit" else f"tiny ({run.autoencoder.digest})")
     told = [{key: row[key] for key in row.keys() - FIGURES - {"sampler"}} for row in rows]
     assert told[0] == told[1]  # an imported run needs no `--as`
 
@@ -69,7 +69,7 @@ def test_a_teacher_is_named_assumed_where_it_fits_or_refused_where_it_does_not(t
         silent.teacher  # noqa: B018
     assert "assumed teacher" not in capsys.readouterr().out
     wide = SimpleNamespace(config=SimpleNamespace(name="repa"), teacher_dims=(768,))
-    assert published_teacher(wide) == make_recipe("repa", "paper").data.teacher
+    assert published_teacher(wide, 16) == make_recipe("repa", "paper").data.teacher
     assert "assumed teacher timm:vit_base_patch14_dinov2, as published" in capsys.readouterr().out
 
 

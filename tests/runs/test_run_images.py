@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from maskalign_lab.data import stored_images
+from maskalign_lab.encoders.teachers import Teacher
+from maskalign_lab.gradient_norms import fit_observer
 from maskalign_lab.runs import evaluation
 from maskalign_lab.runs import run as runs
 from maskalign_lab.runs.evaluation import judge_samples, measure
@@ -28,7 +31,34 @@ def test_a_folder_that_holds_nothing_out_is_surveyed_by_its_training_images(tmp_
     run = run_on_folder(tmp_path, {"train/a": 3, "train/b": 3, "valid/a": 1})
     with pytest.raises(ValueError, match="expected two classes"):
         run.images("validation")
-    assert run.survey_images(4).split == "train" and len(run.survey_images(4)) == 6
+    assert run.survey_images(6).split == "train" and len(run.survey_images(9)) == 6
+
+
+def test_of_a_large_set_no_more_is_read_and_encoded_than_is_looked_at(tmp_path, monkeypatch):
+    """Study 01 looks at n images, and fits an observer on a bounded number; a teacher sees these, and files are read for these alone."""
+    run = run_on_folder(tmp_path, {"train/a": 20, "train/b": 20, "valid/a": 10, "valid/b": 10})
+    seen, read = [], []
+    monkeypatch.setattr(stored_images, "IN_MEMORY", 0)  # as with a set that does not fit: nothing is read beforehand
+    monkeypatch.setattr(runs, "SEEN_TO_FIT", 12)
+    monkeypatch.setattr(Teacher, "forward", counted(Teacher.forward, lambda self, images: seen.append(len(images))))
+    reads = counted(stored_images.read_rows, lambda listing, rows, *rest: read.append(len(rows)))
+    monkeypatch.setattr(stored_images, "read_rows", reads)
+    few = run.survey_images(6)
+    assert len(few) == 6 and few is run.survey_images(6) and few.split == "validation"
+    run.teacher_view(few)
+    assert sum(seen) == 6 and sum(read) == 6
+    fit_observer(run, 1, steps=2)
+    assert sum(seen) == 6 + 12 and sum(read) == 6 + 12 + 2 * 64  # the teacher's images, and two batches
+
+
+def counted(function, note):
+    """A function that notes what it is called with."""
+
+    def called(*given, **named):
+        note(*given)
+        return function(*given, **named)
+
+    return called
 
 
 def test_a_folder_that_holds_out_three_images_is_looked_at_by_three(tmp_path):

@@ -98,6 +98,19 @@ def test_an_imported_run_is_sampled_by_its_own_sampler_in_its_familys_way(tmp_pa
 
 
 @pytest.mark.parametrize(
+    ("typed", "settings"),
+    [
+        ({}, "repa"),
+        ({"n": 12, "seed": 3, "precision": "bfloat16"}, "repa"),
+        ({"steps": 2, "labels": "balanced"}, "repa, with labels=balanced, steps=2"),
+    ],
+)
+def test_settings_that_were_changed_do_not_keep_the_name_alone(tmp_path, typed, settings):
+    assert plan_of(random_run(tmp_path / "run"), "repa", **typed).settings == settings
+    assert plan_of(random_run(tmp_path / "other"), **typed).settings == ""
+
+
+@pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"settings": "rega"}, "unknown settings 'rega'. Did you mean 'reg'?"),

@@ -10,7 +10,7 @@ from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.recipe import identity
 from maskalign_lab.runs.run import load_run, train
 from maskalign_lab.studies.position_preference.layer_diagram import Taps, layer_diagram, taps_of
-from maskalign_lab.studies.position_preference.sweep_arms import ARMS, SCALES, first_images, measure_sweep
+from maskalign_lab.studies.position_preference.sweep_arms import ARMS, SCALES, measure_sweep
 from maskalign_lab.studies.position_preference.sweep_figures import layers_figure, layers_of_arms, sweep_figure, swept
 from maskalign_lab.workbench.plots import png
 
@@ -65,7 +65,7 @@ def test_what_is_measured_is_plain_and_of_every_block(name, tmp_path):
     assert {key: found[key] for key in ("aligned", "weight") if key in found} == (
         {} if name == "SiT" else {"aligned": 2, "weight": 0.5}
     )
-    assert len(first_images(run, 10)) == 10
+    assert len(run.survey_images(10)) == 10
 
 
 def test_smoke_trains_what_it_says():

@@ -165,6 +165,15 @@ def test_latents_of_the_autoencoders_that_ship_are_normalised(dataset, autoencod
     assert latent_symptoms(glance(make_batches(make_recipe("sit", "smoke", dataset, 0, f"{more} data.n=128"))).x) == []
 
 
+def test_tokens_of_an_encoder_without_their_statistics_are_seen_by_single_channels():
+    """Their deviation is that of healthy latents."""
+    run = load_run("ditdh-shapes")
+    latents, kept = run.inputs(run.survey_images(128)), run.autoencoder.statistics
+    tokens = latents * kept.var.sqrt() + kept.mean
+    assert latent_symptoms(latents) == [] and len(latent_symptoms(tokens)) == 1
+    assert 1 / health.WIDEST < tokens.std(0).mean() < health.WIDEST
+
+
 # ---- what it costs and changes
 
 

@@ -23,7 +23,6 @@ from .depth_film import DepthFilm, load_film, make_film, save_film
 from .opening import SHIPPED, Study
 from .ranked_runs import MIDDLE, Case, case_rows, ranking_rows
 from .ranked_runs import ROWS as RANKED
-from .sweep_arms import first_images
 from .teacher_space import space_rows
 from ...training.methods import innermost
 
@@ -50,7 +49,7 @@ TIMES = (0.2, 0.5, 0.8)  # at which probe and CKNNA are asked
 # %% ../../../nbs/lib/studies/position_preference/lenses.ipynb #ef05df35
 def depth_rows(run: Run, images: int) -> list[dict[str, Any]]:
     """Probe and CKNNA over depth at TIMES, a row each."""
-    found, aligned = over_depth(run, first_images(run, images), TIMES), aligned_block(run)
+    found, aligned = over_depth(run, run.survey_images(images), TIMES), aligned_block(run)
     return [{"run": run.name, "quantity": name, "aligned": aligned} | plain(seen) for name, seen in found.items()]
 
 
@@ -95,7 +94,7 @@ class Lenses:
 
 def make_lenses(runs: Sequence[Run], sizes: Sizes) -> Lenses:
     """Look at runs that are alike in depth, grid and data."""
-    run, images = runs[0], first_images(runs[0], sizes.compared)
+    run, images = runs[0], runs[0].survey_images(sizes.compared)
     depth = [row for each in runs for row in depth_rows(each, sizes.probed)]
     space = space_rows(images) if run.recipe.data.name == "shapes" else []  # of the teachers that ship
     film = make_film(runs, sizes.times, sizes.probed, sizes.shown)

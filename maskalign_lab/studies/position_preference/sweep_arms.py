@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIXTHS', 'WEIGHTS', 'DEPTH_ARMS', 'WEIGHT_ARMS', 'ARMS', 'CLAIMS', 'SCALES', 'TIMES', 'sixths_deep', 'Scale',
-           'first_images', 'tapped', 'measure_sweep']
+           'tapped', 'measure_sweep']
 
 # %% ../../../nbs/lib/studies/position_preference/sweep_arms.ipynb #7f8a7caf
 from collections.abc import Callable
@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from ...base.statistics import four_digits
-from ...data.datasets import Dataset
 from ...measure.representation import over_depth
 from ...runs.evaluation import quality
 from ...runs.experiments import Arm
@@ -69,15 +68,6 @@ SCALES = {
 TIMES = (0.25, 0.5, 0.75)
 
 
-def first_images(
-    run: Run,
-    n: int,
-) -> Dataset:
-    """At most n images to look at, held-out ones if there are enough."""
-    images = run.survey_images(n)
-    return images.subset(np.arange(n)) if len(images) > n else images
-
-
 def tapped(run: Run) -> dict[str, Any]:
     """Where a run's alignment taps, and with which weight; nothing of a run without one."""
     method = innermost(run.method)
@@ -92,7 +82,7 @@ def measure_sweep(
 ) -> dict[str, Any]:
     """Velocity loss, the judge's word on samples, and probe and CKNNA over depth at TIMES."""
     found = quality(run, measured, samples) | tapped(run)
-    for name, seen in over_depth(run, first_images(run, probed), TIMES).items():
+    for name, seen in over_depth(run, run.survey_images(probed), TIMES).items():
         rows, halves = ([list(map(four_digits, row)) for row in each.tolist()] for each in (seen.values, seen.halves))
         found |= {name: rows, f"{name} half": halves, f"{name} chance": four_digits(seen.chance)}
     return found
