@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Batch', 'options_of', 'check_training', 'check_job', 'check_jobs', 'exit_code', 'report', 'carry_out_here',
-           'send_to_slurm', 'claim', 'run_batch']
+           'send_to_slurm', 'check_owner', 'claim', 'check_plan', 'tell_status', 'run_batch']
 
 # %% ../nbs/lib/batch_commands.ipynb #cf6d7eec
 from collections.abc import Callable, Sequence
@@ -145,10 +145,12 @@ def send_to_slurm(
 ) -> int:
     """Send the jobs that are neither ok nor with Slurm; the exit code."""
     from maskalign_lab.workbench.batch_ledger import settle
-    from maskalign_lab.workbench.slurm import in_slurm, send
+    from maskalign_lab.workbench.slurm import check_cluster, in_slurm, send
 
+    check_cluster()
+    claim(folder, plan.path)
     records = [settle(folder, task) for task in plan.tasks]
-    there = in_slurm([record for record in records if record.status != "ok"])
+    there = in_slurm(folder, records)
     left = [
         task for task, record in zip(plan.tasks, records, strict=True)
         if record.status not in ("ok", "running") and task.name not in there
@@ -162,20 +164,50 @@ def send_to_slurm(
     return 0
 
 # %% ../nbs/lib/batch_commands.ipynb #bb539c41
-def claim(
-    folder: Path,  # of the batch, made if needed
+def check_owner(
+    folder: Path,  # of the batch
     plan: Path,  # its file
 ) -> None:
-    """Note which plan a folder belongs to; refuse the folder of another plan of the same name."""
-    from maskalign_lab.base.files import write_atomic
-
-    folder.mkdir(parents=True, exist_ok=True)
+    """Refuse the folder of another plan of the same name."""
     note = folder / "plan.txt"
     if note.is_file() and (other := note.read_text(encoding="utf-8").strip()) != str(plan):
         raise FileExistsError(f"{folder} is of the plan {other}, not of {plan}; choose another folder with --out")
-    write_atomic(note, f"{plan}\n")
+
+
+def claim(
+    folder: Path,  # of the batch, made if needed; checked
+    plan: Path,  # its file
+) -> None:
+    """Note which plan a folder belongs to."""
+    from maskalign_lab.base.files import write_atomic
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / "plan.txt", f"{plan}\n")
 
 # %% ../nbs/lib/batch_commands.ipynb #7653a408
+def check_plan(
+    plan: Any,  # a `Plan`
+    here: bool,  # on this machine
+) -> int:
+    """Refuse a plan of which something cannot work; how many processes its largest job has."""
+    if not here:
+        from maskalign_lab.workbench.slurm import check_options
+
+        check_options(plan.slurm)
+    return check_jobs(plan.tasks, here)
+
+
+def tell_status(
+    folder: Path,  # of the batch
+    tasks: Sequence[Any],  # `Task`s
+) -> int:
+    """How the jobs stand, those that Slurm has ended among them; the exit code."""
+    from maskalign_lab.workbench.slurm import end_unbegun
+
+    end_unbegun(folder, tasks)
+    return report(folder, tasks)
+
+
 @command("batch", Batch)
 def run_batch(options: Batch) -> int:
     """Read and check the plan, then do what is not done."""
@@ -183,21 +215,16 @@ def run_batch(options: Batch) -> int:
 
     plan = read_plan(options.plan)
     folder = (paths.home_of(options.out) if options.out else paths.output() / "batches" / plan.name).absolute()
+    check_owner(folder, plan.path)
     if options.status:
-        return report(folder, plan.tasks)
-    if plan.slurm:
-        from maskalign_lab.workbench.slurm import check_options
-
-        check_options(plan.slurm)
-    here = options.here or not plan.slurm
-    processes = check_jobs(plan.tasks, here)
+        return tell_status(folder, plan.tasks)
+    processes = check_plan(plan, here := options.here or not plan.slurm)
     if options.dry_run:
-        print(
-            "\n".join([*(task.command for task in plan.tasks), f"{len(plan.tasks)} jobs, to be recorded in {folder}"])
-        )
+        said = [*(task.command for task in plan.tasks), f"{len(plan.tasks)} jobs, to be recorded in {folder}"]
+        print("\n".join(said))
         return 0
-    claim(folder, plan.path)
     if not here:
         return send_to_slurm(folder, plan, processes)
+    claim(folder, plan.path)
     carry_out_here(folder, plan.tasks, options.jobs, processes)
     return report(folder, plan.tasks, lambda record: record.status != "ok")
