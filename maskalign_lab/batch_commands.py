@@ -7,7 +7,9 @@ __all__ = ['Batch', 'options_of', 'check_training', 'check_job', 'check_jobs', '
            'send_to_slurm', 'check_owner', 'claim', 'check_plan', 'tell_status', 'run_batch']
 
 # %% ../nbs/lib/batch_commands.ipynb #cf6d7eec
+import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -124,18 +126,23 @@ def carry_out_here(
 ) -> None:
     """Do the jobs that are not ok on this machine, a line for each that ends."""
     from maskalign_lab.base.processes import grace
-    from maskalign_lab.workbench.batch_ledger import Record, line_of_record, settle
-    from maskalign_lab.workbench.batch_work import carry_out_all, shares, visible_devices
+    from maskalign_lab.workbench.batch_ledger import Record, line_of_record, settle, write_ledger
+    from maskalign_lab.workbench.batch_work import carry_out_all, places, visible_devices
+
+    one_at_a_time = threading.Lock()
 
     def told(record: Record) -> None:
-        if record.status not in ("waiting", "running"):
+        if record.status in ("waiting", "running"):
+            return
+        with one_at_a_time, suppress(OSError):  # a disk that is full now need not be so at the end
             print(line_of_record(record), flush=True)
+            write_ledger(folder, tasks)
 
     grace()  # refuses a value that nobody can wait for
     left = [task for task in tasks if settle(folder, task).status != "ok"]
     if done := len(tasks) - len(left):
         print(f"{done} of {len(tasks)} jobs are ok already")
-    carry_out_all(folder, left, shares(visible_devices(), jobs, processes), told)
+    carry_out_all(folder, left, places(visible_devices(), jobs, processes), told, jobs)
 
 # %% ../nbs/lib/batch_commands.ipynb #b4c03d3f
 def send_to_slurm(
