@@ -48,7 +48,7 @@ def words_here(
     """The words of a job, and where a study puts its results: each attempt of it has a folder of its own, as `run` wants it."""
     return [*task.words, *(["--out", str(place / FOLDER.format(attempt))] if task.words[0] == "run" else [])]
 
-
+# %% ../../nbs/lib/workbench/batch_work.ipynb #dc1c48f3
 def cores() -> int:
     """How many cores this process may use, of those that the machine has."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -93,7 +93,7 @@ def kill_all(
             with contextlib.suppress(psutil.NoSuchProcess):
                 each.kill()
 
-
+# %% ../../nbs/lib/workbench/batch_work.ipynb #8713a183
 class Work:
     """Does one job, and writes down how it went."""
 
@@ -202,20 +202,20 @@ def places(
     side_by_side = len(devices) // processes  # of the largest job
     return [*devices] * -(-(jobs or 1) // side_by_side)
 
-
+# %% ../../nbs/lib/workbench/batch_work.ipynb #396bcc49
 class Pool:
     """The places on a machine, which jobs take and give back."""
 
-    def __init__(self, free: Iterable[str]):
+    def __init__(self, free: Iterable[str], taken: Iterable[str] = ()):
         self.free, self.turn, self.changed = Counter(free), threading.Lock(), threading.Condition()
+        for device in taken:
+            self.add(device, -1)
 
-    def withhold(self, device: str) -> None:
-        """Take the places of a job that has them already."""
-        self.free.subtract(self.known(device))
-
-    def known(self, device: str) -> list[str]:
-        """The places among some devices: a job of before may have one that is none of ours."""
-        return [each for each in device.split(",") if each in self.free]
+    def add(self, device: str, count: int) -> None:
+        """Let others have the places of a job (1), or keep them from others (-1); a device that is none of ours does not count."""
+        with self.changed:
+            self.free.update({each: count for each in device.split(",") if each in self.free})
+            self.changed.notify_all()
 
     @contextlib.contextmanager
     def some(self, count: int) -> Iterator[str]:
@@ -228,13 +228,7 @@ class Pool:
         try:
             yield ",".join(mine)
         finally:
-            self.give(",".join(mine))
-
-    def give(self, device: str) -> None:
-        """Let others have places."""
-        with self.changed:
-            self.free.update(self.known(device))
-            self.changed.notify_all()
+            self.add(",".join(mine), 1)
 
 # %% ../../nbs/lib/workbench/batch_work.ipynb #a0679b7f
 def visible_devices() -> list[str]:
@@ -254,7 +248,7 @@ def sharing(
     most = jobs * task.processes
     return most if "" in devices else min(most, len(devices))
 
-
+# %% ../../nbs/lib/workbench/batch_work.ipynb #eb1ea7c5
 def orphans(
     folder: Path,  # of the batch
     tasks: Sequence[Task],
@@ -264,7 +258,7 @@ def orphans(
     here = [record for record in found if record.status == "running" and record.host == socket.gethostname()]
     return {record.name: record.device for record in here}
 
-
+# %% ../../nbs/lib/workbench/batch_work.ipynb #dd052d3c
 def carry_out_all(
     folder: Path,  # of the batch
     tasks: Sequence[Task],
@@ -273,16 +267,14 @@ def carry_out_all(
     jobs: int | None = None,  # at a time; None: as many as there are places
 ) -> list[Record]:
     """Do jobs, and wait for those that others do here, on whose devices no other job begins; their records in the order of the tasks."""
-    jobs, pool = jobs or len(devices), Pool(devices)
+    jobs, there = jobs or len(devices), orphans(folder, tasks)
+    pool = Pool(devices, there.values())
     works = [Work(folder, task, processes=sharing(task, devices, jobs)) for task in tasks]
-    there = orphans(folder, tasks)
-    for device in there.values():
-        pool.withhold(device)
 
     def do(work: Work) -> Record:
         if work.task.name in there:
             work.outlive()
-            pool.give(there[work.task.name])
+            pool.add(there[work.task.name], 1)
         with pool.some(work.task.processes) as work.device:
             record = work()
         told(record)

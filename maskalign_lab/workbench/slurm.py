@@ -30,7 +30,7 @@ def notice_before() -> int:
     """Seconds before its end at which a job is warned: the time of grace, and some for what comes after it."""
     return grace() + 60
 
-
+# %% ../../nbs/lib/workbench/slurm.ipynb #d42a6586
 def check_options(
     options: Mapping[str, Any],  # of the plan
 ) -> None:
@@ -48,7 +48,7 @@ def check_options(
     if not isinstance(more := options.get("additional_parameters") or {}, Mapping):
         raise ValueError(f"slurm: additional_parameters: {more!r}: expected a mapping")
 
-
+# %% ../../nbs/lib/workbench/slurm.ipynb #26de6ca7
 def with_defaults(
     options: Mapping[str, Any],  # of the plan
     processes: int,  # of the job that has most
@@ -89,7 +89,7 @@ def queued(
         return None
     return dict(line.split()[:2] for line in told.stdout.splitlines() if line.strip())
 
-
+# %% ../../nbs/lib/workbench/slurm.ipynb #ea1f7bb8
 def states(
     numbers: Sequence[str],
 ) -> dict[str, str]:
@@ -165,7 +165,7 @@ def check_cluster() -> None:
             "the plan says `slurm:`, and there is no `srun` on this machine; call it where jobs are sent from, or do them here with --here"
         )
 
-
+# %% ../../nbs/lib/workbench/slurm.ipynb #ec92d5cd
 def send(
     folder: Path,  # of the batch, which every node must see
     tasks: Sequence[Task],
@@ -223,7 +223,7 @@ def end_unbegun(
             with suppress(FileExistsError), sole_writer(job_place(folder, task.name)):
                 _end_unbegun(folder, task, number, known[number])
 
-
+# %% ../../nbs/lib/workbench/slurm.ipynb #23d322df
 def _end_unbegun(folder: Path, task: Task, number: str, state: str) -> None:
     from submitit import SlurmJob
 
