@@ -284,9 +284,7 @@ def carry_out_all(
         for work in works:
             work.stop()
 
-    first = sorted(
-        works, key=lambda work: work.task.name not in there
-    )  # no job waits for a device of one whose turn comes later
+    first = sorted(works, key=lambda work: work.task.name not in there)
     with stops_go_to(stop_all), ThreadPoolExecutor(jobs) as threads:
         found = dict(zip([work.task for work in first], threads.map(do, first), strict=True))
     return [found[task] for task in tasks]
