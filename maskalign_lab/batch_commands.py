@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['Batch', 'options_of', 'check_training', 'check_job', 'check_jobs', 'exit_code', 'report', 'carry_out_here',
-           'send_to_slurm', 'claim', 'run_batch']
+           'send_to_slurm', 'check_owner', 'claim', 'check_plan', 'tell_status', 'run_batch']
 
 # %% ../nbs/lib/batch_commands.ipynb #cf6d7eec
+import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -124,18 +126,23 @@ def carry_out_here(
 ) -> None:
     """Do the jobs that are not ok on this machine, a line for each that ends."""
     from maskalign_lab.base.processes import grace
-    from maskalign_lab.workbench.batch_ledger import Record, line_of_record, settle
-    from maskalign_lab.workbench.batch_work import carry_out_all, shares, visible_devices
+    from maskalign_lab.workbench.batch_ledger import Record, line_of_record, settle, write_ledger
+    from maskalign_lab.workbench.batch_work import carry_out_all, places, visible_devices
+
+    one_at_a_time = threading.Lock()
 
     def told(record: Record) -> None:
-        if record.status not in ("waiting", "running"):
+        if record.status in ("waiting", "running"):
+            return
+        with one_at_a_time, suppress(OSError):  # a disk that is full now need not be so at the end
             print(line_of_record(record), flush=True)
+            write_ledger(folder, tasks)
 
     grace()  # refuses a value that nobody can wait for
     left = [task for task in tasks if settle(folder, task).status != "ok"]
     if done := len(tasks) - len(left):
         print(f"{done} of {len(tasks)} jobs are ok already")
-    carry_out_all(folder, left, shares(visible_devices(), jobs, processes), told)
+    carry_out_all(folder, left, places(visible_devices(), jobs, processes), told, jobs)
 
 # %% ../nbs/lib/batch_commands.ipynb #b4c03d3f
 def send_to_slurm(
@@ -145,10 +152,12 @@ def send_to_slurm(
 ) -> int:
     """Send the jobs that are neither ok nor with Slurm; the exit code."""
     from maskalign_lab.workbench.batch_ledger import settle
-    from maskalign_lab.workbench.slurm import in_slurm, send
+    from maskalign_lab.workbench.slurm import check_cluster, in_slurm, send
 
+    check_cluster()
+    claim(folder, plan.path)
     records = [settle(folder, task) for task in plan.tasks]
-    there = in_slurm([record for record in records if record.status != "ok"])
+    there = in_slurm(folder, records)
     left = [
         task for task, record in zip(plan.tasks, records, strict=True)
         if record.status not in ("ok", "running") and task.name not in there
@@ -162,20 +171,50 @@ def send_to_slurm(
     return 0
 
 # %% ../nbs/lib/batch_commands.ipynb #bb539c41
-def claim(
-    folder: Path,  # of the batch, made if needed
+def check_owner(
+    folder: Path,  # of the batch
     plan: Path,  # its file
 ) -> None:
-    """Note which plan a folder belongs to; refuse the folder of another plan of the same name."""
-    from maskalign_lab.base.files import write_atomic
-
-    folder.mkdir(parents=True, exist_ok=True)
+    """Refuse the folder of another plan of the same name."""
     note = folder / "plan.txt"
     if note.is_file() and (other := note.read_text(encoding="utf-8").strip()) != str(plan):
         raise FileExistsError(f"{folder} is of the plan {other}, not of {plan}; choose another folder with --out")
-    write_atomic(note, f"{plan}\n")
+
+
+def claim(
+    folder: Path,  # of the batch, made if needed; checked
+    plan: Path,  # its file
+) -> None:
+    """Note which plan a folder belongs to."""
+    from maskalign_lab.base.files import write_atomic
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / "plan.txt", f"{plan}\n")
 
 # %% ../nbs/lib/batch_commands.ipynb #7653a408
+def check_plan(
+    plan: Any,  # a `Plan`
+    here: bool,  # on this machine
+) -> int:
+    """Refuse a plan of which something cannot work; how many processes its largest job has."""
+    if not here:
+        from maskalign_lab.workbench.slurm import check_options
+
+        check_options(plan.slurm)
+    return check_jobs(plan.tasks, here)
+
+
+def tell_status(
+    folder: Path,  # of the batch
+    tasks: Sequence[Any],  # `Task`s
+) -> int:
+    """How the jobs stand, those that Slurm has ended among them; the exit code."""
+    from maskalign_lab.workbench.slurm import end_unbegun
+
+    end_unbegun(folder, tasks)
+    return report(folder, tasks)
+
+
 @command("batch", Batch)
 def run_batch(options: Batch) -> int:
     """Read and check the plan, then do what is not done."""
@@ -183,21 +222,16 @@ def run_batch(options: Batch) -> int:
 
     plan = read_plan(options.plan)
     folder = (paths.home_of(options.out) if options.out else paths.output() / "batches" / plan.name).absolute()
+    check_owner(folder, plan.path)
     if options.status:
-        return report(folder, plan.tasks)
-    if plan.slurm:
-        from maskalign_lab.workbench.slurm import check_options
-
-        check_options(plan.slurm)
-    here = options.here or not plan.slurm
-    processes = check_jobs(plan.tasks, here)
+        return tell_status(folder, plan.tasks)
+    processes = check_plan(plan, here := options.here or not plan.slurm)
     if options.dry_run:
-        print(
-            "\n".join([*(task.command for task in plan.tasks), f"{len(plan.tasks)} jobs, to be recorded in {folder}"])
-        )
+        said = [*(task.command for task in plan.tasks), f"{len(plan.tasks)} jobs, to be recorded in {folder}"]
+        print("\n".join(said))
         return 0
-    claim(folder, plan.path)
     if not here:
         return send_to_slurm(folder, plan, processes)
+    claim(folder, plan.path)
     carry_out_here(folder, plan.tasks, options.jobs, processes)
     return report(folder, plan.tasks, lambda record: record.status != "ok")

@@ -20,7 +20,7 @@ from tyro.conf import Positional
 from . import batch_commands, evaluation_commands, network_commands, training_commands  # noqa: F401  (importing registers)
 from .base import paths
 from .base.errors import one_of
-from .base.processes import is_first, leave_word
+from .base.processes import Left, is_first, leave_word, leaving
 from .base.terminal import enduring
 from .study_commands import report
 from .workbench.commands import COMMANDS, command, overview, parse
@@ -54,13 +54,17 @@ def main(
     """The command `maskalign-lab`; returns the exit code."""
     words = list(sys.argv[1:] if words is None else words)
     debug, words = "--debug" in words, [word for word in words if word != "--debug"]
-    with enduring():
+    with enduring(), leaving():
         try:
             return answer(words)
         except KeyboardInterrupt:
             if is_first():
                 print("stopped", file=sys.stderr)
             return 130
+        except Left as stop:
+            if is_first():
+                print(stop.said, file=sys.stderr)
+            return stop.code
         except Exception as error:
             sentence = "" if debug else sentence_of(error)
             if leave_word(sentence, traceback.format_exc()):

@@ -29,6 +29,12 @@ class Task:
     words: tuple[str, ...]  # behind `maskalign-lab`; the first is a command
 
     @property
+    def processes(self) -> int:
+        """How many of them do it."""
+        told = dict(itertools.pairwise(self.words)).get("--processes", "1")
+        return int(told) if told.isdecimal() else 1
+
+    @property
     def command(self) -> str:
         """As a shell takes it."""
         return shlex.join(["maskalign-lab", *self.words])
@@ -60,9 +66,9 @@ def to_word(
     value: Any,
     key: str,  # that it stands behind
 ) -> str:
-    """A value as one would type it."""
+    """A value as one would type it, with absolute paths where it names folders."""
     if isinstance(value, str | int):
-        return str(value)
+        return paths.absolute(str(value))
     raise ValueError(f"{key}: {value!r}: expected text or a number, or a list of these")
 
 

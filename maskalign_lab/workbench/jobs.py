@@ -21,6 +21,7 @@ from typing import Any
 from ..base import paths
 from ..base.errors import one_of
 from ..base.files import write_atomic
+from ..base.processes import Left
 from .ledger import Job, command_of, published, published_command, rooted
 from .provenance import git_state, versions
 from .study_parameters import Parameter, check_values, study_parameters
@@ -152,6 +153,11 @@ def perform(
     except notebook_kernel.Stopped as stop:
         job.end("preempted", stop.exit_code, str(stop))
         mark_stopped(job)
+    except Left as stop:
+        job.end("preempted", stop.code, stop.said)
+        mark_stopped(job)
+    except notebook_kernel.KernelKilled as error:
+        job.end("killed", 137, str(error))  # as a shell tells of SIGKILL
     except notebook_kernel.PapermillExecutionError as error:
         job.end("failed", 1, describe(error.exec_count, error.traceback, f"{error.ename}: {error.evalue}"))
     except Exception as error:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GRACE', 'OwnKernel', 'kernel_environment', 'Stopped', 'Stopper', 'signals_to', 'last_heading', 'StudyClient',
-           'saved_where_code_runs', 'StudyEngine', 'literal', 'execute']
+           'saved_where_code_runs', 'KernelKilled', 'StudyEngine', 'literal', 'execute']
 
 # %% ../../nbs/lib/workbench/notebook_kernel.ipynb #3442d735
 import asyncio
@@ -21,6 +21,7 @@ from typing import Any
 import papermill
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
+from nbclient.exceptions import DeadKernelError
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, NotebookExecutionManager, papermill_engines
 from papermill.exceptions import PapermillExecutionError  # noqa: F401  for those who call `execute`
@@ -109,7 +110,7 @@ class StudyClient(PapermillNotebookClient):
 
     def __init__(self, manager: Any, **options: Any):
         super().__init__(manager, kernel_manager_class=OwnKernel, **options)
-        self.stopper, self.done, self.heading = Stopper(self), 0, ""
+        self.stopper, self.done, self.heading, self.kernel = Stopper(self), 0, "", None
         self.total = sum(cell.cell_type == "code" for cell in self.nb.cells)
 
     def execute_cell(self, cell: Any, cell_index: int, **options: Any) -> Any:
@@ -119,7 +120,7 @@ class StudyClient(PapermillNotebookClient):
         if cell.cell_type != "code":
             self.heading = last_heading(cell.source) or self.heading
             return cell
-        began = time.perf_counter()
+        self.kernel, began = self.km.provisioner.process, time.perf_counter()
         try:
             return super().execute_cell(cell, cell_index, **options)
         finally:
@@ -147,6 +148,16 @@ def saved_where_code_runs(
         del manager.save
 
 # %% ../../nbs/lib/workbench/notebook_kernel.ipynb #2443d3f6
+class KernelKilled(Exception):
+    """The kernel was ended by SIGKILL, and not by us."""
+
+    def __init__(self):
+        super().__init__(
+            "the kernel was ended by SIGKILL, as the system does when memory runs out; take less at a time, such as a "
+            "smaller preset or batch, or give the job more memory"
+        )
+
+
 class StudyEngine(NBClientEngine):
     """papermill's engine with our client."""
 
@@ -158,8 +169,11 @@ class StudyEngine(NBClientEngine):
         try:
             with signals_to(client.stopper), saved_where_code_runs(nb_man):
                 client.execute(env=kernel_environment(Path(nb_man.output_path).parent))
-        except Exception:
+        except Exception as error:
             if not client.stopper.number:
+                killed = client.kernel and client.kernel.poll() == -getattr(signal, "SIGKILL", 9)
+                if killed and isinstance(error, DeadKernelError):
+                    raise KernelKilled from None
                 raise
         if client.stopper.number:
             raise Stopped(client.stopper.number)

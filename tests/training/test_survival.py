@@ -24,6 +24,7 @@ from shared.waits import Waits
 
 from maskalign_lab.base import checkpoints, files
 from maskalign_lab.base.checkpoints import step_folder, steps_of
+from maskalign_lab.cli import main
 from maskalign_lab.training.loop import fit
 from maskalign_lab.training.stopping import Guard, NonFinite, notice
 
@@ -88,6 +89,17 @@ def test_an_interrupt_saves_and_is_an_interrupt(start, tmp_path):
     done = steps_of(tmp_path)[-1]
     assert process.returncode not in (0, 75) and "KeyboardInterrupt" in rest and f"saved after step {done}" in rest
     assert max(int(line.split()[1]) for line in rest.splitlines() if line.startswith("step ")) <= done
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+@pytest.mark.parametrize("command, module", [("train", "run"), ("prepare", "preparing")])
+def test_a_signal_before_the_first_step_asks_to_be_called_again(tmp_path, monkeypatch, capsys, number, command, module):
+    monkeypatch.setenv("MASKALIGN_LAB_OUTPUT", str(tmp_path))
+    before = signal.getsignal(number)
+    monkeypatch.setattr(f"maskalign_lab.runs.{module}.load_sources", lambda *_, **more: signal.raise_signal(number))
+    assert main([command, "sit", "--preset", "smoke", "--device", "cpu"]) == 75
+    assert f"stopped by {signal.Signals(number).name}" in capsys.readouterr().err
+    assert signal.getsignal(number) is before
 
 
 def test_a_second_interrupt_does_not_wait():

@@ -14,14 +14,15 @@ from shared.clone import ROOT
 from shared.notebooks import write
 
 from maskalign_lab.base.locks import sole_writer
-from maskalign_lab.batch_commands import check_jobs
+from maskalign_lab.base.processes import began
+from maskalign_lab.batch_commands import carry_out_here, check_jobs
 from maskalign_lab.cli import main
 from maskalign_lab.studies.dsd.arms import SCALES as DSD
 from maskalign_lab.studies.maskalign import arms as maskalign_arms
 from maskalign_lab.studies.rae.arms import SCALES as RAE
 from maskalign_lab.workbench.batch_ledger import ENDS, Record, job_place, read_record, save_record, settle, write_ledger
 from maskalign_lab.workbench.batch_plan import Task, expand, parse_plan
-from maskalign_lab.workbench.batch_work import Work, carry_out_all
+from maskalign_lab.workbench.batch_work import Work, carry_out_all, kill_all
 from maskalign_lab.workbench.ledger import Job
 
 ACTS = """import os, signal, time
@@ -101,6 +102,60 @@ def test_a_job_whose_watcher_was_killed_is_not_done_twice(tmp_path):
     assert Work(tmp_path, task)().status == "ok" and read_record(tmp_path, task).attempts == 2
 
 
+def test_a_device_on_which_a_job_of_a_killed_batch_lives_is_not_given_away(tmp_path, monkeypatch):
+    other, left = Task(("jobs",)), Task(("jobs", "--help"))
+    orphan = psutil.Popen([sys.executable, "-c", "import time; time.sleep(2)"])
+    (record := read_record(tmp_path, left)).begin(orphan.pid, "0")
+    save_record(tmp_path, record)
+    attempt, there = Work.attempt, []
+
+    def looked(work, record):
+        there.append((record.name, began(orphan.pid) is not None))
+        return attempt(work, record)
+
+    monkeypatch.setattr(Work, "attempt", looked)
+    records = carry_out_all(tmp_path, [other, left], ["0"], lambda record: None)
+    assert sorted(there) == sorted([(other.name, False), (left.name, False)])
+    assert [(record.name, record.status, record.attempts) for record in records] == [
+        (other.name, "ok", 1),
+        (left.name, "ok", 2),  # nobody knows how it had ended
+    ]
+
+
+def test_a_stop_reaches_a_job_of_a_killed_batch(tmp_path):
+    task = Task(("jobs",))
+    orphan = psutil.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+    (record := read_record(tmp_path, task)).begin(orphan.pid, "0")
+    save_record(tmp_path, record)
+    (work := Work(tmp_path, task)).stop()
+    work.outlive()
+    assert began(orphan.pid) is None and work().status == "killed"
+
+
+def test_a_kill_reaches_those_in_a_session_of_their_own(tmp_path):
+    code = """import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"], start_new_session=True)
+print(child.pid, flush=True)
+child.wait()"""
+    leader = psutil.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    child = psutil.Process(int(leader.stdout.readline()))
+    kill_all(leader)
+    assert psutil.wait_procs([leader, child], timeout=60)[1] == []
+
+
+def test_a_disk_that_is_full_when_a_job_ends_does_not_end_the_batch(tmp_path, monkeypatch, capsys):
+    def full(folder, record):
+        if record.status == "ok":
+            raise OSError("no space left")
+        save_record(folder, record)
+
+    monkeypatch.setattr("maskalign_lab.workbench.batch_work.save_record", full)
+    tasks = [Task(("jobs",)), Task(("jobs", "--help"))]
+    assert [record.status for record in carry_out_all(tmp_path, tasks, [""], lambda record: None)] == ["ok", "ok"]
+    assert "cannot be written: no space left" in capsys.readouterr().out
+    assert [record.status for record in write_ledger(tmp_path, tasks)] == ["killed", "killed"]
+
+
 def test_a_study_that_ended_while_nobody_watched_has_its_own_end(tmp_path):
     task = Task(("run", "01"))
     (record := read_record(tmp_path, task)).begin(os.getpid(), "")
@@ -129,7 +184,10 @@ def test_a_folder_belongs_to_one_plan_and_a_look_leaves_none(tmp_path, monkeypat
     assert main(["batch", str(plans[0]), "--status"]) == 75 and "1 jobs: 1 waiting" in capsys.readouterr().out
     assert not (tmp_path / "runs").exists()
     assert main(["batch", str(plans[0])]) == 1
-    assert main(["batch", str(plans[1])]) == 2 and "choose another folder with --out" in capsys.readouterr().err
+    before = (ledger := tmp_path / "runs" / "batches" / "plan" / "ledger.json").read_text()
+    for words in (["batch", str(plans[1])], ["batch", str(plans[1]), "--status"]):
+        assert main(words) == 2 and "choose another folder with --out" in capsys.readouterr().err
+    assert ledger.read_text() == before
 
 
 def test_what_another_machine_does_is_not_called_dead_while_it_is_locked(tmp_path):
@@ -178,6 +236,28 @@ def test_a_plan_has_every_combination_once(values):
         count *= len(choices)
     assert len(tasks) == len({task.name for task in tasks}) == count
     assert all(len(task.name) < 100 and "/" not in task.name and " " not in task.name for task in tasks)
+
+
+def test_a_relative_path_belongs_to_the_folder_in_which_the_plan_was_called(tmp_path, monkeypatch):
+    text = "jobs: [{train: sit, dataset: 'folder:cats'}, {run: '01', dataset: 'folder:cats'}]"
+    monkeypatch.chdir(tmp_path)
+    here = parse_plan(text).tasks
+    assert all(f"folder:{tmp_path}/cats" in task.words for task in here)
+    monkeypatch.chdir(tmp_path.parent)
+    assert not {task.name for task in here} & {task.name for task in parse_plan(text).tasks}
+
+
+def test_the_ledger_is_written_as_jobs_end(tmp_path, monkeypatch):
+    tallies = []
+
+    def all_of(folder, tasks, devices, told, jobs=None):
+        for task in tasks:
+            told(Work(folder, task)())
+            tallies.append(json.loads((folder / "ledger.json").read_text())["tally"])
+
+    monkeypatch.setattr("maskalign_lab.workbench.batch_work.carry_out_all", all_of)
+    carry_out_here(tmp_path, [Task(("jobs",)), Task(("jobs", "--help"))], None, 1)
+    assert tallies == ["1 ok, 1 waiting", "2 ok"]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,9 @@ from shared.clone import ROOT
 from shared.notebooks import write
 
 from maskalign_lab.base import paths
+from maskalign_lab.cli import main
 from maskalign_lab.workbench import jobs, refresh
+from maskalign_lab.workbench.batch_ledger import status_of
 from maskalign_lab.workbench.jobs import run_study, save_figure
 
 LARGE = base64.b64encode(bytes(100_001)).decode()
@@ -77,6 +79,25 @@ def test_a_kernel_that_dies_is_a_failure(tmp_path, output):
     assert job.status == "failed" and "DeadKernelError" in job.error
     (folder,) = output.iterdir()
     assert "before" in cells(folder)[-2].outputs[0].text
+
+
+def test_a_kernel_that_the_system_kills_is_killed(tmp_path, output):
+    job = run_study(
+        write(tmp_path / "study.ipynb", "print('before')", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    )
+    assert (job.status, job.exit_code) == ("killed", 137) and "memory runs out" in job.error
+    assert status_of(job.exit_code) == ledger(next(output.iterdir()))["status"] == "killed"
+
+
+@pytest.mark.parametrize("place", ["notebook_kernel.papermill.execute_notebook", "offline_page.write_page"])
+def test_a_signal_outside_of_the_cells_is_followed_and_recorded(tmp_path, output, monkeypatch, place):
+    monkeypatch.setattr(f"maskalign_lab.workbench.{place}", lambda *_, **more: signal.raise_signal(signal.SIGUSR1))
+    study = write(tmp_path / "study.ipynb", "print('done')")
+    assert main(["run", str(study), "--out", str(tmp_path / "job")]) == 75
+    told = ledger(tmp_path / "job")
+    assert (told["status"], told["exit_code"], told["error"]) == ("preempted", 75, "stopped by SIGUSR1")
+    if "page" in place:
+        assert cells(tmp_path / "job")[0].source.startswith("**preempted: stopped by SIGUSR1.**")
 
 
 def test_a_page_that_cannot_be_made_is_a_failure(tmp_path, output, monkeypatch):

@@ -134,3 +134,16 @@ def test_every_study_declares_the_common_parameters_and_checks_them(path):
     cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
     at = next(k for k, cell in enumerate(cells) if "parameters" in cell["metadata"].get("tags", ()))
     assert "check_parameters()" in "".join(cells[at + 1]["source"]), "it must follow right behind the parameters"
+
+
+def test_plain_papermill_opens_a_study(tmp_path, monkeypatch):
+    """A real one, up to its film: neither our engine nor a job is there."""
+    monkeypatch.setenv("MASKALIGN_LAB_OUTPUT", str(tmp_path / "runs"))
+    book = nbformat.read(ROOT / "nbs" / "09_full_scale.ipynb", 4)
+    opening = next(place for place, cell in enumerate(book.cells) if "open_study(**" in cell.source)
+    book.cells = book.cells[: opening + 1]
+    nbformat.write(book, tmp_path / "study.ipynb")
+    code, text = papermill(tmp_path / "study.ipynb", tmp_path, "-p", "preset", "smoke", "-p", "device", "cpu")
+    assert code == 0, text
+    executed = nbformat.read(tmp_path / "out.ipynb", 4)
+    assert executed.cells[-1].outputs and any("injected-parameters" in cell.metadata.tags for cell in executed.cells)
