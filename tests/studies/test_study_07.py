@@ -29,6 +29,7 @@ from maskalign_lab.studies.rae.findings import (
     semantics,
     shift_helps,
     wide_enough,
+    width_on_data,
 )
 from maskalign_lab.studies.rae.noise import DECODERS
 from maskalign_lab.studies.rae.one_image import CASES, case_of, rows_of, shipped_fits
@@ -161,6 +162,12 @@ def test_findings_fit_on_a_screen_and_the_first_screen_tells_the_headline():
 def test_the_verdict_of_the_data_set_is_in_the_rows():
     rows = load_rows(paths.data() / "results" / "07_rae_shapes.json")
     shift = [shift_helps(rows, metric, "") for metric in ("accuracy", "odds loss")]
+    narrow, wide = (
+        width_on_data(rows, SCALES["laptop"].networks, place, claim, "") for place, claim in ((0, 1), (-1, 0))
+    )
+    assert narrow.verdict == "reproduced (3 seeds)" and wide.verdict == "undecided (3 seeds)"
+    first = nbformat.read(BOOK, as_version=4).cells[0].source
+    assert f"they are {narrow.effect.lstrip('+').partition(' ')[0]} farther from real images than x's" in first
     others = [make(rows) for make in (noisy_decoder, head_helps, semantics, learned_encoder)]
     found = [each.verdict for each in (*others, *shift)]
     words = ["reproduced", "reproduced", "contradicted", "reproduced", "reproduced", "contradicted"]

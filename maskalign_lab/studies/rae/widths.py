@@ -89,6 +89,8 @@ def widths_figure(rows: Rows, networks: Networks, token_dim: int) -> Figure:
 # %% ../../../nbs/lib/studies/rae/widths.ipynb #f2d05a8c
 def draw_losses(axis: Axes, losses: Mapping[float, Sequence[float]], kind: str) -> None:
     """One prediction: dots for seeds over d/n, and a line through their means."""
+    if not losses:
+        return
     for place, each in losses.items():
         axis.plot([place] * len(each), each, "o", color=COLOURS[kind], ms=4, alpha=0.6)
     means = [float(np.mean(each)) for each in losses.values()]
