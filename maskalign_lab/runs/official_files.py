@@ -27,9 +27,9 @@ from .checkpoint_files import check_finite, read_weights
 from .facts import Facts, write_facts
 from .official import DOORS, Official, arguments, from_official, to_official
 from .official_shapes import told_arguments
-from .paper_settings import IMAGES
 from .recipe import DataConfig, Recipe, to_json
 from .run import Run
+from .shared_settings import IMAGES
 from ..training.config import TrainingConfig
 from ..training.methods import Method
 

@@ -10,8 +10,9 @@ from dataclasses import replace
 
 from ..ahpa import REVISION
 from ..base.errors import one_of
-from .paper_settings import IMAGES, paper_overrides
+from .paper_settings import paper_overrides
 from .recipe import Recipe, override, rooted
+from .shared_settings import IMAGES
 from ..training.methods import METHODS, layers_of, method_class
 
 # %% ../../nbs/lib/runs/presets.ipynb #88a32a86

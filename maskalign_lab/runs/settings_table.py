@@ -11,8 +11,9 @@ from collections.abc import Iterable
 from functools import reduce
 from typing import Any, NamedTuple
 
-from .paper_settings import OURS, Setting, paper_overrides, settings_of
+from .paper_settings import paper_overrides, settings_of
 from .recipe import Recipe, override
+from .shared_settings import OURS, Setting
 from ..training.methods import Plan
 
 # %% ../../nbs/lib/runs/settings_table.ipynb #19036e1a

@@ -28,10 +28,10 @@ from maskalign_lab.runs.official import DOORS, SAMPLERS, arguments, from_officia
 from maskalign_lab.runs.official_files import export_run, import_run
 from maskalign_lab.runs.official_jit import DENOISER, bare, flat, jit_sampler
 from maskalign_lab.runs.official_shapes import read_off, told_arguments
-from maskalign_lab.runs.paper_settings import IMAGES, Setting
 from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.recipe import from_json, to_json
 from maskalign_lab.runs.run import build, load_run
+from maskalign_lab.runs.shared_settings import IMAGES, Setting
 from maskalign_lab.studies.gradient_norms.arms import SCALES
 from maskalign_lab.studies.gradient_norms.opening import open_study
 from maskalign_lab.training.methods import MethodConfig, PlainSiT

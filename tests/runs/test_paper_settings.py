@@ -9,9 +9,10 @@ from dataclasses import asdict, fields, is_dataclass
 import pytest
 from shared.clone import ROOT
 
-from maskalign_lab.runs.paper_settings import KNOWN, OURS, SECOND_HAND, SETTINGS, paper_overrides, settings_of
+from maskalign_lab.runs.paper_settings import SETTINGS, paper_overrides, settings_of
 from maskalign_lab.runs.presets import NAMED, make_recipe
 from maskalign_lab.runs.recipe import Recipe, override
+from maskalign_lab.runs.shared_settings import KNOWN, OURS, SECOND_HAND
 from maskalign_lab.runs.sizes import size_overrides
 from maskalign_lab.training.methods import INSTALLED
 

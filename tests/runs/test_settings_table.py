@@ -3,10 +3,10 @@
 import pytest
 
 from maskalign_lab.base import paths
-from maskalign_lab.runs.paper_settings import KNOWN, OURS, SECOND_HAND
 from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.recipe import from_json
 from maskalign_lab.runs.settings_table import ASKED, HEADER, WHY, rows_of, settings_table
+from maskalign_lab.runs.shared_settings import KNOWN, OURS, SECOND_HAND
 from maskalign_lab.studies.ahpa import arms as ahpa
 from maskalign_lab.studies.maskalign import arms as maskalign
 from maskalign_lab.studies.reg import arms as reg

@@ -11,8 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from ...base.statistics import four_digits
 from ...measure.representation import over_depth
 from ...runs.evaluation import quality
