@@ -56,13 +56,15 @@ ROWS = [
     *rows_of("MaskAlign table 1", "sit", B, {400_000: 33.0}),
     *rows_of("MaskAlign table 1", "sit", XL, {7_000_000: 8.3}),
     *rows_of("REPA, in MaskAlign table 1", "repa", B, {400_000: 24.4}),
-    *rows_of("REPA, in MaskAlign table 1", "repa", XL, {200_000: 11.1, 400_000: 7.9, 1_000_000: 6.4}),
+    *rows_of("REPA, in MaskAlign table 1", "repa", XL, {150_000: 13.6, 200_000: 11.1, 400_000: 7.9, 1_000_000: 6.4}),
     *rows_of("REPA, in MaskAlign table 1", "repa", XL, {4_000_000: 5.9}),
     *rows_of("REG, in MaskAlign table 1", "reg", B, {400_000: 15.2}),
     *rows_of("REG, in MaskAlign table 1", "reg", XL, {200_000: 5.0, 400_000: 3.4, 1_000_000: 2.7, 2_400_000: 2.2}),
     *rows_of("MaskAlign table 1", "maskalign", B, {400_000: 14.8}),
     *rows_of("MaskAlign table 1", "maskalign", XL, {200_000: 4.0, 400_000: 2.8, 1_000_000: 2.4, 2_400_000: 2.1}),
     *rows_of("MaskAlign table 1, on REPA", "maskalign", XL, {150_000: 10.8}, overrides="method.inner.name=repa"),
+    *rows_of("MaskAlign table 2, REG", "reg", XL, {400_000: 1.86, 800_000: 1.59, 4_000_000: 1.36}, guided=True),
+    *rows_of("MaskAlign table 2", "maskalign", XL, {400_000: 1.82, 800_000: 1.56, 4_000_000: 1.35}, guided=True),
 ]
 
 # %% ../../../nbs/lib/studies/full_scale/paper_rows.ipynb #a12aee5f
@@ -78,6 +80,7 @@ ROWS += [
     *rows_of("iREPA, DINOv2-B", "irepa", L, {100_000: 20.28}),
     *rows_of("iREPA, DINOv2-B", "irepa", XL, {100_000: 16.96}),
     *rows_of("SRA 2", "sra2", B, {400_000: 28.9}, second_hand=True),
+    *rows_of("SRA 2", "sra2", L, {400_000: 14.3}, second_hand=True),
     *rows_of("SRA 2", "sra2", XL, {1_000_000: 8.2, 4_000_000: 6.6}, second_hand=True),
     *rows_of(
         "AHPA, RARE's re-run",
@@ -99,6 +102,10 @@ ROWS += [
 ROWS += [
     PaperRow("RAE, 800 epochs", "ditdh", "DiTDH-XL", 800 * EPOCH, 1.51),
     PaperRow("RAE, 800 epochs, guided", "ditdh", "DiTDH-XL", 800 * EPOCH, 1.13, guided=True, second_hand=True),
+]
+ROWS += [
+    PaperRow("DSD abstract, 50 epochs", "dsd", f"DSD-{size}", 250_200, fid)
+    for size, fid in (("S", 13.44), ("M", 6.38), ("B", 4.25))
 ]
 
 # %% ../../../nbs/lib/studies/full_scale/paper_rows.ipynb #65ced16f
