@@ -192,6 +192,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'maskalign_lab/base/statistics.py'),
                                                'maskalign_lab.base.statistics.effective_rank': ( 'lib/base/statistics.html#effective_rank',
                                                                                                  'maskalign_lab/base/statistics.py'),
+                                               'maskalign_lab.base.statistics.entropy_rank': ( 'lib/base/statistics.html#entropy_rank',
+                                                                                               'maskalign_lab/base/statistics.py'),
                                                'maskalign_lab.base.statistics.few_interval': ( 'lib/base/statistics.html#few_interval',
                                                                                                'maskalign_lab/base/statistics.py'),
                                                'maskalign_lab.base.statistics.fit_linear_probe': ( 'lib/base/statistics.html#fit_linear_probe',

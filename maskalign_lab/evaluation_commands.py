@@ -175,8 +175,7 @@ def evaluate_here(
 @command("evaluate", Evaluate)
 def run_evaluate(options: Evaluate) -> int:
     """Sample, look, compare, print and write."""
-    from maskalign_lab.base.processes import is_first, is_launched
-    from maskalign_lab.training.stopping import leaving
+    from maskalign_lab.base.processes import is_first, is_launched, leaving
 
     check_shards(options)
     if options.processes != 1 and not is_launched():

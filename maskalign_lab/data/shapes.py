@@ -253,10 +253,8 @@ def paint(
     return np.rint(255 * image).astype(np.uint8), (coverage >= 0.5).astype(np.uint8)
 
 
-PART, KNOWN = (
-    25,
-    ("lightness", "contrast", "hue", "texture", "specks"),
-)  # images painted at a time; told beside the pose
+PART = 25  # images painted at a time
+KNOWN = ("lightness", "contrast", "hue", "texture", "specks")  # told beside the pose
 
 
 def render_block(

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..base.statistics import entropy_rank
+
 # %% ../../nbs/lib/training/latent_terms.ipynb #eb7323e7
 def deviations(
     z: Tensor,  # (b, d, side, side)
@@ -36,9 +38,8 @@ def latent_rank(z: Tensor) -> Tensor:  # (b, d, side, side) -> ()
     place = "cpu" if z.device.type == "mps" else z.device  # Apple's GPUs know neither float64 nor eigenvalues
     rows = around_places(z.detach().to(place, torch.float64))  # which autocast leaves alone
     squares = torch.linalg.eigvalsh(torch.nan_to_num(rows.mT @ rows, 0, 0, 0)).clamp(min=0)
-    total = (values := squares.sqrt()).sum()
-    found = torch.special.entr(values / total.clamp(min=1e-300)).sum().exp()
-    return torch.where(total > 1e-12, found, 0.0).to(z.device, torch.float32)
+    there = (values := squares.sqrt()).sum() > 1e-12
+    return torch.where(there, entropy_rank(torch.where(there, values, 1.0)), 0.0).to(z.device, torch.float32)
 
 
 def collapse_signs(z: Tensor) -> dict[str, Tensor]:  # (b, d, side, side)

@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 
 from ..base.devices import resolve_precision
-from ..base.processes import check_launched, is_orphan
+from ..base.processes import PREEMPTED, check_launched, is_orphan
 from ..base.terminal import say
 from .config import TrainingConfig
 from .execution import ExecutionConfig
 from .methods import Method, trait
-from .stopping import PREEMPTED, DelayedRead
+from .stopping import DelayedRead
 
 # %% ../../nbs/lib/training/ranks.ipynb #84f3cd29
 def check_ranks(

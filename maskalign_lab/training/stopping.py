@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ..base.processes import PREEMPTED, leaving, stops_go_to  # noqa: F401  (what ends with it is here)
+from ..base.processes import stops_go_to
 
 # %% ../../nbs/lib/training/stopping.ipynb #5ce2d735
 class DelayedRead:

@@ -20,7 +20,7 @@ from typing import Any
 from ..base.errors import one_of
 from ..base.extras import check_extra
 from ..base.locks import sole_writer
-from ..base.processes import grace
+from ..base.processes import PREEMPTED, grace
 from .batch_ledger import SENT, Record, job_place, note_sent, read_record, save_record
 from .batch_plan import Task
 from .batch_work import Work
@@ -143,10 +143,9 @@ class SlurmWork:
             return
         here = JobEnvironment()
         if (queued([here.job_id]) or {}).get(here.job_id) == "RUNNING":
-            signal.getsignal(getattr(signal, f"SIG{here.USR_SIG}"))(
-                number, frame
-            )  # submitit's own way, does not return
-        sys.exit(75)
+            requeue = signal.getsignal(getattr(signal, f"SIG{here.USR_SIG}"))
+            requeue(number, frame)  # submitit's own, which does not return
+        sys.exit(PREEMPTED)
 
     def checkpoint(self, folder: Path, task: Task) -> Any:  # a `DelayedSubmission`
         """Called by submitit when the time is up: let the job save; what to send again."""

@@ -125,7 +125,8 @@ class Scale:
         """What `run_arms` asks for: arm and seed -> recipe."""
         sizes = {True: self.overrides, False: f"{self.overrides} {self.small}"}
         of = {whole: recipes_of(preset, dataset, size, overrides, "dsd") for whole, size in sizes.items()}
-        return lambda arm, seed: of[arm.name in self.whole](arm, seed)
+        names = self.whole
+        return lambda arm, seed: of[arm.name in names](arm, seed)
 
     def table(self, groups: str = "") -> tuple[Arm, ...]:
         """The arms of the tables; empty groups are the preset's."""
