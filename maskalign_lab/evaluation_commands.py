@@ -175,7 +175,7 @@ def evaluate_here(
 @command("evaluate", Evaluate)
 def run_evaluate(options: Evaluate) -> int:
     """Sample, look, compare, print and write."""
-    from maskalign_lab.base.processes import is_first, is_launched, leaving
+    from maskalign_lab.base.processes import is_first, is_launched
 
     check_shards(options)
     if options.processes != 1 and not is_launched():
@@ -183,8 +183,7 @@ def run_evaluate(options: Evaluate) -> int:
 
         check_processes(options.processes, options.device)
         return launch("evaluate", options, options.processes)
-    with leaving():
-        evaluate_here(options, is_first())
+    evaluate_here(options, is_first())
     return 0
 
 # %% ../nbs/lib/evaluation_commands.ipynb #48e8a891
