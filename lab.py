@@ -32,6 +32,7 @@ STAMP = VENV / "lab.json"  # what is installed, and where the environment was ma
 WINDOWS = os.name == "nt"
 BIN = VENV / ("Scripts" if WINDOWS else "bin")
 NEWEST = (3, 14)
+PIP = "-m pip install --no-compile".split()  # of 21,000 modules few are ever imported, and Python compiles these itself
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 STUDIES = """01_gradient_norms 02_position_preference 03_prediction_targets 04_reg 05_maskalign 06_ahpa 07_rae 08_dsd
     09_full_scale""".split()
@@ -157,7 +158,7 @@ def install(extras):
         install_torch()
     target = str(ROOT) + (f"[{','.join(extras)}]" if extras else "")
     quiet = [] if sys.stdout.isatty() else ["--quiet"]
-    if call(tool("python"), "-m", "pip", "install", "--disable-pip-version-check", *quiet, "-e", target):
+    if call(tool("python"), *PIP, "--disable-pip-version-check", *quiet, "-e", target):
         stop(f"the installation failed, see above. Call again to go on, or delete {VENV} to start afresh")
     done = quietly(tool("python"), "-c", "import torch, torchvision, timm; print(torch.__version__)")
     if done.returncode:
@@ -183,8 +184,8 @@ def install_torch():
     # torch and torchvision of one index fit each other: both or neither, and no other index has a say
     keep = ("PIP_CERT", "PIP_CLIENT_CERT", "PIP_PROXY", "PIP_TRUSTED_HOST")
     env = {key: value for key, value in os.environ.items() if not key.startswith("PIP_") or key in keep}
-    words = "-m pip install --no-deps --retries 0 --timeout 10 torch torchvision --index-url".split()
-    done = quietly(tool("python"), *words, CPU_INDEX, env=dict(env, PIP_CONFIG_FILE=os.devnull))
+    words = "--no-deps --retries 0 --timeout 10 torch torchvision --index-url".split()
+    done = quietly(tool("python"), *PIP, *words, CPU_INDEX, env=dict(env, PIP_CONFIG_FILE=os.devnull))
     if done.returncode:
         say(f"  {CPU_INDEX} gave none: taking the usual build with CUDA, about 3 GB")
 
