@@ -88,8 +88,8 @@ SHIPPED = (
     "shapes/card.md", "digits/card.md", "photos/card.md",
     "teacher/shapes/teacher.safetensors", "teacher/shapes/card.json", "judge/shapes/card.json", "autoencoder/card.json",
     *(f"runs/{name}/recipe.json" for name in paths.SHIPPED_RUNS),
-    "results/03_targets_shapes.json", "results/03_film.safetensors",
-    "results/05_maskalign_shapes.json", "results/06_ahpa_shapes.json", "results/06_film.safetensors",
+    "results/03_targets_shapes.json", "results/03_film.npz",
+    "results/05_maskalign_shapes.json", "results/06_ahpa_shapes.json", "results/06_film.npz",
 )  # fmt: skip
 
 # %% ../../nbs/lib/workbench/doctor.ipynb #db5f22b0

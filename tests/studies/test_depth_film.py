@@ -86,7 +86,7 @@ def test_a_click_moves_block_and_time(film):
 
 
 def test_a_kept_film_is_the_same(film, tmp_path):
-    again = load_film(save_film(film, tmp_path / "film.safetensors"))
+    again = load_film(save_film(film, tmp_path / "film.npz"))
     for name, value in vars(film).items():
         assert (
             np.array_equal(getattr(again, name), value)

@@ -45,7 +45,7 @@ def test_a_side_file_holds_the_numbers_of_its_figure(smoke):
 def test_the_tables_of_the_job_are_kept(smoke):
     rows = load_rows(smoke.path(".html").parent / "03_rows.json")
     assert {row["arm"] for row in rows} == {arm.name for arm in SCALES["smoke"].arms}
-    assert load_film(smoke.path(".html").parent / "03_film.safetensors").predictions() == ["x", "eps", "v"]
+    assert load_film(smoke.path(".html").parent / "03_film.npz").predictions() == ["x", "eps", "v"]
 
 
 def test_the_toy_is_traced_with_its_criterion(smoke):

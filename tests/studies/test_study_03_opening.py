@@ -47,7 +47,7 @@ def test_the_call_takes_every_parameter_of_the_study_by_name():
 
 
 def test_the_film_that_ships_is_shown_with_the_laptops_settings(filmed, capsys):
-    study, film = opened(), load_film(paths.data() / "results" / "03_film.safetensors")
+    study, film = opened(), load_film(paths.data() / "results" / "03_film.npz")
     assert study.film.outputs.keys() == film.outputs.keys() and study.film.errors == film.errors
     assert study.count == 0 and study.scale is SCALES["laptop"] and not filmed and capsys.readouterr().out == ""
 
@@ -59,7 +59,7 @@ def test_the_film_that_ships_is_shown_with_the_laptops_settings(filmed, capsys):
 def test_any_other_settings_train_the_networks_of_their_film(given, filmed, tmp_path):
     study = opened(**given, seed=4, device="cpu", out_dir=str(tmp_path))
     ((recipes, device, keep),) = filmed
-    assert study.film == "a film" and (device, keep) == ("cpu", tmp_path / "03_film.safetensors")
+    assert study.film == "a film" and (device, keep) == ("cpu", tmp_path / "03_film.npz")
     assert recipes.keys() == film_arms(study.preset, study.seeds).keys()
     for recipe in recipes.values():
         assert recipe.training.seed == 4 and recipe.data.name == study.dataset

@@ -55,7 +55,7 @@ def test_the_tables_of_the_job_are_kept(smoke):
     assert {row["arm"] for row in load_rows(folder / "06_router_rows.json")} == {
         arm.name for arm in SCALES["smoke"].traced
     }
-    film = load_film(folder / "06_film.safetensors")
+    film = load_film(folder / "06_film.npz")
     np.testing.assert_allclose(film.weights.sum(-1), 1, rtol=1e-5)
 
 
@@ -142,7 +142,7 @@ def test_the_run_that_ships_is_ahpas():
 
 
 def test_film_and_traces_are_of_the_scale_of_the_tables():
-    film = load_film(paths.data() / "results" / "06_film.safetensors")
+    film = load_film(paths.data() / "results" / "06_film.npz")
     assert film.runs == list(opening.SHOWN) and film.levels == LEVELS and len(film.times) == SCALES["laptop"].times
     assert film.noised.shape[2:] == (32, 32, 3) and film.maps.shape[2:] == (4, 4, 3)
     traces = shipped("06_router")
@@ -167,7 +167,7 @@ def test_one_command_makes_what_ships_of_routers_and_oracle(name, monkeypatch, t
             and told == (0, SCALES["laptop"].images, "cpu")
             and recipe_of(arms[0], 0) == seven["AHPA"]
         )
-        assert (runs, times, keep) == (list(opening.SHOWN), 11, tmp_path / "06_film.safetensors") and made == tmp_path
+        assert (runs, times, keep) == (list(opening.SHOWN), 11, tmp_path / "06_film.npz") and made == tmp_path
         assert load_rows(tmp_path / "06_router_shapes.json") == [{"arm": "a"}]
     else:
         ((arms, seeds, recipe_of, baseline, _, known, keep, device),) = done
@@ -501,7 +501,7 @@ def test_overrides_and_folders_reach_the_tables(monkeypatch, tmp_path):
     for module in (opening, rung):
         monkeypatch.setattr(module, "run_arms", lambda *asked: trained.append(asked) or [])
     study = opening.open_study("laptop", seeds=4, overrides="method.tau=0.5", out_dir=str(tmp_path), device="cpu")
-    assert study.film == tmp_path / "06_film.safetensors"
+    assert study.film == tmp_path / "06_film.npz"
     opening.table_rows(study, [])
     opening.oracle_rows(study, [])
     for (arms, seeds, recipe_of, baseline, _, known, keep, device, *early), count, name, steps in zip(

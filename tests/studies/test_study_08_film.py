@@ -93,7 +93,7 @@ def test_a_shrunken_cloud_is_seen_shrunken_wherever_it_moves(share, seed):
 
 def test_a_kept_film_is_the_same_and_small(film, denoising, tmp_path):
     for made, kind in ((film, Film), (denoising, Denoising)):
-        path = save_film(made, tmp_path / "film.safetensors")
+        path = save_film(made, tmp_path / "film.npz")
         again = load_film(path, kind)
         assert path.stat().st_size < 1_000_000
         for name, value in vars(made).items():
@@ -236,6 +236,6 @@ def test_a_film_begins_early_and_ends_with_the_training(steps):
 def test_a_run_of_one_s_own_opens_the_study(runs, tmp_path):
     study = open_study(run=str(runs["c: x"].path), device="cpu", out_dir=str(tmp_path / "out"))
     assert study.film.arms == ["c"] and study.film.steps == [2, 4] and study.denoising.run == "c"
-    assert load_film(tmp_path / "out" / "08_film.safetensors").steps == [2, 4]
+    assert load_film(tmp_path / "out" / "08_film.npz").steps == [2, 4]
     with pytest.raises(ValueError, match="Did you mean 'smoke'"):
         open_study("smoek")

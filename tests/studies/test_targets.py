@@ -337,7 +337,7 @@ def test_the_bound_of_the_width_is_what_the_best_network_reaches(metric, noise_s
 
 def test_a_film_is_exact_up_to_its_levels(runs, tmp_path):
     """What is seen is what the network said, to half a level; its errors are those before anything was rounded."""
-    film = load_film(save_film(make_film(runs, shown=2, images=4), tmp_path / "film.safetensors"))
+    film = load_film(save_film(make_film(runs, shown=2, images=4), tmp_path / "film.npz"))
     assert film.predictions() == list(KINDS) and film.trained() == [("v", 32)] and film.patches == {32: 8}
     for kind, run in zip(KINDS, runs.values(), strict=True):
         truth, noise = run.images("validation", 100), noise_of(film, 32)[:1]

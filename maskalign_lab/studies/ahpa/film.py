@@ -7,7 +7,6 @@ __all__ = ['PLATE', 'level_colours', 'Film', 'check_levels', 'make_film', 'shown
            'save_film', 'load_film', 'view', 'scrubber', 'strip']
 
 # %% ../../../nbs/lib/studies/ahpa/film.ipynb #033f0c88
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from safetensors import safe_open
-from safetensors.numpy import save
 from torch import Tensor
 
-from ...base.files import write_atomic
+from ...base.arrays import load_arrays, save_fields
 from ...base.seeding import generator
 from ...data.datasets import Dataset, to_pixels
 from ...diffusion.interpolants import interpolate
@@ -107,17 +104,12 @@ def noised_pixels(run: Run, images: Dataset, t: float) -> np.ndarray:  # (k, h, 
 # %% ../../../nbs/lib/studies/ahpa/film.ipynb #67b6d452
 def save_film(film: Film, path: str | Path) -> Path:
     """Write a film."""
-    arrays = {name: value for name, value in vars(film).items() if isinstance(value, np.ndarray)}
-    words = {name: json.dumps(value) for name, value in vars(film).items() if name not in arrays}
-    write_atomic(path, save({name: np.ascontiguousarray(value) for name, value in arrays.items()}, words))
-    return Path(path)
+    return save_fields(film, path)
 
 
 def load_film(path: str | Path) -> Film:
     """Read what `save_film` wrote."""
-    with safe_open(path, "np") as file:
-        arrays = {name: file.get_tensor(name) for name in file.keys()}
-        words = {name: json.loads(text) for name, text in file.metadata().items()}
+    arrays, words = load_arrays(path)
     return Film(**arrays, **words | {"levels": tuple(words["levels"])})
 
 # %% ../../../nbs/lib/studies/ahpa/film.ipynb #4bd3a362

@@ -57,7 +57,7 @@ class Study:
 
 # %% ../../../nbs/lib/studies/ahpa/opening.ipynb #9801c4fb
 SHOWN = ("AHPA", "bilevel", "coarse to fine")
-FILM = "06_film.safetensors"
+FILM = "06_film.npz"
 
 
 def trained_runs(recipes: Mapping[str, Recipe], device: str) -> dict[str, Run]:

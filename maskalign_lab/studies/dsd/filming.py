@@ -7,7 +7,6 @@ __all__ = ['COURSES', 'Film', 'check_encodes', 'check_alike', 'shared_steps', 'o
            'Arm', 'arm_of', 'film_of', 'save_film', 'load_film']
 
 # %% ../../../nbs/lib/studies/dsd/filming.ipynb #68c51e47
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +15,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.numpy import save
 from torch import Tensor
 
+from ...base.arrays import load_fields, save_fields
 from ...base.checkpoints import steps_of
-from ...base.files import write_atomic
 from ...data.datasets import Dataset, to_pixels
 from ...runs.run import Run
 from .courses import Look, course_of, looks_of
@@ -167,15 +164,9 @@ def film_of(
 # %% ../../../nbs/lib/studies/dsd/filming.ipynb #629a6e34
 def save_film(film: object, path: str | Path) -> Path:  # any dataclass of arrays and words
     """Write a film."""
-    arrays = {name: value for name, value in vars(film).items() if isinstance(value, np.ndarray)}
-    words = {name: json.dumps(value) for name, value in vars(film).items() if name not in arrays}
-    write_atomic(path, save({name: np.ascontiguousarray(value) for name, value in arrays.items()}, words))
-    return Path(path)
+    return save_fields(film, path)
 
 
 def load_film(path: str | Path, kind: type = Film) -> Film:
     """Read what `save_film` wrote."""
-    with safe_open(path, "np") as file:
-        arrays = {name: file.get_tensor(name) for name in file.keys()}
-        words = {name: json.loads(text) for name, text in file.metadata().items()}
-    return kind(**arrays, **words)
+    return load_fields(path, kind)

@@ -7,7 +7,6 @@ __all__ = ['SEED', 'DepthFilm', 'Reader', 'read', 'known_and_asked', 'make_reade
            'film_of', 'make_film', 'save_film', 'load_film', 'heat_map', 'view', 'scrubber', 'strip', 'depth_figure']
 
 # %% ../../../nbs/lib/studies/position_preference/depth_film.ipynb #64ac12a4
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,11 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from safetensors import safe_open
-from safetensors.numpy import save
 from torch import Tensor
 
-from ...base.files import write_atomic
+from ...base.arrays import load_fields, save_fields
 from ...base.statistics import mean_interval
 from ...data.datasets import Dataset, to_pixels
 from ...diffusion.interpolants import interpolate
@@ -148,17 +145,12 @@ def make_film(
 # %% ../../../nbs/lib/studies/position_preference/depth_film.ipynb #63d5a0e0
 def save_film(film: DepthFilm, path: str | Path) -> Path:
     """Write a film."""
-    arrays = {name: np.ascontiguousarray(value) for name, value in vars(film).items() if isinstance(value, np.ndarray)}
-    words = {name: json.dumps(value) for name, value in vars(film).items() if name not in arrays}
-    write_atomic(path, save(arrays, words))
-    return Path(path)
+    return save_fields(film, path)
 
 
 def load_film(path: str | Path) -> DepthFilm:
     """Read what `save_film` wrote."""
-    with safe_open(path, "np") as file:
-        arrays = {name: file.get_tensor(name) for name in file.keys()}
-        return DepthFilm(**arrays, **{name: json.loads(text) for name, text in file.metadata().items()})
+    return load_fields(path, DepthFilm)
 
 # %% ../../../nbs/lib/studies/position_preference/depth_film.ipynb #4f32bc82
 def heat_map(film: DepthFilm, run: int, chosen: tuple[int, int] | None = None) -> HeatMap:

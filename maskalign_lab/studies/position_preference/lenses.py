@@ -101,7 +101,7 @@ def make_lenses(runs: Sequence[Run], sizes: Sizes) -> Lenses:
     return Lenses(depth, conflicts(runs, sizes.batches), space, film)
 
 # %% ../../../nbs/lib/studies/position_preference/lenses.ipynb #e5f38c27
-ROWS, FILM = "02_lenses_shapes.json", "02_depth_film.safetensors"
+ROWS, FILM = "02_lenses_shapes.json", "02_depth_film.npz"
 
 
 def ship_lenses(

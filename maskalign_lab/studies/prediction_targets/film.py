@@ -8,7 +8,6 @@ __all__ = ['TIMES', 'LARGEST', 'NAMES', 'limit', 'Film', 'to_levels', 'from_leve
            'view', 'error_curve', 'scrubber', 'strip']
 
 # %% ../../../nbs/lib/studies/prediction_targets/film.ipynb #cdc6c71c
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from ...base.files import write_atomic
+from ...base.arrays import load_arrays, save_arrays
 from ...base.seeding import generator
 from ...data.datasets import Dataset, to_pixels
 from ...diffusion.interpolants import convert, interpolate, velocity
@@ -181,21 +178,19 @@ def trained_film(
 
 # %% ../../../nbs/lib/studies/prediction_targets/film.ipynb #d53e5d17
 def save_film(film: Film, path: str | Path) -> Path:
-    """Write a film as safetensors."""
+    """Write a film."""
     tensors = {f"clean.{size}": value for size, value in film.clean.items()}
     for name, of in (("output", film.outputs), ("wrong", film.wrong)):
-        tensors |= {f"{name}." + ".".join(map(str, key)): value.contiguous() for key, value in of.items()}
+        tensors |= {f"{name}." + ".".join(map(str, key)): value for key, value in of.items()}
     words = {name: getattr(film, name) for name in ("labels", "patches", "times", "seed", "noise_scale", "clamp")}
     words["errors"] = {".".join(map(str, key)): values for key, values in film.errors.items()}
-    write_atomic(path, save(tensors, {name: json.dumps(value) for name, value in words.items()}))
-    return Path(path)
+    return save_arrays(path, tensors, words)
 
 # %% ../../../nbs/lib/studies/prediction_targets/film.ipynb #4c3ab28f
 def load_film(path: str | Path) -> Film:
     """Read what `save_film` wrote."""
-    with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-        words = {name: json.loads(text) for name, text in file.metadata().items()}
+    arrays, words = load_arrays(path)
+    tensors = {name: torch.from_numpy(value) for name, value in arrays.items()}
     clean = {int(name.split(".")[1]): value for name, value in tensors.items() if name.startswith("clean.")}
     names = [name.removeprefix("output.") for name in tensors if name.startswith("output.")]
     keys = {(kind, space, int(size)): name for name in names for kind, space, size in [name.split(".")]}

@@ -83,10 +83,10 @@ def open_study(
     if run:
         film = film_of_run(load_run(run, device=device))
     elif as_shipped and not seeds:
-        film = load_film(shipped("03_film.safetensors"))
+        film = load_film(shipped("03_film.npz"))
     else:
         recipes = {key: recipe_of(arm, seed) for key, arm in film_arms(preset, seeds).items()}
-        film = trained_film(recipes, device, Path(out_dir) / "03_film.safetensors" if out_dir else None)
+        film = trained_film(recipes, device, Path(out_dir) / "03_film.npz" if out_dir else None)
     return Study(preset, dataset, device, seed, seeds, overrides, out_dir, film, scale, recipe_of)
 
 # %% ../../../nbs/lib/studies/prediction_targets/opening.ipynb #8d0e8a39
