@@ -29,6 +29,7 @@ class Evaluate:
     )
     labels: str | None = None  # balanced or random; default: as the settings have it
     guidance: float | None = None  # scale, 1 is off; likewise
+    guide: str = ""  # a weaker run, NAME or NAME@STEP, to be guided away from; default: the run without labels
     solver: str | None = None  # euler, heun, rk4, dopri5, euler-maruyama, .. (SOLVERS); likewise
     steps: int | None = None  # of the solver; likewise
     precision: str | None = None  # of the network: auto, float32, bfloat16; default: the run's execution.sampling
@@ -80,7 +81,7 @@ def planned(
     """The samples that are asked for."""
     from maskalign_lab.runs.sample_plan import plan_of
 
-    names = ("n", "labels", "guidance", "solver", "steps", "precision", "seed")
+    names = ("n", "labels", "guidance", "guide", "solver", "steps", "precision", "seed")
     return plan_of(run, options.as_, **{name: getattr(options, name) for name in names})
 
 # %% ../nbs/lib/evaluation_commands.ipynb #20c62a98

@@ -112,6 +112,7 @@ class Sample:
     classes: tuple[int, ...] = ()  # which; default: all
     n: int = 8  # images of each class
     guidance: float | None = None  # scale, 1 is off; default: 2, or as the authors of an imported run sample
+    guide: str = ""  # a weaker run, NAME or NAME@STEP, to be guided away from; default: the run without labels
     solver: str | None = None  # euler, heun, rk4, dopri5, euler-maruyama, .. (SOLVERS); default: heun, or as they do
     steps: int | None = None  # of the solver; default: 25, or as they do
     precision: str | None = None  # of the network: auto, float32, bfloat16; default: the run's execution.sampling
@@ -151,6 +152,7 @@ def run_sample(options: Sample) -> int:
     from maskalign_lab.base.devices import resolve_device
     from maskalign_lab.data.datasets import to_pixels
     from maskalign_lab.diffusion.sampling import last_sample
+    from maskalign_lab.runs.guides import load_guide, named
     from maskalign_lab.runs.run import load_run
     from maskalign_lab.workbench.plots import sample_grid
     from maskalign_lab.workbench.small_png import save_png
@@ -162,9 +164,11 @@ def run_sample(options: Sample) -> int:
     config = chosen_sampler(options, run)
     run.check_images()
     classes = chosen_classes(options.classes, run.net.num_classes)
+    guide = load_guide(run, options.guide, config) if options.guide else None
     y = torch.tensor(classes, device=device).repeat_interleave(options.n)
-    x = last_sample(run.net, run.recipe.objective, y, config, options.seed)  # (b, c, h, w)
+    x = last_sample(run.net, run.recipe.objective, y, config, options.seed, guide=guide and guide.net)  # (b, c, h, w)
     title = f"{run.name}, step {run.step:,}, guidance {config.guidance:g}"
+    title += f" away from {named(guide)}" if guide else ""
     grid = sample_grid(to_pixels(run.decode(x)), options.n, [f"class {k}" for k in classes], title)
     print(save_png(grid, out))
     return 0

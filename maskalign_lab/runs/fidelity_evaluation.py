@@ -194,10 +194,11 @@ def evaluated_text(
     row: dict[str, Any],  # from `evaluate`
 ) -> str:
     """A few lines for the terminal."""
-    sampler, told = row["sampler"], row["reference"]
+    sampler, told, guide = row["sampler"], row["reference"], row.get("guide")
+    away = f" away from {guide['run']}, step {guide['step']}" if guide else ""
     lines = [
         f"{row['run']}, step {row['step']}: {row['number']:,} samples, {row['labels']} labels, {sampler['solver']}, "
-        f"{sampler['steps']} steps, guidance {sampler['guidance']:g}, {sampler['precision']}, seed {row['seed']}",
+        f"{sampler['steps']} steps, guidance {sampler['guidance']:g}{away}, {sampler['precision']}, seed {row['seed']}",
         f"compared with {told['file']}: FID by {told['FID']}; precision and recall by {told['precision and recall'] or 'nothing'}"
         if "file" in told
         else f"compared with {told['images']:,} images, {told['split']} of {told['dataset']}",

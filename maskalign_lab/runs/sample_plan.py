@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'ROUNDINGS', 'NAMED', 'SAMPLING', 'balanced_label', 'random_label', 'labels_of', 'to_bytes', 'SamplePlan',
-           'own_plan', 'plan_of', 'settings_of', 'made_from']
+           'own_plan', 'plan_of', 'values_of', 'settings_of', 'network_of', 'made_from']
 
 # %% ../../nbs/lib/runs/sample_plan.ipynb #3f44373f
 from collections.abc import Callable, Sequence
@@ -19,6 +19,7 @@ from ..base.errors import one_of
 from ..base.seeding import generator
 from ..diffusion.sampling import SamplerConfig
 from ..encoders.teachers import weights_digest
+from .guides import load_guide, named
 from .official import DOORS, official_family
 from .run import Run
 
@@ -74,6 +75,7 @@ class SamplePlan:
     rounding: str = "nearest"  # see ROUNDINGS
     seed: int = 0  # of labels and noise
     settings: str = ""  # whose they are, if they have a name
+    guide: Run | None = None  # whose network is guided away from
 
     def __post_init__(self):
         one_of(self.labels, LABELS, "labels")
@@ -104,6 +106,7 @@ SAMPLING = ("solver", "steps", "guidance", "precision")  # what can be typed of 
 def plan_of(
     run: Run,
     settings: str = "",  # key of NAMED; empty: the run's own
+    guide: str = "",  # NAME or NAME@STEP of a run to be guided away from; empty: none
     **typed: Any,  # fields of `SamplePlan` and SAMPLING; None is not typed
 ) -> SamplePlan:
     """The plan that was asked for, with the precision that the run's device gives."""
@@ -111,8 +114,14 @@ def plan_of(
     given = {name: value for name, value in typed.items() if value is not None}
     sampling = {"precision": run.recipe.execution.sampling} | {k: given.pop(k) for k in SAMPLING if k in given}
     sampling["precision"] = resolve_precision(sampling["precision"], run.device)
-    found = replace(plan, sampler=replace(plan.sampler, **sampling), **given)
+    sampler = replace(plan.sampler, **sampling)
+    found = replace(plan, sampler=sampler, guide=load_guide(run, guide, sampler) if guide else None, **given)
     return replace(found, settings=settings_of(plan, found))
+
+
+def values_of(plan: SamplePlan) -> dict[str, Any]:
+    """All that a plan and its sampler say, by name."""
+    return vars(plan) | vars(plan.sampler) | {"guide": plan.guide and named(plan.guide)}
 
 
 def settings_of(
@@ -120,19 +129,21 @@ def settings_of(
     typed: SamplePlan,  # what became of it
 ) -> str:
     """Whose settings they are, and what of them was changed; number, seed and precision are nobody's."""
-    was, now = ({**asdict(each), **asdict(each.sampler)} for each in (plan, typed))
+    was, now = values_of(plan), values_of(typed)
     free = ("n", "seed", "precision", "sampler")
     changed = ", ".join(f"{name}={value}" for name, value in now.items() if value != was[name] and name not in free)
     return f"{plan.settings}, with {changed}" if plan.settings and changed else plan.settings
 
 # %% ../../nbs/lib/runs/sample_plan.ipynb #f6bb5da6
+def network_of(run: Run) -> dict[str, Any]:
+    """Which network a run is at its step."""
+    return {"run": run.name, "step": run.step, "network": weights_digest(run.net)}
+
+
 def made_from(run: Run, plan: SamplePlan) -> dict[str, Any]:
     """What the pixels of samples depend on, as plain values."""
     autoencoder = run.autoencoder
-    return {
-        "run": run.name,
-        "step": run.step,
-        "network": weights_digest(run.net),
+    made = network_of(run) | {
         "objective": asdict(run.recipe.objective),
         "encoding": f"{run.recipe.data.autoencoder} ({autoencoder.digest})" if autoencoder else "pixels",
         "sampler": asdict(plan.sampler),
@@ -140,3 +151,4 @@ def made_from(run: Run, plan: SamplePlan) -> dict[str, Any]:
         "rounding": plan.rounding,
         "seed": plan.seed,
     }
+    return made | {"guide": network_of(plan.guide)} if plan.guide else made

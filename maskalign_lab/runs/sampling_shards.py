@@ -34,7 +34,8 @@ def block_samples(
     """The samples of a block."""
     numbers = range(block * BLOCK, (block + 1) * BLOCK)
     y = labels_of(numbers, run.net.num_classes, plan.labels, plan.seed).to(run.device)
-    x = last_sample(run.net, run.recipe.objective, y, plan.sampler, plan.seed, numbers=numbers)
+    guide = plan.guide and plan.guide.net
+    x = last_sample(run.net, run.recipe.objective, y, plan.sampler, plan.seed, numbers=numbers, guide=guide)
     return to_bytes(torch.cat([run.decode(part) for part in x.split(DECODED)]), plan.rounding)
 
 # %% ../../nbs/lib/runs/sampling_shards.ipynb #3037f8f6

@@ -20,15 +20,15 @@ SIZES = "data.size=16 network.patch_size=4 network.width=32 network.depth=2 netw
 PLAIN = SamplerConfig("heun", 2, 2.0, precision="float32")
 
 
-def random_run(folder, method="repa", seed=0, sampler=None):
+def random_run(folder, method="repa", seed=0, sampler=None, overrides="", step=5, **found):
     """A run of 16-pixel images whose network gives something for every input."""
-    recipe = make_recipe(method, "smoke", "shapes", 0, SIZES)
-    facts = Facts(10, (8,), sampler=sampler and asdict(sampler))
+    recipe = make_recipe(method, "smoke", "shapes", 0, f"{SIZES} {overrides}")
+    facts = Facts(**{"num_classes": 10, "teacher_dims": (8,), "sampler": sampler and asdict(sampler)} | found)
     torch.manual_seed(seed)
     net, trained = build(recipe, facts)
     for parameter in net.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
-    save_step(folder, 5, {"ema": net.state_dict(), "method": trained.state_dict()}, {"source": "random"})
+    save_step(folder, step, {"ema": net.state_dict(), "method": trained.state_dict()}, {"source": "random"})
     write_facts(folder, facts)
     write_atomic(folder / "recipe.json", to_json(recipe))
     return load_run(folder)
