@@ -56,6 +56,7 @@ class TeachDecoder:
     steps: int = 1200  # of training
     tau: float = 0.8  # scale of the noise on the tokens; 0 for none
     law: str = "uniform"  # of the noise: uniform, normal
+    perception: str = "classifier"  # that compares images: classifier, lpips; the latter's weights are a download
     eyes: str = "tiny"  # the teacher with which the discriminator looks; another than the one above
     adversarial: float = 0.75  # weight of the discriminator's voice; 0 for none, which is three times as fast
     seed: int = 0  # of initialisation, data order and noise
@@ -68,7 +69,7 @@ def run_teach_decoder(options: TeachDecoder) -> int:
     from maskalign_lab.measure.decoder_training import DecoderConfig, teach_decoder
 
     folder = folder_for(options.out, "decoders", options.dataset, options.teacher)
-    names = ("teacher", "steps", "tau", "law", "eyes", "adversarial", "seed")
+    names = ("teacher", "steps", "tau", "law", "perception", "eyes", "adversarial", "seed")
     given = {name: getattr(options, name) for name in names}
     changed = {name: value for name, value in given.items() if value != getattr(DecoderConfig, name)}
     words = ["maskalign-lab", "teach-decoder", options.dataset]

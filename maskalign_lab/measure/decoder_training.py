@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PERCEPTION', 'DecoderConfig', 'decoding_config', 'training_config', 'new_decoder', 'new_discriminator',
            'perception_judge', 'perception_of', 'image_batches', 'decoder_steps', 'trained_decoder', 'claim',
-           'check_eyes', 'Materials', 'materials', 'train_decoder', 'keep_decoder', 'teach_decoder']
+           'check_eyes', 'Materials', 'materials', 'train_decoder', 'perception_facts', 'keep_decoder', 'teach_decoder']
 
 # %% ../../nbs/lib/measure/decoder_training.ipynb #530d310e
 import json
@@ -25,6 +25,7 @@ from ..base.seeding import batch_indices
 from ..base.small_training import complete
 from ..data.datasets import STREAMS, Dataset, load_dataset
 from ..encoders.latent_statistics import latent_statistics
+from ..encoders.lpips import LPIPS, check_perception, load_lpips
 from ..encoders.rae_folders import save_rae, teacher_encoder
 from ..encoders.representation_autoencoders import PixelDecoder, TeacherEncoder, build_decoder
 from ..encoders.teachers import Teacher, load_teacher
@@ -37,7 +38,7 @@ from ..training.execution import ExecutionConfig
 from ..training.log import cut_log, training_seconds, with_log
 from ..training.loop import Step, fit
 from ..training.methods import Batch
-from ..training.rae_decoding import DecodingConfig, Perception, RAEDecoding
+from ..training.rae_decoding import DecodingConfig, Perception, RAEDecoding, perceptual_distance
 
 # %% ../../nbs/lib/measure/decoder_training.ipynb #cd8aef9c
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class DecoderConfig:
     tau: float = 0.8  # scale of the noise on the tokens; 0 is none
     law: str = "uniform"  # of the noise: uniform | normal
     perceptual: float = 1.0  # weight of the perceptual distance
+    perception: str = "classifier"  # that measures it: classifier | lpips
     adversarial: float = 0.75  # weight of the discriminator's voice; 0: there is no discriminator
     learns: float = 0.7  # share of the steps before the discriminator learns
     heard: float = 0.8  # share of the steps before the decoder hears it
@@ -121,8 +123,8 @@ def perception_judge(
 
 # %% ../../nbs/lib/measure/decoder_training.ipynb #c8703481
 def perception_of(judge: Judge) -> Perception:
-    """Its feature maps."""
-    return partial(judge.net.forward_intermediates, intermediates_only=True)
+    """The distance in its feature maps."""
+    return partial(perceptual_distance, partial(judge.net.forward_intermediates, intermediates_only=True))
 
 # %% ../../nbs/lib/measure/decoder_training.ipynb #f12faed7
 def image_batches(
@@ -198,11 +200,14 @@ class Materials:
     encoder: TeacherEncoder
     eyes: Teacher | None  # of the discriminator, if there is one
     judge: Judge  # by which the result is measured
+    lpips: LPIPS | None = None  # if it measures the perceptual distance
 
 # %% ../../nbs/lib/measure/decoder_training.ipynb #d016e4e3
 def materials(spec: str, config: DecoderConfig, device: torch.device) -> Materials:
     """Load and try everything, so that nothing is refused after an hour."""
     decoding_config(config), training_config(config)
+    check_perception(config.perception, config.size, "perception")
+    lpips = load_lpips(device) if config.perceptual and config.perception == "lpips" else None
     encoder = teacher_encoder(config.teacher, config.size).to(device)
     new_decoder(encoder, config)
     eyes = load_teacher(config.eyes, config.size, device) if config.adversarial else None
@@ -211,7 +216,7 @@ def materials(spec: str, config: DecoderConfig, device: torch.device) -> Materia
         new_discriminator(eyes, config)
     judge = load_judge(spec, config.size, device=device)
     check_held_out(spec, config.size)
-    return Materials(load_dataset(spec, config.size, "train", config.n), encoder, eyes, judge)
+    return Materials(load_dataset(spec, config.size, "train", config.n), encoder, eyes, judge, lpips)
 
 # %% ../../nbs/lib/measure/decoder_training.ipynb #08cf19c3
 def train_decoder(
@@ -223,14 +228,19 @@ def train_decoder(
     device: str,
     print_every: float,
 ) -> None:
-    """Train to the end, first the classifier of the perceptual distance."""
-    looks = None
-    if config.perceptual:
+    """Train to the end, first the classifier of the perceptual distance, if there is one."""
+    looks = given.lpips
+    if config.perceptual and not looks:
         looks = perception_of(perception_judge(spec, perception, run / "perception.safetensors", device, print_every))
     cut_log(run)
     steps = decoder_steps(given.dataset, given.encoder, looks, given.eyes, config, run, device)
     for _ in with_log(steps, run, 50, print_every):
         pass
+
+# %% ../../nbs/lib/measure/decoder_training.ipynb #fa648606
+def perception_facts(given: Materials, perception: JudgeConfig) -> dict:
+    """What tells a perception from another."""
+    return {"lpips": given.lpips.digest} if given.lpips else asdict(perception)
 
 # %% ../../nbs/lib/measure/decoder_training.ipynb #35707a31
 def keep_decoder(out: Path, run: Path, given: Materials, config: DecoderConfig, facts: dict) -> None:
@@ -259,7 +269,7 @@ def teach_decoder(
     if not anew:
         check_unused(out, "representation autoencoder", "decoder.safetensors", "card.md")
     given, run = materials(spec, config, place), Path(work or out / "training")
-    facts = {"dataset": spec, "config": asdict(config), "perception": asdict(perception)}
+    facts = {"dataset": spec, "config": asdict(config), "perception": perception_facts(given, perception)}
     facts |= {"teacher": given.encoder.digest, "dataset_digest": given.dataset.digest, "pictures": len(given.dataset)}
     claim(run, facts)
     train_decoder(given, config, perception, run, spec, device, print_every)

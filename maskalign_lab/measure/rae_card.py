@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIGMAS', 'CARD', 'SHARES', 'encoded', 'decoded', 'fidelity', 'knowledge', 'under_noise', 'examine', 'noise_text',
-           'adversary_text', 'card_text']
+           'adversary_text', 'perception_text', 'card_text']
 
 # %% ../../nbs/lib/measure/rae_card.ipynb #5db8d9bd
 import torch
@@ -124,8 +124,7 @@ their exact mean and variance at each place. The decoder is diffusers' `RAEDecod
 Loss: L1 of pixels in [0, 1] + {config[perceptual]:g} times a perceptual distance{adversary}.
 {noise}
 
-The perceptual distance is that of feature maps of a small classifier of other pictures and another seed (RAE takes LPIPS, whose weights are
-a download). The distances below are measured by the judge `{judge}`, which had no part in the training.
+The perceptual distance is {perceived}. The distances below are measured by the judge `{judge}`, which had no part in the training.
 
 | | PSNR, dB | Fréchet | kernel | judge's accuracy | class from the mean latent | class from all numbers |
 |---|---|---|---|---|---|---|
@@ -159,6 +158,13 @@ def adversary_text(config: dict) -> str:
     seen = f"{config['adversarial']:g} times an adversarial loss on tokens of `{config['eyes']}`"
     return f" +\n{seen} (hinge, in proportion, from {config['heard']:.0%} of the steps on)"
 
+# %% ../../nbs/lib/measure/rae_card.ipynb #56d4a0e0
+def perception_text(perception: dict) -> str:
+    """What measured the perceptual distance."""
+    if "lpips" in perception:
+        return f"LPIPS, as RAE's, with weights `{perception['lpips']}`"
+    return "that of feature maps of a small classifier of other pictures and another seed (RAE takes LPIPS, whose weights are\na download)"
+
 # %% ../../nbs/lib/measure/rae_card.ipynb #3503f0b6
 def card_text(
     card: dict,  # what card.json holds
@@ -169,6 +175,7 @@ def card_text(
     return CARD.format(
         **card,
         adversary=adversary_text(card["config"]),
+        perceived=perception_text(card["perception"]),
         noise=noise_text(card["config"]),
         rows=table_rows([*rows, ("real pictures", "", *card["floor"].values(), "", "")]),
         decoded_pictures=card["decoded pictures"],

@@ -28,6 +28,7 @@ from ..diffusion.dsd import DSD, check_trunks
 from ..diffusion.jit import JiT
 from ..diffusion.objectives import Objective
 from ..diffusion.sit import SiT
+from ..encoders.lpips import check_perception
 from .edits import edit_digest
 from .sizes import check_tokens, size_overrides
 from ..training import haste, irepa, sra2  # noqa: F401  (importing a module registers its methods)
@@ -52,12 +53,14 @@ class DataConfig:
     autoencoder: str = (
         ""  # tiny[:PATH] | rae[:PATH] | a diffusers folder or name, whose latents are learned; empty: pixels
     )
+    perception: str = "classifier"  # in which pictures are compared: classifier | lpips; used by methods that decode
     precision: str = "exact"  # of what is cached of the images: exact | half | int8, see `teacher_features`
 
     def __post_init__(self):
         if self.n is not None and self.n < 1:
             raise ValueError(f"data.n={self.n}: expected at least 1, or none for all")
         one_of(self.crop, CROPS, "data.crop")
+        check_perception(self.perception, self.size, "data.perception")
         one_of(self.precision, CACHE_PRECISIONS, "data.precision")
 
 # %% ../../nbs/lib/runs/recipe.ipynb #9811c5a1

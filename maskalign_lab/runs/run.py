@@ -33,6 +33,7 @@ from ..encoders.teachers import Features, Teacher
 from .batches import make_batches
 from .begun import check_recipe
 from .building import build
+from .eyes import check_perception_there
 from .facts import Facts, check_facts, read_facts
 from .recipe import Recipe, from_json, identity
 from maskalign_lab.runs.sources import (
@@ -239,6 +240,7 @@ def train(
 ) -> Path:
     """Train a recipe into a run folder, which no other process writes to meanwhile."""
     check_ranks(recipe.training.batch_size, process_count(), recipe.execution.accumulate)
+    check_perception_there(recipe)
     resolve_device(device)
     path = Path(path)
     with sole_writer(path, wait) if is_first() else contextlib.nullcontext(), process_group():

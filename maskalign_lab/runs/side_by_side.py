@@ -23,6 +23,7 @@ from ..base.terminal import say
 from .batches import make_batches
 from .begun import begin, check_recipe
 from .building import build
+from .eyes import check_perception_there
 from .facts import check_facts
 from .recipe import Recipe, told
 from .run import cached_place, kept_run
@@ -107,6 +108,7 @@ def train_group(
     """Train all seeds of a group into their folders."""
     folders, recipes = list(runs), list(runs.values())
     recipe, training = recipes[0], [each.training for each in recipes]
+    check_perception_there(recipe)
     sources = load_sources(recipe, device)
     pairs = [build(each, sources.facts) for each in recipes]
     check_stackable(*pairs[0], recipe.execution)

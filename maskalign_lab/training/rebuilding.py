@@ -18,7 +18,7 @@ from maskalign_lab.training.adversarial import (
     generator_loss,
 )
 from .methods import Losses
-from .rae_decoding import Perception, perceptual_distance
+from .rae_decoding import Perception
 
 # %% ../../nbs/lib/training/rebuilding.ipynb #ac8c0ef0
 class Rebuilding(nn.Module):
@@ -27,7 +27,7 @@ class Rebuilding(nn.Module):
     def __init__(
         self,
         pixels: float,  # weight of the squared error, beside which the discriminator is heard
-        perceptual: float,  # weight of the distance of feature maps
+        perceptual: float,  # weight of what the perception says
         discriminator: Discriminator | None = None,
         counted: float = 1.0,  # share of the images that are asked for
     ):
@@ -47,7 +47,7 @@ class Rebuilding(nn.Module):
     def forward(self, decoded: Tensor, x: Tensor) -> dict[str, Tensor]:  # (b, 3, h, w) each
         found = {"pixels": F.mse_loss(decoded, x)}
         if self.perception and self.weights["perceptual"]:
-            found["perceptual"] = perceptual_distance(self.perception[0], decoded, x)
+            found["perceptual"] = self.perception[0](decoded, x)
         return {name: value / self.counted for name, value in found.items()}
 
     def voice(self, decoded: Tensor, lots: Tensor, parts: dict[str, Tensor], last: Tensor) -> dict[str, Tensor]:

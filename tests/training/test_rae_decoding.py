@@ -38,6 +38,9 @@ def edges(images):
     return [images.diff(dim=2), images.diff(dim=3)]
 
 
+look = partial(perceptual_distance, edges)
+
+
 def setting(b=4, **options):
     """A decoder, its method and a batch."""
     encoder = TeacherEncoder(random_teacher(), 16)
@@ -49,7 +52,7 @@ def setting(b=4, **options):
         decoder_num_attention_heads=2,
         decoder_intermediate_size=32,
     )
-    method = RAEDecoding(DecodingConfig(**options), edges, discriminator(random_teacher(2), (2, 1)))
+    method = RAEDecoding(DecodingConfig(**options), look, discriminator(random_teacher(2), (2, 1)))
     images = torch.rand(b, 3, 16, 16, generator=torch.Generator().manual_seed(5)) * 2 - 1
     return decoder, method, Batch(images, torch.arange(b), features=encoder(images).flatten(2).mT)
 
@@ -202,7 +205,7 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_bits(tmp_path, stop):
 def test_without_a_voice_there_is_no_discriminator():
     found = train(adversarial=0.0, learns_from=0, heard_from=0)
     assert {*found[-1].losses} == {"pixels", "perceptual"}
-    assert not RAEDecoding(DecodingConfig(adversarial=0), edges, discriminator(random_teacher(), (1,))).phases()
+    assert not RAEDecoding(DecodingConfig(adversarial=0), look, discriminator(random_teacher(), (1,))).phases()
 
 
 def test_parts_of_a_batch_are_refused_with_a_discriminator_and_equal_without(tmp_path):
@@ -243,7 +246,7 @@ def test_a_weight_without_its_network_is_refused():
     with pytest.raises(ValueError, match="perceptual=1 needs a network"):
         RAEDecoding(DecodingConfig(adversarial=0))
     with pytest.raises(ValueError, match="adversarial=0.75 needs a network"):
-        RAEDecoding(DecodingConfig(), edges)
+        RAEDecoding(DecodingConfig(), look)
 
 
 def test_no_recipe_can_name_it():
