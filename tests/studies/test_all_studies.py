@@ -117,8 +117,11 @@ def other_arms(page):
 
 
 def other_networks(page):
-    """Another network with another target."""
-    choose(page, "SiT, x")
+    """Another network, and another target of it."""
+    words, _ = choose(page, "SiT")
+    assert "SiT, v" in words
+    words, _ = choose(page, "x")
+    assert "SiT, x" in words
 
 
 def other_quantities(page):

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import product
 from types import SimpleNamespace
 
 import nbformat
@@ -20,7 +21,7 @@ from maskalign_lab.runs.experiments import load_rows
 from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.studies.rae import opening
 from maskalign_lab.studies.rae.arms import SCALES, film_arms, shift_of
-from maskalign_lab.studies.rae.film import check_shown, load_film
+from maskalign_lab.studies.rae.film import check_shown, load_film, scrubber
 from maskalign_lab.studies.rae.findings import (
     all_findings,
     head_helps,
@@ -126,7 +127,15 @@ def test_arms_of_one_question_differ_in_what_it_asks(preset):
     assert (wide.width, wide.depth) == (head.head_width, head.depth + head.head_depth)
     assert replace(recipes["REPA"], method=recipes["SiT"].method) == recipes["SiT"]
     assert all(name in recipes for pairs in PAIRS.values() for pair in pairs for name in pair[:2] if preset != "paper")
-    assert {arm.recipe(preset).objective.prediction for arm in film_arms(scale).values()} == {"v", "x"}
+
+
+@pytest.mark.parametrize("preset", SCALES)
+def test_every_network_is_filmed_with_every_target(preset):
+    arms = film_arms(SCALES[preset])
+    assert list(arms) == list(product(("DiT-DH", "SiT"), ("v", "x")))
+    for (network, target), arm in arms.items():
+        recipe = arm.recipe(preset)
+        assert (recipe.network.name, recipe.objective.prediction) == (network.lower().replace("-", ""), target)
 
 
 def test_arms_of_one_width_are_trained_for_equal_steps_alone(monkeypatch):
@@ -180,15 +189,35 @@ def test_the_verdict_of_the_data_set_is_in_the_rows():
 def test_film_and_decoders_that_ship_are_whole():
     folder = paths.data() / "results"
     film, both, noise = load_film(folder / FILM), load_decoded(folder / BOTH), load_rows(folder / NOISE)
-    assert "DiT-DH, v" in film.said and film.shift == pytest.approx(shift_of(SCALES["laptop"].latents))
+    assert list(film.said) == list(film.errors) == list(film_arms(SCALES["laptop"]))
+    assert film.shift == pytest.approx(shift_of(SCALES["laptop"].latents))
     assert {row["decoder"] for row in noise} == set(DECODERS) == set(both.images)
     assert {row["latents"] for row in noise} == {"images", "samples"}
+
+
+@pytest.mark.parametrize("network", ["DiT-DH", "SiT"])
+@pytest.mark.parametrize("target", ["v", "x"])
+def test_the_pickers_show_what_is_picked(network, target):
+    film = load_film(paths.data() / "results" / FILM)
+    moved = scrubber(film)
+    assert [control.name for control in moved.controls] == ["place", "image", "network", "target"]
+    panels = moved.view(**moved.defaults() | {"network": network, "target": target})
+    plain, shifted = (panels.panels[k].pixels for k in (2, 4))
+    said = film.said[network, target][:, 0, moved.defaults()["place"]].permute(0, 2, 3, 1).numpy()
+    assert (plain == said[0]).all() and (shifted == said[1]).all() and panels.curve.title == f"{network}, {target}"
+
+
+def test_a_run_of_ones_own_is_picked_by_its_name_and_its_target(monkeypatch):
+    run = SimpleNamespace(recipe=make_recipe("sit", "smoke", overrides="objective.prediction=x"))
+    monkeypatch.setattr(opening, "load_run", lambda name, device: run)
+    monkeypatch.setattr(opening, "make_film", lambda runs, shift: runs)
+    assert opening.open_study(run="runs/mine").film == {("runs/mine", "x"): run}
 
 
 def test_the_job_keeps_its_rows(smoke):
     folder = smoke.path(".html").parent
     assert {row["arm"] for row in load_rows(folder / "07_rows.json")} == {arm.name for arm in SCALES["smoke"].table()}
-    assert list(load_film(folder / FILM).said) == list(SCALES["smoke"].filmed)
+    assert list(load_film(folder / FILM).said) == list(film_arms(SCALES["smoke"]))
     assert {row["sigma"] for row in load_rows(folder / NOISE)} == {0.0, 0.8}
     side = check_figure(smoke, "07_rae", "07_one_image")
     assert {row["token_dim"] for row in side["share of the noise"]} == {48, 192}

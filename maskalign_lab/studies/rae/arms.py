@@ -182,7 +182,6 @@ class Scale:
     images: int = 250  # held out, behind losses and probes
     judged: int = 500  # samples
     longer: str = ""  # overrides of the networks of the film
-    filmed: tuple[str, ...] = ("DiT-DH, v", "DiT-DH, x", "SiT, v", "SiT, x")  # networks of the film
     paper: bool = False  # whether latents are the paper's
 
     @property
@@ -204,14 +203,13 @@ class Scale:
         return arms_of(groups or self.arms, self.latents, self.networks)
 
 # %% ../../../nbs/lib/studies/rae/arms.ipynb #fce9c45d
-def film_arms(scale: Scale) -> dict[str, Arm]:
-    """The networks of the scrubber: DiT-DH and the SiT of its head's width, with two targets."""
+def film_arms(scale: Scale) -> dict[tuple[str, str], Arm]:
+    """The networks of the scrubber: DiT-DH and the SiT of its head's width, with two targets each."""
     networks, latents = scale.networks, scale.latents
     made = {"DiT-DH": ditdh(networks.backbone, networks.head, networks), "SiT": sit(networks.sit, networks)}
-    shift = shift_of(latents)
-    pairs = {f"{name}, {kind}": (name, kind) for name in made for kind in ("v", "x")}
-    chosen = {name: pairs[name] for name in scale.filmed}
-    return {name: rae_arm(name, made[net], latents["RAE"], shift, kind=kind) for name, (net, kind) in chosen.items()}
+    pairs = {(name, kind): f"{name}, {kind}" for name in made for kind in ("v", "x")}
+    rae, shift = latents["RAE"], shift_of(latents)
+    return {(net, kind): rae_arm(name, made[net], rae, shift, kind=kind) for (net, kind), name in pairs.items()}
 
 # %% ../../../nbs/lib/studies/rae/arms.ipynb #2fce0dc0
 WIDER = Networks(
@@ -221,8 +219,8 @@ XL = Networks(2048, 1280, 1152, 2048, 384, (384, 768, 1536), 16, "method.depth=8
 TINY = Networks(32, 32, 16, 32, 16, (32,), 2, "method.depth=1 method.projector_width=32")
 SMOKE = "data.size=32 data.teacher=tiny-4x4 data.n=64 training.cooldown=0 training.steps=4"
 SCALES = {
-    "smoke": Scale(SMOKE, TINY, 1, "pair", 16, 8, filmed=("DiT-DH, v", "SiT, x")),
-    "laptop": Scale("", longer="training.steps=600 training.cooldown=0.4", filmed=("DiT-DH, v", "DiT-DH, x", "SiT, v")),
+    "smoke": Scale(SMOKE, TINY, 1, "pair", 16, 8),
+    "laptop": Scale("", longer="training.steps=600 training.cooldown=0.4"),
     "gpu": Scale("", WIDER, 8, judged=1000),
     "paper": Scale(
         "training.steps=100000 training.cooldown=0 network.depth=30", XL, 5, images=2048, judged=5000, paper=True

@@ -42,9 +42,17 @@ class Film:
     shift: float  # of the shifted schedule
     clean: Tensor  # (k, 3, h, h) uint8, clean latents decoded
     noised: Tensor  # (2, k, T, 3, h, h) uint8, noised latents decoded
-    said: dict[str, Tensor]  # "DiT-DH, v" -> (2, k, T, 3, h, h) uint8, its clean latents decoded
-    errors: dict[str, list[list[float]]]  # the same -> (2, T) mean squared error of the clean latent
+    said: dict[tuple[str, str], Tensor]  # ("DiT-DH", "v") -> (2, k, T, 3, h, h) uint8, its clean latents decoded
+    errors: dict[tuple[str, str], list[list[float]]]  # the same -> (2, T) mean squared error of the clean latent
     grid: tuple[float, ...] = GRID
+
+    def networks(self) -> list[str]:
+        """Their names."""
+        return list(dict.fromkeys(network for network, _ in self.said))
+
+    def targets(self) -> list[str]:
+        """What they were trained to predict."""
+        return list(dict.fromkeys(target for _, target in self.said))
 
 # %% ../../../nbs/lib/studies/rae/film.ipynb #29c45092
 def to_bytes(images: Tensor) -> Tensor:
@@ -68,7 +76,7 @@ def check_shown(run: Run) -> None:
 # %% ../../../nbs/lib/studies/rae/film.ipynb #f1ccb29f
 @torch.no_grad()
 def make_film(
-    runs: Mapping[str, Run],  # "DiT-DH, v" -> its network; all on the same latents
+    runs: Mapping[tuple[str, str], Run],  # ("DiT-DH", "v") -> its network; all on the same latents
     shift: float,
     shown: int = 3,  # images to choose from
     images: int = 64,  # held-out ones behind the curves
@@ -88,10 +96,10 @@ def make_film(
     times = [[float(shifted(place, a)) for place in GRID] for a in (1.0, shift)]
     at = [[interpolate(x, noise, torch.full((len(x),), t, device=x.device)) for t in row] for row in times]
     film.noised = pictures_of(first, [[x_t[index] for x_t in row] for row in at])
-    for name, run in runs.items():
+    for key, run in runs.items():
         told = [[implied(run, x_t, t, labels) for x_t, t in zip(*row)] for row in zip(at, times)]
-        film.said[name] = pictures_of(run, [[guess[index] for guess in row] for row in told])
-        film.errors[name] = [[(guess - x).square().mean().item() for guess in row] for row in told]
+        film.said[key] = pictures_of(run, [[guess[index] for guess in row] for row in told])
+        film.errors[key] = [[(guess - x).square().mean().item() for guess in row] for row in told]
     return film
 
 # %% ../../../nbs/lib/studies/rae/film.ipynb #21e41910
@@ -109,9 +117,12 @@ def pictures_of(run: Run, latents: list[list[Tensor]]) -> Tensor:  # (2, k, T, 3
 # %% ../../../nbs/lib/studies/rae/film.ipynb #3cce2905
 def save_film(film: Film, path: Path) -> Path:
     """Write a film as safetensors."""
-    tensors = {"clean": film.clean, "noised": film.noised} | {f"said.{name}": of for name, of in film.said.items()}
-    words = {name: json.dumps(getattr(film, name)) for name in ("labels", "shift", "errors", "grid")}
-    write_atomic(Path(path), save({name: of.contiguous() for name, of in tensors.items()}, words))
+    tensors = {"clean": film.clean, "noised": film.noised}
+    tensors |= {f"said.{', '.join(key)}": of for key, of in film.said.items()}
+    words = {name: getattr(film, name) for name in ("labels", "shift", "grid")}
+    words["errors"] = {", ".join(key): of for key, of in film.errors.items()}
+    header = {name: json.dumps(of) for name, of in words.items()}
+    write_atomic(Path(path), save({name: of.contiguous() for name, of in tensors.items()}, header))
     return Path(path)
 
 # %% ../../../nbs/lib/studies/rae/film.ipynb #0e8016a0
@@ -120,14 +131,14 @@ def load_film(path: Path) -> Film:
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         words = {name: json.loads(text) for name, text in file.metadata().items()}
-    said = {name: tensors[f"said.{name}"] for name in words["errors"]}
+    keys = {tuple(name.rsplit(", ", 1)): name for name in words["errors"]}
     return Film(
         words["labels"],
         words["shift"],
         tensors["clean"],
         tensors["noised"],
-        said,
-        words["errors"],
+        {key: tensors[f"said.{name}"] for key, name in keys.items()},
+        {key: words["errors"][name] for key, name in keys.items()},
         tuple(words["grid"]),
     )
 
@@ -137,48 +148,47 @@ def picture(title: str, image: Tensor) -> Picture:
     return Picture(title, image.permute(1, 2, 0).numpy())
 
 
-def view(film: Film, image: int, place: int, network: str) -> Panels:
+def view(film: Film, image: int, place: int, network: str, target: str) -> Panels:
     """What the scrubber shows in one state of its controls."""
     panels = [picture(f"{film.labels[image]}, decoded", film.clean[image])]
     for number, (name, a) in enumerate(zip(SCHEDULES, (1.0, film.shift), strict=True)):
         t = shifted(film.grid[place], a)
         panels.append(picture(f"{name}: t = {t:.2f}", film.noised[number, image, place]))
-        panels.append(picture(f"{name}: predicted", film.said[network][number, image, place]))
-    lines = {name: np.log10(film.errors[network][number]) for number, name in enumerate(SCHEDULES)}
+        panels.append(picture(f"{name}: predicted", film.said[network, target][number, image, place]))
+    lines = {name: np.log10(film.errors[network, target][number]) for number, name in enumerate(SCHEDULES)}
     curve = Curve(
-        network, np.array(film.grid), lines, "place on the grid (0 data, 1 noise)", "log10 error of x̂", film.grid[place]
+        f"{network}, {target}",
+        np.array(film.grid),
+        lines,
+        "place on the grid (0 data, 1 noise)",
+        "log10 error of x̂",
+        film.grid[place],
     )
     return Panels(tuple(panels), curve)
 
 # %% ../../../nbs/lib/studies/rae/film.ipynb #c4e98919
 def scrubber(film: Film) -> Scrubber:
     """The interactive view of a film."""
-    images, networks = range(len(film.labels)), list(film.said)
+    places = range(len(film.grid))
     controls = [
-        Control(
-            "place",
-            "grid",
-            range(len(film.grid)),
-            [f"{place:.2f}" for place in film.grid],
-            len(film.grid) // 2,
-            "slider",
-        ),
-        Control("image", "image", images, film.labels, 0, "choice"),
-        Control("network", "network, target", networks, networks, 0, "choice"),
+        Control("place", "grid", places, [f"{place:.2f}" for place in film.grid], len(places) // 2, "slider"),
+        Control("image", "image", range(len(film.labels)), film.labels),
+        Control("network", "network", film.networks()),
+        Control("target", "target", film.targets()),
     ]
     return Scrubber(lambda **state: view(film, **state), controls, lambda: strip(film))
 
 # %% ../../../nbs/lib/studies/rae/film.ipynb #325f978d
 def strip(film: Film) -> Figure:
     """The filmstrip: the first image on both schedules, as the first network sees it."""
-    columns, network = range(0, len(film.grid), 2), next(iter(film.said))
-    cells = [view(film, 0, place, network).panels[1:] for place in columns]
+    columns, first = range(0, len(film.grid), 2), next(iter(film.said))
+    cells = [view(film, 0, place, *first).panels[1:] for place in columns]
     rows = {
         f"{name}: {what}": [cell[2 * i + j] for cell in cells]
         for i, name in enumerate(SCHEDULES)
         for j, what in enumerate(("noised", "predicted"))
     }
-    title = f"{network}: {film.labels[0]}, by t on the plain and on the shifted schedule"
+    title = f"{', '.join(first)}: {film.labels[0]}, by t on the plain and on the shifted schedule"
     times = [(film.grid[place], shifted(film.grid[place], film.shift)) for place in columns]
     return filmstrip(rows, [f"{plain:.2f}, {later:.2f}" for plain, later in times], title)
 

@@ -51,7 +51,7 @@ class Study:
     count: int  # seeds that the table of arms is trained for; 0: the rows that ship
     arms: tuple[Arm, ...]  # of the table
     film: Film
-    runs: dict[str, Run]  # that the film was made from; empty: it ships
+    runs: dict[tuple[str, str], Run]  # that the film was made from; empty: it ships
 
     def recipe_of(self, arm: Arm, seed: int) -> Recipe:
         """An arm's recipe at this scale."""
@@ -62,10 +62,12 @@ class Study:
         return self.out_dir / name if self.out_dir else None
 
 # %% ../../../nbs/lib/studies/rae/opening.ipynb #45eec91e
-def filmed_runs(scale: Scale, preset: str, dataset: str, device: str, seed: int, overrides: str) -> dict[str, Run]:
-    """The networks of the film, trained where they are missing."""
+def filmed_runs(
+    scale: Scale, preset: str, dataset: str, device: str, seed: int, overrides: str
+) -> dict[tuple[str, str], Run]:
+    """The networks of the film by name and target, trained where they are missing."""
     recipe_of = scale.recipe_of(preset, dataset, f"{scale.longer} {overrides}")
-    return {name: ensure_run(recipe_of(arm, seed), device) for name, arm in film_arms(scale).items()}
+    return {key: ensure_run(recipe_of(arm, seed), device) for key, arm in film_arms(scale).items()}
 
 # %% ../../../nbs/lib/studies/rae/opening.ipynb #6e8e9575
 def open_study(
@@ -83,8 +85,11 @@ def open_study(
     scale, folder = SCALES[one_of(preset, SCALES, "preset")], Path(out_dir) if out_dir else None
     wanted = scale.table(arms)
     asked = (run, preset, dataset, seed, overrides) != ("", "laptop", "shapes", 0, "")
-    runs = {run: load_run(run, device=device)} if run else {}
-    if asked and not run:
+    runs = {}
+    if run:
+        one = load_run(run, device=device)
+        runs = {(run, one.recipe.objective.prediction): one}
+    elif asked:
         runs = filmed_runs(scale, preset, dataset, device, seed, overrides)
     film = make_film(runs, shift_of(scale.latents)) if asked else load_film(paths.data() / "results" / FILM)
     if asked and folder:
@@ -175,7 +180,7 @@ def load_decoded(path: Path) -> Decoded:
     )
 
 # %% ../../../nbs/lib/studies/rae/opening.ipynb #9fde57b2
-FILMED = "DiT-DH, v"  # in the film, the network that ships as run ditdh-shapes
+FILMED = ("DiT-DH", "v")  # in the film, the network that ships as run ditdh-shapes
 
 
 def network_recipe() -> Recipe:
