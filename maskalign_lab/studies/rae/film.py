@@ -8,7 +8,6 @@ __all__ = ['GRID', 'SCHEDULES', 'Film', 'to_bytes', 'check_shown', 'make_film', 
            'decoder_strip']
 
 # %% ../../../nbs/lib/studies/rae/film.ipynb #a2716e78
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from ...base.files import write_atomic
+from ...base.arrays import load_arrays, save_arrays
 from ...base.seeding import generator
 from ...diffusion.interpolants import convert, interpolate
 from ...diffusion.objectives import shifted
@@ -116,21 +113,18 @@ def pictures_of(run: Run, latents: list[list[Tensor]]) -> Tensor:  # (2, k, T, 3
 
 # %% ../../../nbs/lib/studies/rae/film.ipynb #3cce2905
 def save_film(film: Film, path: Path) -> Path:
-    """Write a film as safetensors."""
+    """Write a film."""
     tensors = {"clean": film.clean, "noised": film.noised}
     tensors |= {f"said.{', '.join(key)}": of for key, of in film.said.items()}
     words = {name: getattr(film, name) for name in ("labels", "shift", "grid")}
     words["errors"] = {", ".join(key): of for key, of in film.errors.items()}
-    header = {name: json.dumps(of) for name, of in words.items()}
-    write_atomic(Path(path), save({name: of.contiguous() for name, of in tensors.items()}, header))
-    return Path(path)
+    return save_arrays(path, tensors, words)
 
 # %% ../../../nbs/lib/studies/rae/film.ipynb #0e8016a0
 def load_film(path: Path) -> Film:
     """Read what `save_film` wrote."""
-    with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-        words = {name: json.loads(text) for name, text in file.metadata().items()}
+    arrays, words = load_arrays(path)
+    tensors = {name: torch.from_numpy(value) for name, value in arrays.items()}
     keys = {tuple(name.rsplit(", ", 1)): name for name in words["errors"]}
     return Film(
         words["labels"],

@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 
 from ...base import paths
+from ...base.arrays import load_arrays, save_arrays
 from ...base.errors import one_of
-from ...base.files import write_atomic
 from ...diffusion.sampling import SamplerConfig
 from ...measure.judge import load_judge
 from ...measure.metrics import balanced_labels
@@ -34,7 +32,7 @@ from .measures import measure_rae
 from .noise import DECODERS, SIGMAS, both_decoders, noise_rows, noised
 
 # %% ../../../nbs/lib/studies/rae/opening.ipynb #f7a9b288
-TABLE, FILM, NOISE, BOTH = "07_rae", "07_film.safetensors", "07_decoder_noise.json", "07_decoders.safetensors"
+TABLE, FILM, NOISE, BOTH = "07_rae", "07_film.npz", "07_decoder_noise.json", "07_decoders.npz"
 
 
 @dataclass(frozen=True)
@@ -164,20 +162,15 @@ def decoder_curves(study: Study) -> tuple[list[dict[str, Any]], Decoded]:
 # %% ../../../nbs/lib/studies/rae/opening.ipynb #eec74f2f
 def save_decoded(film: Decoded, path: Path) -> Path:
     """Write what the second scrubber shows."""
-    tensors = {"originals": film.originals} | {f"images.{name}": of.contiguous() for name, of in film.images.items()}
-    words = {"labels": "\n".join(film.labels), "sigmas": " ".join(map(str, film.sigmas))}
-    write_atomic(Path(path), save(tensors, words))
-    return Path(path)
+    tensors = {"originals": film.originals} | {f"images.{name}": of for name, of in film.images.items()}
+    return save_arrays(path, tensors, {"labels": film.labels, "sigmas": film.sigmas})
 
 
 def load_decoded(path: Path) -> Decoded:
     """Read what `save_decoded` wrote."""
-    with safe_open(path, "pt") as file:
-        tensors, words = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
-    images = {name: tensors[f"images.{name}"] for name in DECODERS}
-    return Decoded(
-        tuple(map(float, words["sigmas"].split())), words["labels"].split("\n"), tensors["originals"], images
-    )
+    arrays, words = load_arrays(path)
+    images = {name: torch.from_numpy(arrays[f"images.{name}"]) for name in DECODERS}
+    return Decoded(tuple(words["sigmas"]), words["labels"], torch.from_numpy(arrays["originals"]), images)
 
 # %% ../../../nbs/lib/studies/rae/opening.ipynb #9fde57b2
 FILMED = ("DiT-DH", "v")  # in the film, the network that ships as run ditdh-shapes
