@@ -194,9 +194,9 @@ def evaluated_text(
     row: dict[str, Any],  # from `evaluate`
 ) -> str:
     """A few lines for the terminal."""
-    sampler, told = row["sampler"], row["reference"]
+    sampler, told, whose = row["sampler"], row["reference"], f" as {row['settings']}:" if row["settings"] else ""
     lines = [
-        f"{row['run']}, step {row['step']}: {row['number']:,} samples, {row['labels']} labels, {sampler['solver']}, "
+        f"{row['run']}, step {row['step']}:{whose} {row['number']:,} samples, {row['labels']} labels, {sampler['solver']}, "
         f"{sampler['steps']} steps, guidance {sampler['guidance']:g}, {sampler['precision']}, seed {row['seed']}",
         f"compared with {told['file']}: FID by {told['FID']}; precision and recall by {told['precision and recall'] or 'nothing'}"
         if "file" in told
