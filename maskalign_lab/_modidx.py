@@ -3341,6 +3341,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                                'maskalign_lab/studies/full_scale/paper_rows.py'),
                                                              'maskalign_lab.studies.full_scale.paper_rows.PaperRow.command': ( 'lib/studies/full_scale/paper_rows.html#paperrow.command',
                                                                                                                                'maskalign_lab/studies/full_scale/paper_rows.py'),
+                                                             'maskalign_lab.studies.full_scale.paper_rows.PaperRow.evaluation': ( 'lib/studies/full_scale/paper_rows.html#paperrow.evaluation',
+                                                                                                                                  'maskalign_lab/studies/full_scale/paper_rows.py'),
                                                              'maskalign_lab.studies.full_scale.paper_rows.PaperRow.recipe': ( 'lib/studies/full_scale/paper_rows.html#paperrow.recipe',
                                                                                                                               'maskalign_lab/studies/full_scale/paper_rows.py'),
                                                              'maskalign_lab.studies.full_scale.paper_rows.longest': ( 'lib/studies/full_scale/paper_rows.html#longest',

@@ -53,8 +53,9 @@ def options_of(
 def check_training(
     options: Train,
     here: bool,  # on this machine, whose devices are known
-) -> None:
-    """Refuse a training that cannot work."""
+) -> str:
+    """Refuse a training that cannot work; its recipe's identity, after which its folder is named."""
+    from maskalign_lab.runs.recipe import identity
     from maskalign_lab.runs.requests import check_dataset
     from maskalign_lab.training.ranks import check_ranks
     from maskalign_lab.workbench.launching import check_processes
@@ -66,32 +67,35 @@ def check_training(
     check_dataset(options.dataset)
     check_processes(options.processes, options.device if here else "cpu")
     check_ranks(recipe.training.batch_size, options.processes, recipe.execution.accumulate)
+    return identity(recipe)
 
 
 def check_job(
     words: Sequence[str],  # of a job, its command first
     here: bool,  # on this machine
-) -> int:
-    """Refuse a job that cannot work; how many processes it has."""
+) -> tuple[int, str]:  # processes that it has; what it trains, nothing for a study
+    """Refuse a job that cannot work."""
     options = options_of(words)
     if isinstance(options, Run):
         asked_study(options)
-        return 1
-    check_training(options, here)
-    return options.processes
+        return 1, ""
+    return options.processes, check_training(options, here)
 
 # %% ../nbs/lib/batch_commands.ipynb #6cbb30c4
 def check_jobs(
     tasks: Sequence[Any],  # `Task`s
     here: bool = True,  # on this machine
 ) -> int:
-    """Refuse all jobs if one cannot work; how many processes the largest has."""
-    counts = []
+    """Refuse all jobs if one cannot work, or is another one in other words; how many processes the largest has."""
+    counts, trained = [], {}
     for number, task in enumerate(tasks, 1):
         try:
-            counts.append(check_job(task.words, here))
+            count, identity = check_job(task.words, here)
+            if identity and trained.setdefault(identity, task) != task:
+                raise ValueError(f"trains the same as `{trained[identity].command}`; leave one of both out")
         except (ValueError, OSError) as error:
             raise ValueError(f"job {number} of {len(tasks)}, `{task.command}`: {error}") from None
+        counts.append(count)
     return max(counts)
 
 # %% ../nbs/lib/batch_commands.ipynb #47efdfe0
@@ -114,7 +118,9 @@ def report(
     records = write_ledger(folder, tasks)
     for record in filter(shown, records):
         print(line_of_record(record))
-    print(f"{len(records)} jobs: {tally(records)}\n  ledger    {folder / 'ledger.json'}\n  output    {folder / 'jobs'}")
+    print(f"{len(records)} jobs: {tally(records)}")
+    if folder.is_dir():  # somebody has begun
+        print(f"  ledger    {folder / 'ledger.json'}\n  output    {folder / 'jobs'}")
     return exit_code(records)
 
 # %% ../nbs/lib/batch_commands.ipynb #6470899b
@@ -201,7 +207,10 @@ def check_plan(
         from maskalign_lab.workbench.slurm import check_options
 
         check_options(plan.slurm)
-    return check_jobs(plan.tasks, here)
+    processes = check_jobs(plan.tasks, here)
+    if not here and isinstance(gpus := plan.slurm.get("gpus_per_node"), int) and gpus < processes:
+        raise ValueError(f"slurm: gpus_per_node: {gpus}: expected at least {processes}, one for each process of a job")
+    return processes
 
 
 def tell_status(

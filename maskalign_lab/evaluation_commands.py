@@ -34,6 +34,7 @@ class Evaluate:
     steps: int | None = None  # of the solver; likewise
     precision: str | None = None  # of the network: auto, float32, bfloat16; default: the run's execution.sampling
     seed: int = 0  # of labels and noise
+    step: int | None = None  # of the training, whose checkpoint is taken; default: the last
     average: str = "ema"  # of the weights; or second_ema, of a run that has two
     reference: str = (
         "train"  # images of the run's data set, train or validation; or a file .npz, of ADM, of JiT, of images
@@ -58,6 +59,9 @@ FOR_FIGURES = ("npz", "out", "reference", "inception")
 
 def check_shards(options: Evaluate) -> None:
     """Refuse a share of the work that does not exist."""
+    for name in ("shards", "shard_size"):
+        if (value := getattr(options, name)) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least 1")
     if options.shard is None and options.shards == 1:
         return
     if options.shard is None or not 0 <= options.shard < options.shards:
@@ -159,7 +163,7 @@ def evaluate_here(
     from maskalign_lab.runs.run import load_run
     from maskalign_lab.runs.sampling_shards import kept_samples, samples_folder
 
-    run = load_run(options.run, device=options.device, average=options.average)
+    run = load_run(options.run, options.step, options.device, options.average)
     plan = planned(options, run)
     folder = paths.home_of(options.samples) if options.samples else samples_folder(run, plan)
     if options.shard is not None or not options.figures:

@@ -195,9 +195,10 @@ def evaluated_text(
 ) -> str:
     """A few lines for the terminal."""
     sampler, told, guide = row["sampler"], row["reference"], row.get("guide")
+    whose = f" as {row['settings']}:" if row["settings"] else ""
     away = f" away from {guide['run']}, step {guide['step']}" if guide else ""
     lines = [
-        f"{row['run']}, step {row['step']}: {row['number']:,} samples, {row['labels']} labels, {sampler['solver']}, "
+        f"{row['run']}, step {row['step']}:{whose} {row['number']:,} samples, {row['labels']} labels, {sampler['solver']}, "
         f"{sampler['steps']} steps, guidance {sampler['guidance']:g}{away}, {sampler['precision']}, seed {row['seed']}",
         f"compared with {told['file']}: FID by {told['FID']}; precision and recall by {told['precision and recall'] or 'nothing'}"
         if "file" in told

@@ -36,9 +36,11 @@ def status_of(
     """What a process's exit code says about its end."""
     if code == 0:
         return "ok"
-    if code in (75, 130) or code in ASKING:  # it stopped when it was asked to, or before it could do anything else
+    if code - 128 in signal.valid_signals():  # as a shell between, or the launcher of several processes, tells it
+        code = 128 - code
+    if code == 75 or code in ASKING:  # it stopped when it was asked to, or before it could do anything else
         return "preempted"
-    return "killed" if code < 0 or code in (137, 139) else "failed"  # 128 + 9, 128 + 11: of a shell between
+    return "killed" if code < 0 else "failed"
 
 # %% ../../nbs/lib/workbench/batch_ledger.ipynb #c5fe92fc
 @dataclass

@@ -168,4 +168,8 @@ def read_plan(
     path = paths.home_of(path)
     if not path.is_file():
         raise FileNotFoundError(f"no plan {str(path)!r}: expected a YAML file with a list `jobs:`")
-    return replace(parse_plan(path.read_text(encoding="utf-8"), path.stem), path=path.absolute())
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"plan {str(path)!r} is no text in UTF-8 ({error.reason} at byte {error.start})") from None
+    return replace(parse_plan(text, path.stem), path=path.absolute())

@@ -194,7 +194,7 @@ def test_the_command_samples_compares_and_exports(run, tmp_path, with_eye, capsy
         assert main([*words, *share]) == 0
     assert "share 1 of 2 of the samples in" in capsys.readouterr().out
     assert main([*words, "--samples", str(tmp_path / "own"), "--npz", str(tmp_path / "adm.npz")]) == 0
-    assert main([*words, "--out", str(tmp_path / "row.json")]) == 0
+    assert main([*words, "--step", "5", "--out", str(tmp_path / "row.json")]) == 0
     own, row = ((tmp_path / name).read_text() for name in ("own/figures-train.json", "row.json"))
     assert own == row and json.loads(row)["number"] == 20
     with np.load(tmp_path / "adm.npz") as file:
@@ -224,6 +224,9 @@ def test_the_command_samples_compares_and_exports(run, tmp_path, with_eye, capsy
             "--shard 0 draws its files and no more: give --npz, --out, --reference, --inception to the last call",
         ),
         (["--average", "second_ema"], "average of small"),
+        (["--shards", "0"], "--shards 0: expected at least 1"),
+        (["--shard-size", "0"], "--shard-size 0: expected at least 1"),
+        (["--step", "4"], "has no step 4; it has [5]"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_sentence(run, with_eye, words, message, capsys):

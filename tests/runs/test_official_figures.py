@@ -33,7 +33,7 @@ def saved(name, folder):
 
 
 @pytest.mark.parametrize("name", ["sit_ls1", "repa", "reg", "haste", "irepa", "jit"])
-def test_a_published_checkpoint_is_imported_sampled_evaluated(name, tmp_path, with_eye):
+def test_a_published_checkpoint_is_imported_sampled_evaluated(name, tmp_path, with_eye, capsys):
     (file, family), place = saved(name, tmp_path), str(tmp_path / "run")
     encoding = [] if family == "jit" else ["--autoencoder", "tiny"]
     assert main(["import", file, "--out", place, "--dataset", "shapes", *encoding]) == 0
@@ -44,6 +44,7 @@ def test_a_published_checkpoint_is_imported_sampled_evaluated(name, tmp_path, wi
         rows.append(json.loads((tmp_path / "row.json").read_text()))
     assert (rows[0]["settings"], rows[0]["sampler"]["solver"]) == (f"{family}, with steps=2", run.sampler.solver)
     assert rows[0]["autoencoder"] == ("pixels" if family == "jit" else f"tiny ({run.autoencoder.digest})")
+    assert f"step 0: as {family}, with steps=2: 10 samples" in capsys.readouterr().out
     told = [{key: row[key] for key in row.keys() - FIGURES - {"sampler"}} for row in rows]
     assert told[0] == told[1]  # an imported run needs no `--as`
 

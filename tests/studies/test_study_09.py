@@ -7,15 +7,18 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 from shared.studies import check_figure
 
 from maskalign_lab.base import paths
+from maskalign_lab.evaluation_commands import Evaluate
 from maskalign_lab.runs.estimates import GPUS, estimate, parts_needed
 from maskalign_lab.runs.expectations import expect
 from maskalign_lab.runs.experiments import step_flops
 from maskalign_lab.runs.paper_settings import settings_of
 from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.recipe import identity
+from maskalign_lab.runs.sample_plan import NAMED
 from maskalign_lab.studies.full_scale.costs import (
     IMAGENET,
     METHODS,
@@ -43,7 +46,10 @@ from maskalign_lab.studies.full_scale.roofline import (
     shares_of,
 )
 from maskalign_lab.training.health import SETTLED
+from maskalign_lab.training.methods import layers_of
 from maskalign_lab.workbench import benchmarking
+from maskalign_lab.workbench.benchmark_plan import plans
+from maskalign_lab.workbench.commands import parse
 
 BOOK = paths.notebooks() / "09_full_scale.ipynb"
 
@@ -224,6 +230,40 @@ def test_each_rows_command_is_a_recipe(row):
     assert recipe.data.size == 256 and recipe.training.batch_size == (
         1024 if recipe.network.name in ("jit", "ditdh") else 256
     )
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.place}-{row.network}-{row.steps}")
+def test_each_rows_figure_has_a_command(row):
+    """With the guidance that the row speaks of; but for the one that needs a second network."""
+    if row.method == "ditdh" and row.guided:
+        assert row.evaluation() == ""
+        return
+    typed = parse(Evaluate, shlex.split(row.evaluation("here"))[2:])
+    plan = NAMED[typed.as_]
+    guidance = plan.sampler.guidance if typed.guidance is None else typed.guidance
+    assert (typed.run, typed.step, guidance > 1) == ("here", row.steps, row.guided)
+    token = row.recipe().network.name == "sit" and layers_of(row.recipe().method)[-1].name == "reg"
+    assert (typed.as_ == "reg") == token  # who has a class token is sampled as who has one
+    assert typed.as_ == row.method or row.method in ("maskalign", "sra2", "ahpa", "dsd")
+
+
+def test_steps_of_shorter_rows_are_kept_by_the_longest_or_named_in_the_text():
+    kept = {
+        (row.method, row.network, row.overrides): row.recipe().training.kept
+        for row in sorted(ROWS, key=lambda r: r.steps)
+    }
+    lost = {row.steps for row in ROWS if row.steps not in kept[row.method, row.network, row.overrides]}
+    more = "training.save_at=(250200,)"
+    assert lost == {250_200} <= paper_recipe("jit", "JiT-B/16", f"training.steps=750600 {more}").training.kept
+    assert f'"{more}"' in text()
+
+
+def test_the_text_counts_the_rates_that_the_benchmark_measures():
+    names = {part.name for part in benchmarking.function_of(plans()["gpu"], "parts")(False, torch.device("cpu"))}
+    costs = costs_of()
+    seen = [c for c in costs if f"{c.method} {c.network.removeprefix('SiT-').removesuffix('/2')}" in names]
+    assert "jit" in names  # of JiT the smallest network
+    assert f"in the table for {len(seen) + 1} of its {len(costs)} rows" in text()
 
 
 def test_rows_cover_the_papers_that_are_named():

@@ -280,6 +280,11 @@ def test_the_ledger_is_written_as_jobs_end(tmp_path, monkeypatch):
         ("jobs: [{train: sit, device: gpu}]", "there is no device 'gpu' here"),
         ("jobs: {run: '01'}", "a list `jobs:`"),
         ("jobs: [{run: '01', run: '02'", "cannot be read"),
+        ("jobs: [{train: sit}, {train: [sit, repa], seed: '0'}]", "trains the same as `maskalign-lab train sit`"),
+        (
+            "jobs: [{train: sit, processes: 4}]\nslurm: {time: 30, gpus_per_node: 1}",
+            "expected at least 4, one for each",
+        ),
     ],
 )
 def test_a_mistake_is_told_before_anything_starts(tmp_path, monkeypatch, capsys, text, message):
@@ -287,6 +292,11 @@ def test_a_mistake_is_told_before_anything_starts(tmp_path, monkeypatch, capsys,
     (path := tmp_path / "plan.yaml").write_text(text)
     assert main(["batch", str(path)]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
+def test_a_plan_that_is_no_text_is_named(tmp_path, capsys):
+    (path := tmp_path / "plan.yaml").write_bytes(b"jobs: \xff")
+    assert main(["batch", str(path)]) == 2 and f"plan '{path}' is no text" in capsys.readouterr().err
 
 
 def test_the_plan_that_ships_has_every_study_and_every_arm_of_its_tables():
