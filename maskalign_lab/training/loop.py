@@ -280,7 +280,7 @@ def go_on(
         trainer.feed = leaving.enter_context(feeding(batches, device, trainer.execution, todo))
         for step in range(start, config.steps):
             parts, norms = advance(trainer, step)
-            done, leave = step + 1, told_to_stop(signals, trainer.accelerator, step, late)
+            done, leave = step + 1, told_to_stop(signals, trainer.accelerator, late)
             due = leave or saver.due(done)
             if (bad := trainer.guard.bad_step(step, due)) is not None:
                 blame(trainer, bad)

@@ -83,15 +83,11 @@ def same_start(
 def told_to_stop(
     signals: list[int],  # that have arrived here
     accelerator: "Accelerator",  # noqa: F821
-    step: int,
     late: DelayedRead,  # on the accelerator's device
-    every: int = 10,  # steps between questions to the other processes
 ) -> bool:
-    """Whether a signal has arrived, at any of the processes; on GPUs heard of one question late, for which no step waits."""
+    """Whether a signal has arrived, at any of the processes; on GPUs heard of one step late, for which none waits."""
     if accelerator.num_processes == 1:
         return bool(signals)
-    if step % every:
-        return False
     told = bool(signals) or is_orphan()
     return late.read(accelerator.reduce(torch.tensor(float(told), device=accelerator.device))) > 0
 

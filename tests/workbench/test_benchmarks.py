@@ -35,6 +35,7 @@ NAMES = [
     "sampler",
     "scrub",
     "side_by_side",
+    "stopping",
     "training_step",
 ]
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
