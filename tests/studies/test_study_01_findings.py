@@ -11,7 +11,7 @@ from shared.studies import smoke_fixture
 
 from maskalign_lab.base import paths
 from maskalign_lab.measure.findings import check_words, findings_table, headline
-from maskalign_lab.measure.wording import NotTrained
+from maskalign_lab.measure.wording import NotTrained, plain
 from maskalign_lab.runs.experiments import lengths, load_rows, results_file, run_identity
 from maskalign_lab.runs.facts import Facts
 from maskalign_lab.runs.rung import BASELINE, EARLY, UNSEEN, trainable
@@ -99,6 +99,13 @@ def test_overrides_reach_every_arm_and_those_of_the_method_repa_alone():
 def test_the_first_screen_says_its_verdict_in_one_line_as_the_rows_do():
     first = nbformat.read(NOTEBOOK, as_version=4).cells[0].source
     assert f"**Verdict.** {headline(summary.preference(ROWS))}" in first.replace("\n", " ")
+
+
+def test_what_the_trainings_took_is_said_as_the_rows_have_it():
+    took = {row["identity"]: row["seconds"] for row in ROWS}
+    text = section_prose(NOTEBOOK, "Over seeds").replace("\n", " ")
+    assert f"{len(took)} trainings of 1,000 steps, {plain(sum(took.values()) / 3600, 1)} hours in all" in text
+    assert max(row["step"] for row in ROWS if row["budget"] == "steps") == 1000
 
 
 def test_the_findings_fit_on_one_screen():

@@ -1,5 +1,6 @@
 """Study 02: which tables are trained, what ships of the lenses, and how rows become figures."""
 
+import re
 from types import SimpleNamespace
 
 import nbformat
@@ -10,11 +11,11 @@ import torch
 from maskalign_lab.base import paths
 from maskalign_lab.gradient_norms import observe
 from maskalign_lab.measure.courses import METRICS
-from maskalign_lab.measure.findings import findings_table
+from maskalign_lab.measure.findings import check_words, findings_table
 from maskalign_lab.measure.rankings import NORM
 from maskalign_lab.measure.spatial import METRICS as SPATIAL
 from maskalign_lab.measure.verdicts import by_seed
-from maskalign_lab.measure.wording import plain, signed
+from maskalign_lab.measure.wording import in_seeds, plain, signed
 from maskalign_lab.position_preference import agreement, peak_again
 from maskalign_lab.runs.experiments import load_rows
 from maskalign_lab.runs.run import load_run
@@ -24,7 +25,7 @@ from maskalign_lab.studies.position_preference.cause_findings import cause_table
 from maskalign_lab.studies.position_preference.causes import CUT
 from maskalign_lab.studies.position_preference.depth_film import load_film
 from maskalign_lab.studies.position_preference.flip import flip_table
-from maskalign_lab.studies.position_preference.gap_quality import correlation_table
+from maskalign_lab.studies.position_preference.gap_quality import correlation_table, gap_note
 from maskalign_lab.studies.position_preference.mixer_figures import dose_table, mixer_findings
 from maskalign_lab.studies.position_preference.opening import SHIPPED, TABLES, open_study
 from maskalign_lab.studies.position_preference.part_tables import training_table
@@ -234,6 +235,41 @@ def test_what_the_first_screen_says_of_a_teacher_whose_tokens_are_moved_is_in_th
     assert follows(rows, True).verdict.startswith("higher") and follows(rows, False).verdict.startswith("undecided")
 
     assert (following(rows, "SiT", True) < following(rows, "SiT", False))[:, 3].all()  # at t = 0.75
+
+
+def test_the_first_screen_answers_every_objection_with_effect_and_interval():
+    first, rows = said("What this study finds"), {name: load_rows(RESULTS / f"02_{name}_shapes.json") for name in TABLES}
+    asked = {"causes": ("moved along", "left where it was"), "mixer": ("between arms",), "gap": ("all arms: frechet",)}
+    makes = all_findings(rows, load_rows(RESULTS / "05_maskalign_shapes.json"), asked)
+    moved, left, dose, gap = (make() for make in makes)
+    plain_text = first.replace("\n   ", " ")
+    for found in (moved, left):
+        assert found.effect.partition(" (")[0] in plain_text and f"({in_seeds(2)})" in plain_text
+    rho, ends = dose.effect[:-1].split(" (")
+    assert f"rank correlation {rho}, from {ends}; {dose.verdict.partition('(')[2]}" in plain_text
+    effect = gap.effect[:-1].replace("-", "−")
+    assert gap.verdict.startswith("contradicted") and f"{effect}; {gap.verdict[14:]}" in plain_text
+
+
+def test_the_findings_fit_on_one_screen():
+    rows = {name: load_rows(RESULTS / f"02_{name}_shapes.json") for name in TABLES}
+    shown = findings_table(all_findings(rows, load_rows(RESULTS / "05_maskalign_shapes.json"))).data
+    assert check_words(f"{said('## Findings')} {shown}") > 100
+
+
+def test_no_undecided_stands_without_what_would_have_been_seen():
+    """Nor a verdict without how many of its like are luck; and what was not trained is named."""
+    causes, mixer, masked = (
+        load_rows(RESULTS / f"{name}_shapes.json") for name in ("02_causes", "02_mixer", "05_maskalign")
+    )
+    told = [answers.dose_answer(mixer), answers.quality_answer(masked, mixer)]
+    for text in (*told, gap_note(masked)):
+        assert "luck would decide about" in text
+    for text in told:
+        for behind in text.split("undecided")[1:]:
+            assert re.match(r"\*?,? ?(\(\d seeds\), )?(least|detectable|nothing)", behind), behind[:40]
+    assert "No rows here of `SiT, torus`" in answers.cause_answer(causes)
+    assert "`mixer radius 3`" in told[0] and "s each (median)" in told[0]
 
 
 def test_what_is_said_of_rankings_is_in_the_rows():

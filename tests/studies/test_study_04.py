@@ -19,11 +19,13 @@ from maskalign_lab.diffusion.objectives import Objective
 from maskalign_lab.diffusion.sampling import SamplerConfig, sample
 from maskalign_lab.diffusion.sit import Output, SiT
 from maskalign_lab.measure.findings import check_words, findings_table, headline
+from maskalign_lab.measure.wording import plain, signed
 from maskalign_lab.runs.expectations import expect
 from maskalign_lab.runs.experiments import lengths, load_rows, results_file, run_identity
 from maskalign_lab.runs.run import load_run
 from maskalign_lab.runs.rung import BASELINE, EARLY, table_seeds
 from maskalign_lab.studies.reg.arm_findings import all_findings, by_judge
+from maskalign_lab.studies.reg.arm_tables import carried_table
 from maskalign_lab.studies.reg.arms import BASELINES, SCALES, VARIED
 from maskalign_lab.studies.reg.exchange import changed_share, exchange_all, partners, slope
 from maskalign_lab.studies.reg.findings import at, class_effect, class_effects, effect_in_words, measured, read_off
@@ -119,6 +121,15 @@ def test_the_table_that_ships_is_what_todays_recipes_would_train(shipped):
 def test_the_first_screen_says_its_verdict_in_one_line_as_the_rows_do(shipped):
     book = nbformat.read(paths.notebooks() / "04_reg.ipynb", as_version=4)
     assert f"**Verdict.** {headline(by_judge(shipped))} Distance" in book.cells[0].source.replace("\n", " ")
+
+
+def test_the_first_screen_says_what_changes_what_tokens_carry(shipped):
+    first = nbformat.read(paths.notebooks() / "04_reg.ipynb", as_version=4).cells[0].source
+    table = carried_table(shipped).set_index("arm")
+    for arm in ("REG, oracle", "beta 1", "half as wide"):
+        found = table.loc[arm]
+        assert f"{signed(found['difference'], 2)} +/- {plain(found['+/-'], 2)}" in first, arm
+        assert found["verdict"] == "reproduced"
 
 
 def test_what_the_first_screen_says_of_the_network_that_ships_is_what_its_figures_hold():

@@ -150,7 +150,9 @@ def difference_figure(
         axis.set_title(f"{arm} ({in_seeds(len(each))})", fontsize=10)
     for axis in axes[len(differences) :]:
         axis.set_visible(False)
-    axes[0].set(xlim=(0, 1))
+    for axis in axes[: len(differences)][-across:]:  # the lowest of every column
+        axis.tick_params(labelbottom=True)
+    axes[0].set(xlim=(0, 1), xticks=(0, 0.5, 1))
     figure.supxlabel("t (0: data, 1: noise)", fontsize=10)
     figure.supylabel(f"velocity loss, less {baseline}'s", fontsize=10)
     return figure

@@ -68,9 +68,10 @@ def preference_table(
     rows = []
     for (run, looked), seen in surveys.items():
         p = seen.probability[0]
-        chance = peak(null_preference(seen.images, len(p), seen.ratio).numpy()).mean()
-        row = {"trained": run, "looked at with": looked, "peak over mean": peak(p), "by chance": chance}
-        rows.append(row | {"highest over lowest": p.max() / p.min() if p.min() else np.inf})
+        null = null_preference(seen.images, len(p), seen.ratio).numpy()  # (repeats, n)
+        row = {"trained": run, "looked at with": looked, "peak over mean": peak(p), "by chance": peak(null).mean()}
+        row |= {"highest over lowest": p.max() / p.min() if p.min() else np.inf}
+        rows.append(row | {"of it by chance": (null.max(-1) / null.min(-1)).mean()})
     return pd.DataFrame(rows)
 
 # %% ../../../nbs/lib/studies/maskalign/tables.ipynb #418f7b48

@@ -27,7 +27,7 @@ from maskalign_lab.measure.rank_correlation import (
     of_correlation,
     rank_correlation,
 )
-from ...measure.wording import NotTrained, between, signed
+from ...measure.wording import NotTrained, between, by_luck, signed
 from ..maskalign.arms import TOLD
 from ...workbench.plots import PALETTE, theme
 
@@ -65,7 +65,7 @@ def correlation_table(rows: Rows) -> pd.DataFrame:
 
 # %% ../../../nbs/lib/studies/position_preference/gap_quality.ipynb #71e04417
 def gap_note(rows: Rows) -> str:
-    """What the rows say, in two sentences."""
+    """What the rows say, and how much of it luck may say."""
     table = correlation_table(rows)
     if not len(table):
         return "Rows of three arms with a gap are needed to say how it goes with quality."
@@ -73,7 +73,7 @@ def gap_note(rows: Rows) -> str:
     most = table[table["part"] == "between"]
     spans = "; ".join(f"{between(of['rho'], '+.2f')} ({among})" for among, of in most.groupby("among", sort=False))
     told = f"{len(table)} correlations of small gaps with good networks: {words}."
-    return f"{told} Between arms rho is {spans}; positive speaks for the claim."
+    return f"{told} Between arms rho is {spans}; positive speaks for the claim. {by_luck(len(table))}"
 
 # %% ../../../nbs/lib/studies/position_preference/gap_quality.ipynb #c59ad750
 MARKS = "osD^v"  # one for each round through the palette
