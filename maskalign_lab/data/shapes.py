@@ -10,6 +10,7 @@ __all__ = ['OUTLINES', 'CLASSES', 'BLOCK', 'PLACEMENTS', 'GROUND', 'PART', 'KNOW
 # %% ../../nbs/lib/data/shapes.ipynb #94d61a8d
 from collections.abc import Callable, Mapping
 from functools import lru_cache
+from itertools import product
 
 import numpy as np
 
@@ -171,8 +172,9 @@ def object_coverage(
     right, up = ((around(offset) if wrapped else offset) / scale for offset in offsets)
     u = np.cos(rotation) * right + np.sin(rotation) * up
     v = np.cos(rotation) * up - np.sin(rotation) * right
-    inside = OUTLINES[CLASSES[label]](u, v)
-    return inside.reshape(-1, size, fine, size, fine).mean((2, 4))
+    inside, samples = OUTLINES[CLASSES[label]](u, v), product(range(fine), repeat=2)
+    hits = sum(inside[:, i::fine, j::fine].astype(np.uint16) for i, j in samples)  # `mean` takes nine times as long
+    return hits / fine**2
 
 # %% ../../nbs/lib/data/shapes.ipynb #1c0ccb0c
 def speck_coverage(
@@ -229,11 +231,12 @@ def paint_ground(
     field = texture_field(drawn["texture"], drawn["wave"], drawn, size, origin)
     image = blend(np.broadcast_to(drawn["low"][:, None, None], (*field.shape, 3)), drawn["high"], field)
     for k in (0, 1):
-        place = drawn[f"place {k}"].copy()
+        rows = drawn["specks"] > k
+        place = drawn[f"place {k}"][rows]
         if wrapped:
-            place[:, :2] += origin
-        there = speck_coverage(place, size, wrapped) * (drawn["specks"] > k)[:, None, None]
-        image = blend(image, drawn[f"colour {k}"], there)
+            place[:, :2] += origin[rows]
+        there = speck_coverage(place, size, wrapped)
+        image[rows] = blend(image[rows], drawn[f"colour {k}"][rows], there)
     return image
 
 # %% ../../nbs/lib/data/shapes.ipynb #bdc23648
