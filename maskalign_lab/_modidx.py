@@ -3441,6 +3441,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                                 'maskalign_lab/studies/gradient_norms/findings.py')},
             'maskalign_lab.studies.gradient_norms.opening': { 'maskalign_lab.studies.gradient_norms.opening.Study': ( 'lib/studies/gradient_norms/opening.html#study',
                                                                                                                       'maskalign_lab/studies/gradient_norms/opening.py'),
+                                                              'maskalign_lab.studies.gradient_norms.opening.Study.arms': ( 'lib/studies/gradient_norms/opening.html#study.arms',
+                                                                                                                           'maskalign_lab/studies/gradient_norms/opening.py'),
                                                               'maskalign_lab.studies.gradient_norms.opening.Study.recipe_of': ( 'lib/studies/gradient_norms/opening.html#study.recipe_of',
                                                                                                                                 'maskalign_lab/studies/gradient_norms/opening.py'),
                                                               'maskalign_lab.studies.gradient_norms.opening.open_study': ( 'lib/studies/gradient_norms/opening.html#open_study',

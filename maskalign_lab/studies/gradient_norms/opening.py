@@ -36,6 +36,11 @@ class Study:
     film: Film
     facts: dict[str, Any]  # what a figure's side file tells
 
+    @property
+    def arms(self) -> tuple[Arm, ...]:
+        """The arms of the table that can be trained on the data set."""
+        return trainable(self.scale.arms, self.dataset)
+
     def recipe_of(self, arm: Arm, seed: int) -> Recipe:
         """An arm's recipe at this scale."""
         return self.scale.recipe_of(self.preset, self.dataset, self.overrides)(arm, seed)
@@ -73,5 +78,5 @@ def table_rows(study: Study) -> list[dict[str, Any]]:
     scale, known = study.scale, load_rows(results_file(TABLE, study.dataset))
     sizes = {"images": scale.mapped, "measured": scale.measured, "samples": samples_judged(study.dataset, scale.judged)}
     keep = Path(study.out_dir) / "01_rows.json" if study.out_dir else None
-    arms, measure = trainable(scale.arms, study.dataset), partial(measure_norms, **sizes)
-    return rung_rows(arms, study.count, study.recipe_of, measure, known, keep, study.device)
+    measure = partial(measure_norms, **sizes)
+    return rung_rows(study.arms, study.count, study.recipe_of, measure, known, keep, study.device)
