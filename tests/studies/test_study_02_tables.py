@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import nbformat
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -188,6 +189,12 @@ def spoken(value: float) -> str:
     return signed(value, 2).replace("-", "−")
 
 
+def plain_cells() -> pd.DataFrame:
+    """The cells of the grid on the data, times and path of the papers."""
+    table = cause_table(load_rows(RESULTS / "02_causes_shapes.json"))
+    return table[table["change"] == ""].set_index(["student", "teacher"])
+
+
 def test_what_is_said_of_the_course_of_training_is_in_the_stored_maps():
     runs = [
         SimpleNamespace(name=name, run=SimpleNamespace(path=paths.data() / "runs" / f"{name}-shapes"))
@@ -203,7 +210,7 @@ def test_what_is_said_of_the_course_of_training_is_in_the_stored_maps():
 
 
 def test_what_is_said_of_the_turn_is_in_the_rows():
-    cells = cause_table(load_rows(RESULTS / "02_causes_shapes.json")).set_index(["student", "teacher"])
+    cells = plain_cells()
     repa, text = cells.loc[("REPA", "as taught")], said("Why the map of the shipped REPA turns over")
     assert f"{spoken(repa['with objects, t = 0'])} at t = 0 and {spoken(repa['with objects, t = 1'])} at t = 1" in text
     angle = plain(repa["angle's share, t = 0"], 2)
@@ -224,7 +231,7 @@ def test_what_is_said_of_lengths_is_seen_in_the_run_that_ships():
 
 
 def test_what_the_first_screen_says_of_untrained_networks_is_in_the_rows():
-    cells = cause_table(load_rows(RESULTS / "02_causes_shapes.json")).set_index(["student", "teacher"])
+    cells = plain_cells()
     for student in ("untrained", "SiT", "REPA"):
         peaks = [cells.loc[(student, "as taught"), f"peak, t = {t}"] for t in ("0", "0.5", "1")]
         assert np.min(peaks) > 2, student
