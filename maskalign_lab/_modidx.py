@@ -3345,6 +3345,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                                   'maskalign_lab/studies/full_scale/paper_rows.py'),
                                                              'maskalign_lab.studies.full_scale.paper_rows.PaperRow.recipe': ( 'lib/studies/full_scale/paper_rows.html#paperrow.recipe',
                                                                                                                               'maskalign_lab/studies/full_scale/paper_rows.py'),
+                                                             'maskalign_lab.studies.full_scale.paper_rows.evaluation_words': ( 'lib/studies/full_scale/paper_rows.html#evaluation_words',
+                                                                                                                               'maskalign_lab/studies/full_scale/paper_rows.py'),
                                                              'maskalign_lab.studies.full_scale.paper_rows.longest': ( 'lib/studies/full_scale/paper_rows.html#longest',
                                                                                                                       'maskalign_lab/studies/full_scale/paper_rows.py'),
                                                              'maskalign_lab.studies.full_scale.paper_rows.paper_table': ( 'lib/studies/full_scale/paper_rows.html#paper_table',
