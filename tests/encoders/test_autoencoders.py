@@ -93,7 +93,7 @@ def test_the_published_network_computes_with_random_weights(photos):
         mean = published.vae.encode(images).latent_dist.mean
         picture = published.vae.decode(mean).sample
     torch.testing.assert_close(latents, mean * 0.18215)
-    torch.testing.assert_close(published.decode(latents), picture)
+    torch.testing.assert_close(published.decode(latents), picture, rtol=1e-4, atol=1e-4)  # scaled down and up again
     assert torch.equal(levels["latent"], latents) and all(x.isfinite().all() for x in levels.values())
 
 

@@ -351,7 +351,7 @@ def test_a_run_of_the_lab_has_no_sampler_of_its_own():
 def test_the_command_samples_as_the_authors_do_unless_told_otherwise(words, change, tmp_path, monkeypatch):
     used = []
 
-    def noted(net, objective, y, config, seed):
+    def noted(net, objective, y, config, seed, guide):
         used.append(config)
         return torch.zeros(len(y), 3, 32, 32)
 
@@ -370,7 +370,7 @@ def test_the_command_samples_in_the_precision_that_the_recipe_wishes_for(words, 
     recipe = from_json((run / "recipe.json").read_text())
     wished = replace(recipe, execution=replace(recipe.execution, sampling="float32"))
     (run / "recipe.json").write_text(to_json(wished))
-    noted = lambda net, objective, y, config, seed: used.append(config) or torch.zeros(len(y), 3, 32, 32)  # noqa: E731
+    noted = lambda net, objective, y, config, seed, guide: used.append(config) or torch.zeros(len(y), 3, 32, 32)  # noqa: E731
     monkeypatch.setattr("maskalign_lab.diffusion.sampling.last_sample", noted)
     assert main(["sample", str(run), "--n", "1", "--classes", "0", "--out", str(tmp_path / "grid.png"), *words]) == 0
     assert [config.precision for config in used] == [precision]

@@ -218,5 +218,6 @@ def test_the_losses_of_irepa(path, weight):
     method.objective, method.config = own.objective, own.config
     velocity, projection = out[f"loss.{path}.denoising"].mean(), out[f"loss.{path}.proj_weighted_coeff{weight}"]
     assert_close(losses.parts["denoising"], velocity, **exactly)
-    assert_close(losses.parts["alignment"], out[f"loss.{path}.cosine_unweighted"].squeeze(), **exactly)
+    summed = dict(rtol=1e-5, atol=1e-8)  # cosines of random weights cancel: their mean is 1e-4
+    assert_close(losses.parts["alignment"], out[f"loss.{path}.cosine_unweighted"].squeeze(), **summed)
     assert_close(losses.total, velocity + projection.squeeze(), **exactly)

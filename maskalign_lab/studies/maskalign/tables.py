@@ -71,7 +71,9 @@ def preference_table(
         null = null_preference(seen.images, len(p), seen.ratio).numpy()  # (repeats, n)
         row = {"trained": run, "looked at with": looked, "peak over mean": peak(p), "by chance": peak(null).mean()}
         row |= {"highest over lowest": p.max() / p.min() if p.min() else np.inf}
-        rows.append(row | {"of it by chance": (null.max(-1) / null.min(-1)).mean()})
+        lowest = null.min(-1)
+        ratios = np.divide(null.max(-1), lowest, out=np.full_like(lowest, np.inf), where=lowest > 0)
+        rows.append(row | {"of it by chance": ratios.mean()})
     return pd.DataFrame(rows)
 
 # %% ../../../nbs/lib/studies/maskalign/tables.ipynb #418f7b48
