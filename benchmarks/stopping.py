@@ -31,7 +31,7 @@ preset, folder, device = sys.argv[1:]
 more = "data.n=256 training.steps=100000 training.log_every=4 training.save_every=100000"
 train(make_recipe("repa", preset, overrides=more), Path(folder), device, print_every=0.01)
 """
-PLANS = {"short": ("smoke",), "cpu": ("laptop", "study-gpu"), "cuda": ("laptop", "gpu", "study-gpu")}
+PLANS = {"short": ("smoke",), "cpu": ("laptop",), "cuda": ("laptop", "gpu")}
 
 
 def told_to_stop(preset: str, device: torch.device) -> tuple[float, float, int]:
