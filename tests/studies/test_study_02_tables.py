@@ -245,7 +245,10 @@ def test_what_the_first_screen_says_of_a_teacher_whose_tokens_are_moved_is_in_th
 
 
 def test_the_first_screen_answers_every_objection_with_effect_and_interval():
-    first, rows = said("What this study finds"), {name: load_rows(RESULTS / f"02_{name}_shapes.json") for name in TABLES}
+    first, rows = (
+        said("What this study finds"),
+        {name: load_rows(RESULTS / f"02_{name}_shapes.json") for name in TABLES},
+    )
     asked = {"causes": ("moved along", "left where it was"), "mixer": ("between arms",), "gap": ("all arms: frechet",)}
     makes = all_findings(rows, load_rows(RESULTS / "05_maskalign_shapes.json"), asked)
     moved, left, dose, gap = (make() for make in makes)
