@@ -58,6 +58,6 @@ def eyes_of(
 
 # %% ../../nbs/lib/runs/eyes.ipynb #6fe75b98
 def check_perception_there(recipe: Recipe) -> None:
-    """Refuse a recipe whose perception lacks its weights."""
-    if recipe.data.perception == "lpips":
+    """Refuse a recipe whose perception lacks its weights, if its method compares pictures."""
+    if recipe.data.perception == "lpips" and getattr(recipe.method, "perceptual", 0):
         check_lpips_there()

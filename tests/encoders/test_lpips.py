@@ -18,6 +18,7 @@ from maskalign_lab.measure.rae_card import perception_text
 from maskalign_lab.runs import run as runs
 from maskalign_lab.runs import side_by_side
 from maskalign_lab.runs.expectations import expect
+from maskalign_lab.runs.eyes import check_perception_there
 from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.recipe import from_json, identity, override, to_json
 from maskalign_lab.runs.run import load_run, train
@@ -174,3 +175,13 @@ def test_a_decoder_is_trained_with_it_and_says_so(there, tmp_path, monkeypatch, 
     )
     assert '"perceptual"' in (tmp_path / "log.jsonl").read_text()
     assert perception_facts(replace(given, lpips=None), JudgeConfig()) == asdict(JudgeConfig())
+
+
+@pytest.mark.parametrize("words", ["dsd method.perceptual=0", "sit"])
+def test_a_training_that_compares_no_pictures_asks_for_no_weights(words, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    method, *more = words.split()
+    recipe = make_recipe(method, "smoke", overrides=" ".join(["data.perception=lpips", *more]))
+    check_perception_there(recipe)
+    with pytest.raises(FileNotFoundError, match="vgg16"):
+        check_perception_there(make_recipe("dsd", "smoke", overrides="data.perception=lpips"))
