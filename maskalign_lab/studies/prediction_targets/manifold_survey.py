@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from ...base.arrays import load_arrays, save_arrays
 from ...measure.verdicts import Paired, paired
 from ...runs.experiments import load_rows, save_rows
 from .manifold import DATA, ToyConfig, trained_toy
@@ -111,8 +112,8 @@ def load_flows(
     """The kept flows by `flow_name`, times falling from 1 to 0; none if there is no file."""
     if not Path(path).exists():
         return {}
-    with np.load(path) as file:
-        return {name: file[name].astype(np.float32) for name in file.files}
+    flows, _ = load_arrays(path)
+    return {name: flow.astype(np.float32) for name, flow in flows.items()}
 
 # %% ../../../nbs/lib/studies/prediction_targets/manifold_survey.ipynb #8f6bdeaf
 def keep_flow(path: Path, config: ToyConfig, flow: Flow) -> None:
@@ -120,7 +121,7 @@ def keep_flow(path: Path, config: ToyConfig, flow: Flow) -> None:
     if config in sample_cases() and config.seed == 0:
         places = flow.on[:, :SHOWN] if config.data == "spiral" else flow.on[-1:, :SHOWN]
         kept = load_flows(path) | {flow_name(config.data, config.dim, config.prediction): places.numpy()}
-        np.savez_compressed(path, **{name: value.astype(np.float16) for name, value in kept.items()})
+        save_arrays(path, {name: value.astype(np.float16) for name, value in kept.items()})
 
 # %% ../../../nbs/lib/studies/prediction_targets/manifold_survey.ipynb #b47c183d
 def survey_toy(

@@ -17,6 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from ...base import paths
+from ...base.arrays import load_arrays, save_arrays
 from ...base.errors import one_of
 from ...data.datasets import load_dataset
 from ...runs.experiments import Arm, load_rows, results_file, run_arms, shipped_rows
@@ -123,11 +124,12 @@ def longer_recipe_of(study: Study) -> Callable[[Arm, int], Recipe]:
 def sample_sheets(study: Study) -> dict[str, np.ndarray]:  # "x-16" -> (n, h, h, 3) uint8
     """Samples of the networks that are trained longer; none where none ship."""
     if not study.count:
-        return dict(np.load(shipped("03_samples.npz"))) if ships(study.preset, study.dataset, study.overrides) else {}
+        ours = ships(study.preset, study.dataset, study.overrides)
+        return load_arrays(shipped("03_samples.npz"))[0] if ours else {}
     recipe_of, arms = longer_recipe_of(study), sheet_arms(study.scale)
     sheets = {name: sheet(ensure_run(recipe_of(arm, study.seed), study.device)) for name, arm in arms.items()}
     if keep := study.kept_in("03_samples.npz"):
-        np.savez_compressed(keep, **sheets)
+        save_arrays(keep, sheets)
     return sheets
 
 # %% ../../../nbs/lib/studies/prediction_targets/opening.ipynb #3b7ad4cb
