@@ -177,7 +177,7 @@ def show_verdicts(
     """Display a table of verdicts, and below it how many of them luck would decide."""
     from IPython.display import Markdown, display
 
-    display(table.round(digits))
+    display(table.round(digits).replace(float("inf"), "–"))  # of one seed
     display(Markdown(by_luck(count_verdicts(table))))
 
 # %% ../../nbs/lib/measure/wording.ipynb #bd22ce39

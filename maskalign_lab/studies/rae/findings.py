@@ -8,6 +8,7 @@ __all__ = ['wide_enough', 'too_narrow', 'of_small', 'over_x', 'fits_text', 'widt
 
 # %% ../../../nbs/lib/studies/rae/findings.ipynb #dc37af13
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 from ...measure.findings import Finding, of_arms, of_factor, of_number, of_pairs
@@ -29,8 +30,8 @@ def wide_enough(fits: Rows) -> Finding:
     worst, values = max(row["missed"] for row in of), between((row["token_dim"] for row in of), ".0f")
     verdict = f"{'learned' if worst < LEARNED else 'not learned'} ({in_seeds(len({row['seed'] for row in of}))})"
     question = (
-        f"One image, network at least as wide as a token of {values} values, {longest} steps: what does v miss of the "
-        "noise at most?"
+        f"What does v miss of the noise at most, on one image and in a network at least as wide as a token ({values} values, "
+        f"{longest} steps)?"
     )
     return of_number(question, worst, verdict, figure="07_one_image", digits=3)
 
@@ -70,11 +71,11 @@ def fits_text(fits: Rows) -> str:
         f"DiT-DH; behind a backbone of two tokens a head of half a token misses {between(narrow, '.2f')}, with a bound of "
         ".5. Where the bound is zero, v goes on learning: twice as wide as a token it misses "
         f"{tell(96, 300, *both)} of the noise after 300 steps and {tell(96, 900, *both)} after 900, and "
-        f"with tokens of 192 values and wider networks {between(large, '.3f')} after 300 (one seed). A SiT exactly as wide "
-        f"as a token is the slowest: {tell(48, 300, 'SiT')}, then {tell(48, 900, 'SiT')}; DiT-DH "
+        f"with tokens of 192 values and wider networks {between(large, '.3f')} after 300 (one seed). With tokens of 48 values "
+        f"a SiT exactly as wide as a token is the slowest: {tell(48, 300, 'SiT')}, then {tell(48, 900, 'SiT')}; DiT-DH "
         f"{tell(48, 300, 'DiT-DH')}, then {tell(48, 900, 'DiT-DH')}. x misses at most {x:.3f} at the widths that were "
-        "tried, half a token to two. So on one image the width is a law of v- and ε-prediction, and no more than that "
-        f"fails; but after equal training v is behind x at every width where both were fitted, by {over_x(fits)} in a SiT "
+        "tried, half a token to two. So on one image the width is a law of v- and ε-prediction, and x is free of it; "
+        f"but after equal training v is behind x at every width where both were fitted, by {over_x(fits)} in a SiT "
         "twice as wide as a token."
     )
 
@@ -97,13 +98,14 @@ def noisy_decoder(rows: Rows) -> Finding:
     if found is None:
         raise NotTrained("DiT-DH, by both decoders")
     question = "DiT-DH's samples by the decoder trained with noise, less by the other: judge's distance?"
-    return of_pairs(question, found, -1, "07_noise", digits=1)
+    of = of_pairs(question, found, -1, digits=2)
+    return replace(of, verdict=of.verdict.replace("seed", "network"))  # which are seen by one pair of decoders
 
 # %% ../../../nbs/lib/studies/rae/findings.ipynb #609ca9c4
 def semantics(rows: Rows) -> Finding:
     """RAE latents beside the VAE's, by the judge."""
     question = "Judge's distance with RAE latents less that with the VAE's?"
-    return of_arms(question, rows, "DiT-DH", "VAE latents", -1, "frechet", digits=1)
+    return of_arms(question, rows, "DiT-DH", "VAE latents", -1, "frechet", digits=2)
 
 
 def learned_encoder(rows: Rows) -> Finding:
@@ -130,7 +132,7 @@ def all_findings(fits: Rows, rows: Rows, networks: Networks) -> Sequence[Callabl
     makes = [(make, fits) for make in (wide_enough, too_narrow)]
     makes += [(width_on_data, rows, networks, 0, +1, "half as wide as")]
     makes += [(width_on_data, rows, networks, -1, 0, "wider than")]
-    makes += [(shift_helps, rows, "odds loss", "Does the shift lower the loss over the odds, on RAE latents?")]
+    makes += [(shift_helps, rows, "frechet", "Does the shift lessen the judge's distance of samples, on RAE latents?")]
     makes += [(shift_helps, rows, "accuracy", "Does it raise the judge's accuracy?")]
     makes += [(make, rows) for make in (noisy_decoder, head_helps, semantics, learned_encoder)]
     return [partial(*each) for each in makes]
