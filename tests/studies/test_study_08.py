@@ -13,12 +13,14 @@ from shared.studies import check_figure
 from maskalign_lab.base import paths
 from maskalign_lab.dsd import TARGETS
 from maskalign_lab.measure.findings import check_words, findings_table
+from maskalign_lab.measure.wording import plain
 from maskalign_lab.runs.experiments import load_rows, own_facts, step_flops
 from maskalign_lab.runs.recipe import identity
 from maskalign_lab.runs.run import load_run
 from maskalign_lab.studies.dsd.arms import SCALES
 from maskalign_lab.studies.dsd.courses import psnr
 from maskalign_lab.studies.dsd.denoising_film import Denoising
+from maskalign_lab.studies.dsd.film import lost
 from maskalign_lab.studies.dsd.filming import load_film
 from maskalign_lab.studies.dsd.findings import all_findings, collapses, verdict_line
 from maskalign_lab.studies.dsd.opening import DENOISING, FILM, TABLE, whole_recipe
@@ -167,7 +169,17 @@ def test_what_the_text_says_of_collapse_and_of_pictures_is_what_the_rows_say():
         f"{kept[0]:.1f} to {kept[-1]:.1f} dB, beside {low:.1f} of *b, low-pass*, {d:.1f} of d and {c:.1f} of c" in text
     )
     assert kept[0] > max(psnr(arm.name) for arm in SCALES["laptop"].table("steps interventions free"))
-    assert set(verdicts(shipped(), "answers")["verdict"]) == {"lower"}
+    pairs = verdicts(shipped(), "answers")
+    assert set(pairs["verdict"]) == {"lower"}
+    cut = pairs[(pairs["arm"] == "b: target cut") & (pairs["metric"] == "psnr")].iloc[0]
+    assert f"{-cut['difference']:.1f} +/- {plain(cut['+/-'], 1)} dB less than *one trunk, nothing reached*" in text
+
+
+def test_what_the_text_says_of_a_free_scale_is_what_its_rows_say():
+    ends = sorted(row["spread"] for row in last_rows(shipped()) if row["arm"] == "a, free scale")
+    assert f"at {ends[1]:.3f} to {ends[-1]:.3f} in four of them and {ends[0]:.3f} in one" in prose()
+    grows = [*means("c, free scale", "spread", "early"), *means("c, free scale", "spread")]
+    assert f"({', '.join(f'{each:.0f}' for each in grows)})" in prose()
 
 
 def test_the_arms_in_the_text_are_those_that_are_trained():
@@ -201,7 +213,7 @@ def test_the_toy_ends_where_the_text_says():
     naive, cut = (kept[name] for name in ("a: v", "b: v, target cut"))
     _, told = flow(train_toy(CASES["b: v, target cut"], steps=1)[0], "v", True, 0.6)
     text = prose()
-    ends = [float(found) for found in re.findall(r"still at (\S+)\. .* of b ends at (\S+), by .* at (\S+)\.", text)[0]]
+    ends = [float(found) for found in re.findall(r"still at (\S+); in b the narrow one ends at (\S+), by the closed form at (\S+)\.", text)[0]]
     assert ends == pytest.approx([naive[0], cut[1], told[-1, 1].item()], abs=0.01) and naive[1] < 0.02
     held = train_toy(CASES["a, and a decoder"], steps=800)
     assert held[-1].tolist() == pytest.approx([0.3, 0.3], abs=0.05) and (held[-1] < held[600]).all()
@@ -241,7 +253,9 @@ def test_the_film_that_ships_shows_the_steps():
     film = load_film(paths.data() / "results" / FILM)
     assert list(film.arms) == [arm.name for arm in SCALES["laptop"].table("steps")]
     assert f"{film.clouds.shape[2]} held-out images as points" in prose()
-    assert film.steps[-1] == 400 and film.collapsed[0] is not None and film.collapsed[2] is None
+    assert film.steps[-1] == 400
+    ways = [found and found[0] for found in (lost(film, arm) for arm in range(len(film.arms)))]
+    assert ways == ["spread", "rank", None, None]
 
 
 def test_what_the_text_says_of_denoising_is_in_its_film():

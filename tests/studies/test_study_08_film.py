@@ -116,10 +116,10 @@ def test_moving_the_slider_and_the_list_changes_values_only(film):
 def test_a_collapse_is_marked_on_its_line(film):
     marked = replace(film, collapsed=[4, None])
     curve = curve_of(marked, "rank of the latents", 0)
-    assert curve.crosses == {"a: v": 4.0} and "stays below 0.1" in curve.title
+    assert curve.crosses == {"a: v": 4.0} and "collapsed in spread" in curve.title
     cross = plotly_figure.figure(view(marked, 0, "rank of the latents")).data[-1]
     assert cross.x == (4.0,) and cross.y[0] == pytest.approx(film.courses[0, 1, 1])
-    assert "stays" not in curve_of(film, "rank of the latents", 0).title
+    assert "collapsed" not in curve_of(film, "rank of the latents", 0).title
 
 
 def test_latents_that_are_all_the_same_can_be_drawn(film):

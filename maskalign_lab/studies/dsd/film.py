@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CLASS_COLOURS', 'COMPONENTS', 'ARM_COLOURS', 'key_of', 'colours_of', 'pair_of', 'mosaic', 'reach_of', 'cloud_panel',
-           'ends_of', 'spectrum_panel', 'picture_panel', 'curve_of', 'view', 'scrubber', 'strip']
+           'ends_of', 'spectrum_panel', 'picture_panel', 'lost', 'least_rank', 'course_table', 'curve_of', 'view',
+           'scrubber', 'strip']
 
 # %% ../../../nbs/lib/studies/dsd/film.ipynb #04df2eab
 import textwrap
@@ -12,12 +13,13 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ...base.errors import one_of
 from .filming import COURSES, Film
-from ...training.latent_terms import COLLAPSED
+from ...training.latent_terms import COLLAPSED, FEW
 from ...workbench.colours import MISSING, PALETTE, QUIET
 from ...workbench.plots import Curve, Panels, Picture, Points, scatter, theme
 from ...workbench.scrubber import Control, Scrubber
@@ -95,12 +97,32 @@ def picture_panel(film: Film, arm: int, time: int) -> Picture:
     return Picture(f"image, decoded: {film.courses[arm, time, 5]:.1f} dB", mosaic(film, arm, time))
 
 # %% ../../../nbs/lib/studies/dsd/film.ipynb #3220706c
+def lost(film: Film, arm: int) -> tuple[str, int] | None:
+    """In what the latents of an arm have collapsed, and from which step on."""
+    if film.collapsed[arm] is not None:
+        return "spread", film.collapsed[arm]
+    high = np.flatnonzero(film.courses[arm, :, 1] >= least_rank(film))
+    first = high[-1] + 1 if len(high) else 0
+    return ("rank", film.steps[first]) if first < len(film.steps) else None
+
+
+def least_rank(film: Film) -> float:
+    """Below this effective rank latents have collapsed in rank."""
+    return FEW * film.spectra.shape[-1]
+
+
+def course_table(film: Film) -> pd.DataFrame:
+    """What the courses draw, an arm and a step a line."""
+    places = pd.MultiIndex.from_product([film.arms, film.steps], names=["arm", "step"])
+    return pd.DataFrame(film.courses.reshape(len(places), -1), places, list(COURSES)).round(4).reset_index()
+
+
 def curve_of(film: Film, quantity: str, time: int) -> Curve:
     """The course of one quantity over training."""
     column = list(COURSES).index(one_of(quantity, COURSES, "curve"))
     lines = {name: film.courses[arm, :, column] for arm, name in enumerate(film.arms)}
-    crosses = {name: float(step) for name, step in zip(film.arms, film.collapsed) if step is not None}
-    title = f"{quantity}, step {film.steps[time]}" + (f" (✕: spread stays below {COLLAPSED:g})" if crosses else "")
+    crosses = {name: float(found[1]) for arm, name in enumerate(film.arms) if (found := lost(film, arm))}
+    title = f"{quantity}, step {film.steps[time]}" + " (✕: collapsed in spread or rank)" * bool(crosses)
     axis = np.array(film.steps, float)
     return Curve(title, axis, lines, "training step", COURSES[quantity][1], float(film.steps[time]), crosses)
 
@@ -154,8 +176,9 @@ def _arm_row(axes: np.ndarray, film: Film, arm: int, columns: list[int]) -> None
         above.set_title(f"spread {film.courses[arm, time, 0]:.2f}", fontsize=8, pad=3)
         above.tick_params(labelsize=6, length=2, pad=1, labelleft=time == columns[0])
         _beside(below, film.decoded[arm, time], f"{film.courses[arm, time, 5]:.1f} dB")
-    step = film.collapsed[arm]
-    told = textwrap.wrap(film.arms[arm], 14) + ([] if step is None else ["collapsed", f"at step {step}"])
+    told = textwrap.wrap(film.arms[arm], 14)
+    if found := lost(film, arm):
+        told += ["collapsed in", f"{found[0]} at {found[1]}"]
     axes[0, 0].set_ylabel(COMPONENTS[1], fontsize=7, labelpad=1)
     for axis, text, shade in ((axes[0, 0], "\n".join(told), colour), (axes[1, 0], "decoded", QUIET)):
         axis.annotate(text, (-0.48, 0.5), xycoords="axes fraction", ha="right", va="center", fontsize=9, color=shade)
@@ -185,6 +208,7 @@ def _last_spectrum(axis: Axes, panel: Spectrum, colour: str) -> None:
 # %% ../../../nbs/lib/studies/dsd/film.ipynb #52757134
 def _courses(figure: Figure, film: Film) -> None:
     chosen = ("spread of the latents", "rank of the latents", "PSNR of the pictures")
+    bounds = dict(zip(chosen, (COLLAPSED, least_rank(film))))
     for axis, quantity in zip(figure.subplots(1, len(chosen)), chosen):
         curve = curve_of(film, quantity, 0)
         for colour, (name, line) in zip(PALETTE, curve.ys.items()):
@@ -195,4 +219,6 @@ def _courses(figure: Figure, film: Film) -> None:
             xlabel=curve.x_label, ylabel=curve.y_label, ylim=(0, max(0.01, 1.1 * max(map(max, curve.ys.values()))))
         )
         axis.set_title(quantity, fontsize=9)
+        if quantity in bounds:
+            axis.axhline(bounds[quantity], color=QUIET, lw=0.8, ls=":")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)

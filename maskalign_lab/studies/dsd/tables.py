@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HALF', 'Rows', 'FRESH', 'JUDGED', 'LABELS', 'METRICS', 'PAIRS', 'pull_of', 'stable_by_rank', 'last_rows', 'term_of',
-           'theory_table', 'collapse_of', 'seen', 'as_told', 'foretold', 'score', 'verdicts', 'readable',
+           'theory_table', 'collapse_of', 'seen', 'as_told', 'foretold', 'score', 'verdicts', 'readable', 'reached',
            'tell_untrained']
 
 # %% ../../../nbs/lib/studies/dsd/tables.ipynb #ee562cc3
@@ -17,7 +17,7 @@ import torch
 
 from ...dsd import SelfDistillationConfig
 from ...measure import wording
-from ...measure.verdicts import by_seed, over_trained
+from ...measure.verdicts import BUDGETS, by_seed, over_trained
 from ...runs.experiments import Arm
 from .variance_term import pull
 from ...training.latent_terms import FEW
@@ -51,9 +51,9 @@ def last_rows(rows: Rows) -> list[Mapping[str, Any]]:
 def term_of(method: SelfDistillationConfig) -> str:
     """What the variance term does to the latents of an arm, in a word."""
     narrows = pull_of(method)
-    if narrows is None:
+    if not narrows:  # the closed form does not say, or no gradient is there of which it could
         return "–"
-    return "narrower" if narrows > 1e-6 else "wider" if narrows < -1e-6 else "nothing"
+    return "narrower" if narrows > 0 else "wider"
 
 
 def theory_table(
@@ -68,7 +68,7 @@ def theory_table(
         entry = {
             "arm": arm.name,
             "variance term": term_of(method),
-            "by rank": "stable" if stable_by_rank(method) else "unstable",
+            "by rank": "–" if method.gradient == "none" else "stable" if stable_by_rank(method) else "unstable",
         }
         table.append(entry | seen(found))
     return pd.DataFrame(table)
@@ -135,7 +135,10 @@ METRICS = {  # question -> what its arms are compared by
 }
 PAIRS: dict[str, tuple[tuple[str, str, int], ...]] = {  # question -> arm, other, claim
     "steps": (("b: target cut", "a: v", 0), ("c: x", "b: target cut", 0), ("d: average, views", "c: x", 0)),
-    "answers": (("c: x", "REPA-E", 0), ("c: x", "UNITE", 0), ("c: x", "one trunk, nothing reached", 0)),
+    "answers": (
+        *(("c: x", other, 0) for other in ("REPA-E", "UNITE", "one trunk, nothing reached")),
+        ("b: target cut", "one trunk, nothing reached", 0),
+    ),
     "unity": (("DSD", "VAE and SiT", 0), ("DSD", "RAE and SiT", 0), ("DSD", "DSD, three trunks", 0)),
     "parts": tuple(
         (f"without {part}", "DSD", 0) for part in ("views", "average", "alignment", "classification", "deep")
@@ -165,6 +168,23 @@ def readable(
     for column, form in (("difference", wording.signed), ("+/-", wording.plain), ("detectable", wording.plain)):
         found[column] = [short(value, form) for value in pairs[column]] if column in pairs else "–"
     return found
+
+
+def reached(
+    rows: Rows,
+    arms: Sequence[Arm],
+) -> pd.DataFrame:  # empty if none was trained
+    """What each arm came to: means over seeds, after equal steps and, of samples, after equal operations."""
+    table = []
+    for budget, after in BUDGETS.items():
+        told = LABELS if budget == "steps" else JUDGED
+        values = {label: by_seed(rows, metric, budget) for metric, label in told.items()}
+        for arm in arms:
+            of = {label: [*each[arm.name].values()] for label, each in values.items() if arm.name in each}
+            if of:
+                entry = {"after": after, "arm": arm.name, "seeds": max(map(len, of.values()))}
+                table.append(entry | {label: float(np.mean(each)) for label, each in of.items()})
+    return pd.DataFrame(table)
 
 
 def tell_untrained(rows: Rows, names: Sequence[str]) -> None:
