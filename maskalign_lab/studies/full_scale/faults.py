@@ -159,7 +159,8 @@ def faults_figure(found: list[Told]) -> Figure:
         axis.plot(look.t, look.linear, color="black", lw=1.2, label="best linear denoiser")
         axis.plot(look.t, look.constant, "--", color=QUIET, lw=1.2, label="mean of the data")
         told = ", ".join(f"{symptom.name}, step {step}" for step, symptom in each.symptoms) or "nothing"
-        axis.set(yscale="log", xlim=(0, 1), xlabel=f"t (0: data, 1: noise)\ntold: {told}")
+        ends = "here 0: noise, 1: data" if each.case.around is own_path else "0: data, 1: noise"
+        axis.set(yscale="log", xlim=(0, 1), xlabel=f"t ({ends})\ntold: {told}")
         axis.yaxis.set_major_formatter("{x:g}")
         axis.set_title(wrapped(each.case.name), fontsize=9)
     figure.axes[0].set_ylabel("velocity loss")

@@ -8,9 +8,10 @@ __all__ = ['COURSES', 'NAMES', 'DRAWN', 'Film', 'miniature', 'measure_film', 'sa
 
 # %% ../../../nbs/lib/studies/full_scale/film.ipynb #bfcf3430
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -182,18 +183,19 @@ def roofline_figure(film: Film, costs: Sequence[Cost], gpu: str = "H200") -> Fig
     theme()
     figure = Figure(figsize=(9.2, 3.9), layout="constrained")
     here, there = figure.subplots(1, 2)
-    measured_panel(here, film)
-    derived_panel(there, costs, gpu)
+    colours = dict(zip(dict.fromkeys((*film.methods, *DRAWN)), cycle(PALETTE)))
+    measured_panel(here, film, colours)
+    derived_panel(there, costs, gpu, colours)
     return figure
 
 # %% ../../../nbs/lib/studies/full_scale/film.ipynb #f7b66fad
-def measured_panel(axis: Any, film: Film) -> None:
+def measured_panel(axis: Any, film: Film, colours: Mapping[str, str]) -> None:
     """Steps below the roof of the machine that they were measured on, each width named once."""
-    for colour, method in zip(PALETTE, film.methods):
+    for method in film.methods:
         for marker, tokens in zip("os^", film.tokens):
             found = [film.find(method, width, tokens) for width in film.widths]
             x, y = [s.intensity for s in found], [s.rate for s in found]
-            axis.plot(x, y, marker, color=colour, ms=5, label=f"{NAMES[method]}, {tokens} tokens")
+            axis.plot(x, y, marker, color=colours[method], ms=5, label=f"{NAMES[method]}, {tokens} tokens")
     for tokens in film.tokens:
         for width in film.widths:
             step = max((film.find(method, width, tokens) for method in film.methods), key=lambda step: step.intensity)
@@ -204,13 +206,13 @@ def measured_panel(axis: Any, film: Film) -> None:
     axis.legend(fontsize=7, loc="lower right")
 
 # %% ../../../nbs/lib/studies/full_scale/film.ipynb #035264a3
-def derived_panel(axis: Any, costs: Sequence[Cost], gpu: str) -> None:
+def derived_panel(axis: Any, costs: Sequence[Cost], gpu: str, colours: Mapping[str, str]) -> None:
     """Operations a byte of the papers' networks, a row for each method."""
     rows = [method for method in DRAWN if any(cost.method == method for cost in costs)]
-    for row, (colour, method) in enumerate(zip(PALETTE, rows)):
+    for row, method in enumerate(rows):
         for high, cost in enumerate(sorted((c for c in costs if c.method == method), key=intensity_of)):
             size = cost.network.partition("-")[2].partition("/")[0]
-            axis.plot(intensity_of(cost), row, "D", mfc="none", color=colour, ms=6)
+            axis.plot(intensity_of(cost), row, "D", mfc="none", color=colours[method], ms=6)
             place = (0, 8 if high % 2 else -14)
             axis.annotate(size, (intensity_of(cost), row), place, textcoords="offset points", ha="center", fontsize=8)
     ridge = Roof(gpu, GPUS[gpu].peak, DATASHEETS[gpu]).ridge
@@ -234,9 +236,10 @@ def draw_roof(axis: Any, roof: Roof, near: Sequence[float]) -> None:
     axis.plot(x, [roof.at(each) for each in x], color=QUIET, lw=1.5)
     told = f"large products: {roof.flops:.2g} a second"
     axis.annotate(told, (x[-1], roof.flops), (0, 5), textcoords="offset points", ha="right", fontsize=8, color=QUIET)
-    middle = (x[0] * roof.ridge) ** 0.5
+    place = x[0] ** 0.28 * roof.ridge**0.72
     told = f"memory: {roof.bandwidth:.2g} bytes a second"
-    axis.annotate(told, (middle, roof.at(middle)), (8, -12), textcoords="offset points", fontsize=8, color=QUIET)
+    style = {"textcoords": "offset points", "ha": "right", "fontsize": 8, "color": QUIET}
+    axis.annotate(told, (place, roof.at(place)), (-4, 6), **style)
     axis.set(xscale="log", yscale="log")
     low, high = axis.get_ylim()
     axis.set_ylim(low / 3, high * 2)

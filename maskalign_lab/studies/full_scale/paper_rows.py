@@ -91,11 +91,15 @@ ROWS = [
 
 # %% ../../../nbs/lib/studies/full_scale/paper_rows.ipynb #a12aee5f
 ROWS += [
+    *rows_of("MaskAlign table 3, neither", "reg", XL, {600_000: 3.01}),
+    *rows_of("MaskAlign table 3, both", "maskalign", XL, {600_000: 2.67}),
     *rows_of("MaskAlign table 3, no mixer", "maskalign", XL, {600_000: 3.54}, overrides="network.mixer_depth=0"),
     *rows_of("MaskAlign table 3, no mask", "maskalign", XL, {600_000: 3.20}, overrides="method.mask_ratio=0"),
+    *rows_of("MaskAlign table 5, none", "maskalign", XL, {400_000: 3.52}, overrides="method.mask_ratio=0"),
     *rows_of("MaskAlign table 5, half", "maskalign", XL, {400_000: 3.15}, overrides="method.mask_ratio=0.5"),
     *rows_of("MaskAlign table 5, three quarters", "maskalign", XL, {400_000: 5.82}, overrides="method.mask_ratio=0.75"),
     *rows_of("MaskAlign table 6, one layer", "maskalign", XL, {400_000: 3.23}, overrides="network.mixer_depth=1"),
+    *rows_of("MaskAlign table 6, three layers", "maskalign", XL, {400_000: 3.02}, overrides="network.mixer_depth=3"),
     *rows_of("HASTE, stop at 250,000", "haste", XL, {500_000: 5.3}, second_hand=True),
     *rows_of("HASTE", "haste", B, {400_000: 19.6}, overrides="method.stop=100000", second_hand=True),
     *rows_of("iREPA, DINOv2-B", "irepa", B, {100_000: 43.37}),
@@ -149,7 +153,7 @@ def paper_table(
     share: float = MFU,
     known: Mapping[str, Cost] | None = None,  # costs by identity; None: those that ship
 ) -> pd.DataFrame:
-    """Each row with its command, what it takes (derived), and what its paper says."""
+    """Each row with what its command changes, what it takes (derived), and what its paper says."""
     rows, told = list(rows), []
     for row, cost in zip(rows, row_costs(rows, known)):
         hours, fid = cost.hours(gpu, share), "not known" if row.fid is None else f"{row.fid:g}"
@@ -159,6 +163,7 @@ def paper_table(
                 "method": row.method,
                 "network": row.network,
                 "steps": f"{row.steps:,}",
+                "changes": row.overrides or "–",
                 "paper's FID": fid + ", guided" * row.guided + " (2nd)" * row.second_hand,
                 f"{gpu} hours": two_digits(hours),
                 "money": two_digits(hours * price),
