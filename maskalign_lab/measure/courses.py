@@ -64,14 +64,11 @@ def course(
     arm: str,
     baseline: str = "SiT",
 ) -> dict[int, Paired]:  # step -> difference in spreads, positive for the better
-    """An arm beside the baseline at every look that both have, in spreads of SiT."""
-    found = {}
-    for step, seen in at_looks(rows, metric).items():
-        values = by_seed(seen, metric)
-        less, scale = beside(values.get(arm, {}), values.get(baseline, {})), spread(values.get(UNIT, {}))
-        if less and scale > 0:
-            found[step] = in_spreads(less, scale, metric)
-    return found
+    """An arm beside the baseline at every look that both have, in SiT's spread at the last look."""
+    looks = {step: by_seed(seen, metric) for step, seen in at_looks(rows, metric).items()}
+    scale = spread(looks[max(looks)].get(UNIT, {})) if looks else 0.0
+    found = {step: beside(values.get(arm, {}), values.get(baseline, {})) for step, values in looks.items()}
+    return {step: in_spreads(less, scale, metric) for step, less in found.items() if less and scale > 0}
 
 # %% ../../nbs/lib/measure/courses.ipynb #757664f7
 def limits(found: Sequence[Paired]) -> tuple[float, float]:

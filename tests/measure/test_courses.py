@@ -74,6 +74,17 @@ def test_one_seed_tells_nothing_in_spreads():
     assert course_figure(rows, ["arm"]) is None and shape_figure(rows, [PAPER]) is None
 
 
+def test_one_unit_holds_at_all_looks():
+    """A difference that stays the same is a level line, though seeds come to lie further apart."""
+    rows = [
+        {"arm": arm, "seed": seed, "budget": budget, "step": step, "velocity": step * seed - gain}
+        for budget, step in (("early", 1), ("steps", 3))
+        for arm, gain in (("SiT", 0.0), ("arm", 6.0))
+        for seed in (0, 1, 2)
+    ]
+    assert [each.mean for each in course(rows, "velocity", "arm").values()] == pytest.approx([2, 2])
+
+
 def test_differences_from_any_arm_are_told_in_the_spread_of_sit():
     wide = [row("wide", seed, step, budget, velocity=3.0 * seed) for seed in (5, 6, 7) for step, budget in LOOKS]
     found = course(table(2.0) + wide, "velocity", "arm", "wide")[30]

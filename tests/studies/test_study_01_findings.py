@@ -1,6 +1,7 @@
 """The table of arms of study 01: its rows are of today's recipes, and every text about them says what they say."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import nbformat
@@ -99,6 +100,19 @@ def test_overrides_reach_every_arm_and_those_of_the_method_repa_alone():
 def test_the_first_screen_says_its_verdict_in_one_line_as_the_rows_do():
     first = nbformat.read(NOTEBOOK, as_version=4).cells[0].source
     assert f"**Verdict.** {headline(summary.preference(ROWS))}" in first.replace("\n", " ")
+    objects = ROWS[-1]["objects"]
+    assert f"would give more, {max(objects) / np.mean(objects):.2f} times" in first
+    assert f"(correlation {summary.on_objects(ROWS, noise=False).effect})" in first
+    maps = [np.array(row["marks"])[2] for row in figures.pulled(ROWS) if row["arm"] == "REPA"]
+    ratios = [each.max() / each.min() for each in maps]
+    assert f"which is {math.floor(min(ratios))} to {max(ratios):.0f} here at t = .5" in first
+
+
+def test_what_an_aligned_step_costs_is_said_as_the_rows_have_it():
+    cost = {row["arm"]: row["relative_flops"] for row in ROWS}
+    told = [f"{arm} {100 * (cost[arm] - 1):.0f} %" for arm in ("REPA", "HASTE", "REG")]
+    told.append(f"and MaskAlign {100 * (cost['MaskAlign'] - 1):.0f} %")
+    assert ", ".join(told) in section_prose(NOTEBOOK, "Does alignment help here?").replace("\n", " ")
 
 
 def test_what_the_trainings_took_is_said_as_the_rows_have_it():
@@ -121,11 +135,13 @@ def made_up(arm: str, **values: list[float]) -> list[dict]:
     return [shared | {"seed": seed} | {name: each[seed] for name, each in values.items()} for seed in range(count)]
 
 
+CORNER = [2.0, *[0.9] * 14, 0.4]
 PULLED = made_up(
     "REPA",
     **{"held": [0.2, 0.21, 0.22], "peak": [2.0, 2.2, 2.1], "over t": [-0.2, 0.1, 0.1], "both ends": [-0.4, -0.5, -0.6]},
-    **{"same t": [0.9, 0.9, 0.9]},
-    **{"object at t = 0": [-0.9, -0.8, -0.7], "object at t = 1": [0.9, 0.8, 0.7]},
+    **{"same t": [0.9, 0.9, 0.9], "objects": [CORNER] * 3},
+    **{"object per t": [[-0.9, -0.7, -0.8, -0.8, low] for low in (0.9, 0.8, 0.7)]},
+    **{"marks": [[CORNER, CORNER, CORNER, CORNER, [2.0 - each for each in CORNER]]] * 3},
     **{"velocity": [0.7, 0.71, 0.72], "accuracy": [0.3, 0.31, 0.32]},
 )
 PLAIN = [
@@ -136,11 +152,12 @@ PLAIN = [
 
 def test_findings_are_those_of_the_rows():
     words = [make() for make in summary.all_findings(PULLED)[:7]]
-    assert [each.verdict.partition(" ")[0] for each in words] == (
-        ["reproduced", "reproduced", "contradicted", "undecided", "contradicted", "lower", "higher"]
+    assert [each.verdict.partition(" (")[0] for each in words] == (
+        ["reproduced", "undecided", "less than half", "reproduced", "contradicted", "lower", "higher"]
     )
-    assert words[0].effect.startswith("2.10 times (") and words[1].effect.startswith("+8.5 +/- ")
-    assert "even pull's 12.5 %" in words[1].question and words[2].effect.startswith("-29.0 +/- ")
+    assert words[0].effect.startswith("2.10 times (") and words[1].effect.startswith("0.98 times (")
+    assert words[2].effect.startswith("21.0 +/- ") and words[2].verdicts == 0  # chance is no bound of it
+    assert words[3].effect.startswith("+1.00") and words[4].effect.startswith("-1.00")
 
 
 def test_help_is_a_lower_loss_and_a_higher_accuracy():

@@ -45,7 +45,7 @@ def draw_arms(
     chance: float,
 ) -> None:
     """The seeds of every arm beside chance."""
-    axis.axvline(chance, color=INK, lw=1, ls="--", label="chance")
+    axis.axvline(chance, color=INK, lw=1, ls="--", label="chance (left: an even pull)")
     for place, arm in enumerate(arms):
         of, known = list(values[arm].values()), not place
         axis.plot(of, [place] * len(of), "o", color=PALETTE[0], ms=4, alpha=0.5, mew=0, label="a seed" if known else "")
@@ -75,10 +75,12 @@ def unevenness_figure(rows: Rows) -> Figure | None:  # None: no norms were measu
 
 # %% ../../../nbs/lib/studies/gradient_norms/figures.ipynb #5e099ce5
 def mean_maps(rows: Rows) -> dict[str, np.ndarray]:  # arm -> (T, side, side)
-    """Position probability over t, in units of the mean position's, the mean over seeds."""
+    """Position probability over t, in units of the mean position's, the mean over seeds; first, where objects stand."""
     maps: dict[str, list] = {}
     for row in pulled(rows):
         maps.setdefault(row["arm"], []).append(row["marks"])
+    if objects := next((row["objects"] for row in pulled(rows) if "objects" in row), None):
+        maps = {"objects": [[objects] * len(TIMES)]} | maps
     means = {arm: np.mean(each, axis=0) / np.mean(each) for arm, each in maps.items()}
     return {arm: mean.reshape(len(mean), *[int(mean.shape[1] ** 0.5)] * 2) for arm, mean in means.items()}
 

@@ -38,7 +38,8 @@ def unevenness(
     found = {name: each.mean().item() for name, each in per_t.items()} | over_times(one, other)
     if masks is not None:
         covered = torch.from_numpy(coverage(masks, int(norms.shape[-1] ** 0.5)).mean(0)).float()
-        first, last = correlations(marks.mean(1)[[0, -1]], covered[None]).squeeze(1).tolist()
-        found |= {"object at t = 0": first, "object at t = 1": last}
+        along = correlations(marks.mean(1), covered[None]).squeeze(1).tolist()
+        found |= {"object at t = 0": along[0], "object at t = 1": along[-1], "object per t": along}
+        found["objects"] = covered.tolist()
     found |= {f"{name} per t": each.tolist() for name, each in per_t.items()} | {"marks": marks.mean(1).tolist()}
     return {name: rounded(value) for name, value in found.items()}
