@@ -19,16 +19,25 @@ from maskalign_lab.diffusion.objectives import Objective
 from maskalign_lab.diffusion.sampling import SamplerConfig, sample
 from maskalign_lab.diffusion.sit import Output, SiT
 from maskalign_lab.measure.findings import check_words, findings_table, headline
-from maskalign_lab.measure.wording import plain, signed
+from maskalign_lab.measure.verdicts import by_seed
+from maskalign_lab.measure.wording import between, difference, plain, signed
 from maskalign_lab.runs.expectations import expect
 from maskalign_lab.runs.experiments import lengths, load_rows, results_file, run_identity
 from maskalign_lab.runs.run import load_run
 from maskalign_lab.runs.rung import BASELINE, EARLY, table_seeds
-from maskalign_lab.studies.reg.arm_findings import all_findings, by_judge
-from maskalign_lab.studies.reg.arm_tables import carried_table
+from maskalign_lab.studies.reg.arm_findings import all_findings, by_judge, cost, pixels_changed
+from maskalign_lab.studies.reg.arm_tables import carried_table, mean_by_arm
 from maskalign_lab.studies.reg.arms import BASELINES, SCALES, VARIED
 from maskalign_lab.studies.reg.exchange import changed_share, exchange_all, partners, slope
-from maskalign_lab.studies.reg.findings import at, class_effect, class_effects, effect_in_words, measured, read_off
+from maskalign_lab.studies.reg.findings import (
+    WHEN,
+    at,
+    class_effect,
+    class_effects,
+    effect_in_words,
+    measured,
+    read_off,
+)
 from maskalign_lab.studies.reg.opening import open_study
 from maskalign_lab.studies.reg.trace import Trace, class_attention, look, make_reader, settled, trace
 
@@ -129,19 +138,75 @@ def test_the_first_screen_says_what_changes_what_tokens_carry(shipped):
     for arm in ("REG, oracle", "beta 1", "half as wide"):
         found = table.loc[arm]
         assert f"{signed(found['difference'], 2)} +/- {plain(found['+/-'], 2)}" in first, arm
-        assert found["verdict"] == "reproduced"
+        assert found["verdict"] == "seen"
+    free = [mean for arm, mean in mean_by_arm(shipped, "class in free tokens").items()]
+    assert f"next to nothing of the class ({plain(min(free), 2)} to {plain(max(free), 2)})" in first and max(free) < 0.1
+
+
+def test_the_first_screen_and_the_findings_tell_of_equal_operations(shipped):
+    book = nbformat.read(paths.notebooks() / "04_reg.ipynb", as_version=4)
+    far, right = (difference(shipped, "REG", "REPA", metric, "flops") for metric in ("frechet", "accuracy"))
+    told = f"{signed(far.mean, 2)} +/- {plain(far.half, 2)}"
+    words = f"after equal operations REG is worse than REPA by distance, {told}, and accuracy is undecided"
+    assert words in book.cells[0].source.replace("\n", " ")
+    assert f"after equal operations REG's distance is {told} above REPA's" in section_prose(book_path(), "Findings")
+    assert far.verdict(0) == "higher" and right.verdict(0).startswith("undecided")
+
+
+def test_what_is_said_of_x_prediction_and_of_the_papers_shape_is_what_the_rows_hold(shipped):
+    cells = [cell.source for cell in nbformat.read(book_path(), as_version=4).cells]
+    left, carried = (by_seed(shipped, metric) for metric in ("noise left", "carried"))
+    ((seed, least),) = left["x-prediction"].items()
+    words = f"it leaves the least noise of all ({plain(least, 3)}, REG {plain(left['REG'][seed], 3)}) and carries less, not more (one seed)"
+    assert any(words in text for text in cells)
+    assert least <= min(min(of.values()) for of in left.values())
+    assert carried["x-prediction"][seed] < carried["REG"][seed]
+    gains = {
+        (arm, metric): abs(difference(shipped, arm, "SiT", metric).mean)
+        for arm in ("REG", "REPA")
+        for metric in ("frechet", "accuracy")
+    }
+    assert gains["REG", "frechet"] < gains["REPA", "frechet"]
+    assert gains["REG", "accuracy"] == pytest.approx(gains["REPA", "accuracy"], rel=0.15)
+    assert sum("it gains about as much by accuracy, and no more by distance" in text for text in cells) == 1
+
+
+def test_a_found_training_counts_as_the_others_of_its_arm_take():
+    rows = [
+        {"arm": "SiT", "identity": name, "seconds": seconds, "step": 1000}
+        for name, seconds in (("a", 3600.0), ("b", 7200.0), ("c", 0.1))
+    ]
+    assert cost(rows) == "3 trainings of up to 1,000 steps, 4.5 h in all" and cost([]) == "nothing was trained"
+
+
+def book_path():
+    """The notebook of the study."""
+    return paths.notebooks() / "04_reg.ipynb"
 
 
 def test_what_the_first_screen_says_of_the_network_that_ships_is_what_its_figures_hold():
-    """Token and image belong together, the token does not carry the class, and one effect of its class is seen: without a label."""
+    """Token and image belong and settle together, the token carries no class but steers the image; of its class one effect is seen."""
     measures = measures_of(ROOT / "figures").set_index(["measure", "sampled with"])
     for way in WAYS:
         right = measures.loc["reader finds the final class in the final class token", way]
         assert abs(right["value"] - 0.1) < right["+/-"]
         own, others = (measures.loc[f"likeness of token and {whose}", way] for whose in ("own image", "other images"))
         assert own["value"] - own["+/-"] > others["value"] + others["+/-"]
-    seen = class_effects(measures.reset_index()).set_index("sampled with")["seen"]
-    assert seen.to_dict() == {"label given": False, "no label": True}
+    effects = class_effects(measures.reset_index())
+    assert effects.loc[effects["seen"], ["sampled with", "t"]].to_numpy().tolist() == [["no label", WHEN]]
+    assert len(effects) == 2 * 5
+    (seen,) = effects[effects["seen"]].to_dict("records")
+    first = nbformat.read(book_path(), as_version=4).cells[0].source.replace("\n", " ")
+    assert f"at one time only (no label, +{100 * seen['value']:.0f} +/- {100 * seen['+/-']:.0f} %)" in first
+    contrast = measures.loc["transfer of contrast from another class, t = 0.6"]
+    assert (contrast["value"] > contrast["+/-"]).all()
+    assert f"moves contrast by {between(100 * contrast['value'], '.0f')} % of the way" in first
+    changed, above = pixels_changed(measures.reset_index())
+    assert above and changed == "pixels changed 15 to 19 % (own token 1 %)"
+    assert "changes 15 to 19 % of the pixels (the own token, noised anew: 1 %)" in first
+    for way in WAYS:
+        apart = measures.loc["t when settled: token minus image", way]
+        assert abs(apart["value"]) < apart["+/-"]
 
 
 def test_the_findings_are_a_table_of_at_most_ten_rows_and_250_words(shipped):
@@ -180,14 +245,32 @@ def effects(of: dict[str, tuple[float, float]]) -> pd.DataFrame:
 
 def test_the_effect_of_an_exchange_is_told_by_way_of_sampling():
     text = effect_in_words(effects({"label given": (-0.025, 0.11), "no label": (0.2, 0.16)}))
-    assert "costs -0.03 +/- 0.11 (label given, detectable 0.16) and 0.20 +/- 0.16 (no label) more" in text
-    assert "is seen for samples with no label." in text
+    assert (
+        "one of their own class: -2.5 +/- 11.0 % (label given, detectable 15.6 %), 20.0 +/- 16.0 % (no label)."
+        in text
+    )
+    assert "Of 2 such contrasts, over ways of sampling and times, 1 excludes zero: no label at t = 0.6." in text
     assert text.endswith("\n\nOf 2 verdicts luck would decide about 0.1 if there were nothing to be seen.")
 
 
 def test_an_effect_within_its_interval_is_not_seen():
     text = effect_in_words(effects(dict.fromkeys(WAYS, (0.1, 0.16))))
-    assert "That the token's class acts on the image's is not seen." in text and text.count("detectable 0.23") == 2
+    assert "0 exclude zero.\n" in text and text.count("detectable 22.7 %") == 2
+
+
+def test_luck_counts_all_times_at_which_tokens_were_exchanged():
+    more = [
+        measured(way, f"own class: same class less another class, t = {t}", [1, -1] * 20)
+        for way in WAYS
+        for t in (0.2, 1)
+    ]
+    rows = pd.concat([effects(dict.fromkeys(WAYS, (0.2, 0.16))), pd.DataFrame(more)])
+    text = effect_in_words(rows)
+    assert (
+        "Of 6 such contrasts, over ways of sampling and times, 2 exclude zero: label given at t = 0.6, no label at"
+        in text
+    )
+    assert text.endswith("Of 6 verdicts luck would decide about 0.3 if there were nothing to be seen.")
 
 
 def test_an_exchange_that_nobody_made_is_not_told_of():

@@ -8,6 +8,7 @@ __all__ = ['Line', 'draw_lines', 'draw_level', 'lines_over_t', 'draw_depths', 'd
 
 # %% ../../../nbs/lib/studies/reg/figures.ipynb #0124a8e2
 from collections.abc import Mapping, Sequence
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,8 @@ def draw_lines(
     """Lines with their intervals."""
     for (name, (t, mean, half)), colour in zip(lines.items(), PALETTE):
         mean, half = np.asarray(mean, float), np.nan_to_num(np.asarray(half, float))
-        axis.plot(t, mean, "o-", color=colour, markersize=3.5, label=name)
+        dash = "--" if "noised" in name else "-"  # so that two lines that cover each other are both seen
+        axis.plot(t, mean, f"o{dash}", color=colour, markersize=3.5, label=name)
         axis.fill_between(t, mean - half, mean + half, color=colour, alpha=0.16, linewidth=0)
 
 # %% ../../../nbs/lib/studies/reg/figures.ipynb #49ee4827
@@ -39,12 +41,14 @@ def draw_level(
     axis: Any,  # of matplotlib
     name: str,
     level: float,
-    **box: Any,  # of the text
+    beside: bool = False,  # the name stands right of the axis, and not within at its right end
 ) -> None:
-    """A dotted level with its name at the right end."""
+    """A dotted level with its name."""
     axis.axhline(level, color=QUIET, linestyle=":", linewidth=1.2)
-    place = {"ha": "right", "va": "bottom", "xycoords": ("axes fraction", "data")}
-    axis.annotate(name, (0.99, level), color=QUIET, fontsize=8, **place, **box)
+    x, ha, va = (1.02, "left", "center") if beside else (0.99, "right", "bottom")
+    told = "\n".join(wrap(name, 12)) if beside else name
+    style = {"xycoords": ("axes fraction", "data"), "color": QUIET, "fontsize": 8}
+    axis.annotate(told, (x, level), ha=ha, va=va, **style)
 
 # %% ../../../nbs/lib/studies/reg/figures.ipynb #cc636ee9
 def lines_over_t(
@@ -56,10 +60,11 @@ def lines_over_t(
     """Lines with 95 % intervals, in several axes side by side."""
     theme()
     figure = Figure(figsize=(1 + 3.3 * len(axes), 3.2), layout="constrained")
-    for axis, (title, lines) in zip(figure.subplots(1, len(axes), sharey=True, squeeze=False)[0], axes.items()):
+    axes_of = figure.subplots(1, len(axes), sharey=True, squeeze=False)[0]
+    for axis, (title, lines) in zip(axes_of, axes.items()):
         draw_lines(axis, lines)
         for name, level in levels.items():
-            draw_level(axis, name, level, zorder=5, bbox=dict(fc="white", ec="none", alpha=0.7, pad=0.4))
+            draw_level(axis, name if axis is axes_of[-1] else "", level, beside=True)
         axis.set(xlabel="t (0: data, 1: noise)", title=title, xlim=(-0.02, 1.02))
         axis.set_ylim(None if top is None else -0.02, None if top is None else top + 0.02)
     figure.axes[0].set_ylabel(label)

@@ -90,7 +90,7 @@ def view(film: Film, way: int, sample: int, depth: int, curve: str, time: int) -
     maps = film.attention[way, sample, :, depth]  # (T, n)
     side = int(maps.shape[-1] ** 0.5)
     looked = TokenMap(f"attention to the class token, block {depth + 1}", maps[time].reshape(side, side), "attention",
-                      (0, float(maps.max())))  # fmt: skip
+                      (0, float(film.attention[:, sample, :, depth].max())))  # fmt: skip
     panels = (
         Picture(f"noised, t = {t:.2f}", film.noised[way, sample, time]),
         Picture("expected image", film.expected[way, sample, time]),
@@ -120,7 +120,7 @@ def strip(
 ) -> Figure:
     """The filmstrip: the first sample of each way at six times."""
     columns = np.unique(np.linspace(0, len(film.times) - 1, 6).round().astype(int))
-    names, rows = ("noised", "expected image", f"attention, block {depth + 1}"), {}
+    names, rows = ("noised", "expected image", f"attention in uniform shares, block {depth + 1}"), {}
     for way, title in enumerate(film.ways):
         cells = [view(film, way, 0, depth, CURVES[0], int(time)).panels for time in columns]
         first = 0 if way == 0 else 1  # the noise is the same, so one row of it is enough
