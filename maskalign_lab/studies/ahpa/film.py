@@ -118,7 +118,7 @@ def view(film: Film, time: int, image: int, run: int) -> Panels:
     t, weights = film.times[time], film.weights[run, image]
     panels = [Picture(f"{film.labels[image]}, t = {t:.2f}", film.noised[image, time])]
     panels += [Picture(name, film.maps[image, k]) for k, name in enumerate(film.levels)]
-    panels.append(Picture("what mix=targets aims at", film.mixed[run, image, time]))
+    panels.append(Picture("weighted mean of the levels", film.mixed[run, image, time]))
     panels.append(Bars("weights", dict(zip(film.levels, weights[time].clip(0, 1).tolist(), strict=True))))
     lines = {name: weights[:, k] for k, name in enumerate(film.levels)}
     title = f"weights of the levels, {film.runs[run]}"
@@ -136,7 +136,7 @@ def scrubber(film: Film) -> Scrubber:
     return Scrubber(lambda **state: view(film, **state), controls, lambda: strip(film))
 
 # %% ../../../nbs/lib/studies/ahpa/film.ipynb #27db5b18
-PLATE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5}  # behind the name of an image
+PLATE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5}  # behind the time of an image
 
 
 def strip(film: Film) -> Figure:
@@ -145,14 +145,13 @@ def strip(film: Film) -> Figure:
     columns = np.linspace(0, len(film.times) - 1, width).round().astype(int)
     states = [view(film, int(time), 0, 0).panels for time in columns]
     clean = [Picture("image", film.noised[0, film.times.argmin()]), *states[0][1:width]]
-    rows = {"noised": [state[0] for state in states], "clean image and levels": clean}
-    rows |= {"mix=targets aims at": [state[-2] for state in states], "weights": [state[-1] for state in states]}
-    times = [f"t = {film.times[time]:.2f}" for time in columns]
-    figure = filmstrip(rows, times, f"{film.labels[0]}, {film.runs[0]}")
+    rows = {"clean image and levels": clean, "noised": [state[0] for state in states]}
+    rows |= {states[0][-2].title: [state[-2] for state in states], "weights": [state[-1] for state in states]}
+    figure = filmstrip(rows, [panel.title for panel in clean], f"{film.labels[0]}, {film.runs[0]}")
     axes = np.reshape(figure.axes, (len(rows), width + 1))  # a row's panels and the place of its colour bar
-    for axis, panel in zip(axes[1], clean, strict=False):
-        axis.text(0.03, 0.97, panel.title, transform=axis.transAxes, va="top", fontsize=8, bbox=PLATE)
+    for axis, time in zip(axes[1], columns, strict=False):
+        axis.text(0.03, 0.97, f"t = {film.times[time]:.2f}", transform=axis.transAxes, va="top", fontsize=8, bbox=PLATE)
     for axis in axes[-1, :-1]:
-        for k, name in enumerate(film.levels):
-            axis.text(k, 0.97, name, rotation=90, ha="center", va="top", fontsize=8)
+        axis.set_xticks(range(len(film.levels)), film.levels, rotation=90, fontsize=8)
+    axes[-1, 0].set_yticks((0, 0.5, 1), ("0", ".5", "1"), fontsize=8)
     return figure

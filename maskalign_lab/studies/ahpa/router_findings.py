@@ -13,14 +13,15 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 
-from ...ahpa import AHPAConfig
-from ...measure.curves import curve_words
+from ...ahpa import AHPAConfig, schedule
 from ...measure.wording import NotTrained, findings, percent, plain, signed, signed_percent
 from .findings import span
-from .routing import Routing
+from .routing import TIMES, Routing
 from maskalign_lab.studies.ahpa.tables import (
     as_routing,
+    lean_words,
     leanings,
     mean_routing,
     numbers_table,
@@ -61,11 +62,11 @@ def leans(learned: Sequence[Routing]) -> str:
     """Which way a learned router leans; the paper says that the mean place of its weights rises."""
     mean = mean_routing(learned)
     last, name = mean.weights[:, -1], mean.levels[-1]
-    whole, without = (curve_words(found, +1) for found in leanings(learned).values())
+    whole, without = (lean_words(found, +1) for found in leanings(learned).values())
     return (
         f"**Which way it leans.** The level `{name}` has {plain(last[0], 2)} of the weight near the data, "
-        f"{span(last[len(last) // 2 :], 2)} in the noisy half; over t the mean place of its weights has {whole}; without the latent "
-        f"{without}."
+        f"{span(last[len(last) // 2 :], 2)} in the noisy half; over t the mean place of its weights {whole}; without the latent "
+        f"it {without}."
     )
 
 # %% ../../../nbs/lib/studies/ahpa/router_findings.ipynb #bd04d2a3
@@ -88,10 +89,10 @@ def bilevel(rows: Sequence[dict[str, Any]], learned: Sequence[Routing]) -> str:
     means = [each.weights.mean(0) for each in learned]
     favourites = ", ".join(f"`{learned[0].levels[w.argmax()]}` with {plain(w.max(), 2)}" for w in means)
     shares = ", ".join(f"{100 * share:.0f}" for share in moved(rows, "bilevel"))
-    place = curve_words(leanings(learned)["all levels"])
+    place = lean_words(leanings(learned)["all levels"])
     return (
         f"**Does the bilevel router settle?** Its seeds favour {favourites} of the weight, of which {shares} % moved on between equal "
-        f"operations and the last step; over t their mean place has {place}."
+        f"operations and the last step; over t their mean place {place}."
     )
 
 # %% ../../../nbs/lib/studies/ahpa/router_findings.ipynb #03ccce3a
@@ -105,11 +106,15 @@ def pulls(
         raise NotTrained("routers along their training")
     sharp, even, prior = (last[arm] for arm in ("tau 0.02", "tau 0.5", "prior coarse to fine"))
     most = sharp.mean(0).argmax()
+    least = plain(sharp[:, most].min(), 2)
+    share = f"all of the weight ({least})" if least == "1.00" else f"at least {least} of the weight"
+    start = schedule("coarse-to-fine", torch.tensor(TIMES), levels).numpy()
+    ends = [[plain(each[at, at], 3) for at in (0, -1)] for each in (start, prior)]
     return (
-        f"**Pull and prior.** With $\\tau$ = .02 `{levels[most]}` has at least {plain(sharp[:, most].min(), 2)} of the weight at all "
-        f"times; with .5 the weights stay within {plain(np.abs(even - 1 / len(levels)).max(), 3)} of equal ones. From a prior of coarse "
-        f"to fine the router has {plain(prior[0, 0], 2)} on `{levels[0]}` near the data and {plain(prior[-1, -1], 2)} on "
-        f"`{levels[-1]}` in the noise."
+        f"**Pull and prior.** With $\\tau$ = .02 `{levels[most]}` has {share} at all times; with .5 the weights stay within "
+        f"{plain(np.abs(even - 1 / len(levels)).max(), 3)} of equal ones. A prior of coarse to fine has {ends[0][0]} on `{levels[0]}` near "
+        f"the data and {ends[0][1]} on `{levels[-1]}` in the noise; the router that starts from it ends with "
+        f"{ends[1][0]} and {ends[1][1]} there."
     )
 
 # %% ../../../nbs/lib/studies/ahpa/router_findings.ipynb #9eafc273
