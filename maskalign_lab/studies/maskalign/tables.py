@@ -41,7 +41,7 @@ def ratio_of_gaps(
     """One mean gap over another, with its 95 % interval over images."""
     picks = rng(seed, 0, "gaps").integers(len(gap), size=(draws, len(gap)))
     low, high = np.quantile(gap[picks].mean(1) / base[picks].mean(1), [0.025, 0.975])
-    return {"of the first run's gap": gap.mean() / base.mean(), "low": low, "high": high}
+    return {"ratio": gap.mean() / base.mean(), "low": low, "high": high}
 
 # %% ../../../nbs/lib/studies/maskalign/tables.ipynb #3143d384
 def gap_ratios(
@@ -53,7 +53,8 @@ def gap_ratios(
     """The ratio of two runs' gaps, by the share that is dropped."""
     ratios = [ratio for name, ratio in gaps if name == run]
     rows = [ratio_of_gaps(gaps[run, ratio], gaps[base, ratio], seed) for ratio in ratios]
-    return pd.DataFrame(rows, index=[f"{ratio:.0%} dropped" for ratio in ratios])
+    table = pd.DataFrame(rows, index=[f"{ratio:.0%} dropped" for ratio in ratios])
+    return table.rename(columns={"ratio": f"gap, {run} over {base}"})
 
 # %% ../../../nbs/lib/studies/maskalign/tables.ipynb #64bc8aaf
 def peak(probability: np.ndarray) -> np.ndarray:  # (..., n) -> (...)
@@ -69,11 +70,11 @@ def preference_table(
     for (run, looked), seen in surveys.items():
         p = seen.probability[0]
         null = null_preference(seen.images, len(p), seen.ratio).numpy()  # (repeats, n)
-        row = {"trained": run, "looked at with": looked, "peak over mean": peak(p), "by chance": peak(null).mean()}
+        row = {"trained": run, "looked at with": looked, "peak over mean": peak(p), "peak by chance": peak(null).mean()}
         row |= {"highest over lowest": p.max() / p.min() if p.min() else np.inf}
         lowest = null.min(-1)
         ratios = np.divide(null.max(-1), lowest, out=np.full_like(lowest, np.inf), where=lowest > 0)
-        rows.append(row | {"of it by chance": ratios.mean()})
+        rows.append(row | {"the same by chance": ratios.mean()})
     return pd.DataFrame(rows)
 
 # %% ../../../nbs/lib/studies/maskalign/tables.ipynb #418f7b48

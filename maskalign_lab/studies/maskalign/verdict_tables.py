@@ -240,4 +240,5 @@ def photographs_text(rows: Rows) -> str:
     if not rows:
         return TRAINING
     trained, steps = len({row["identity"] for row in rows}), max(row["step"] for row in rows)
-    return f"{trained} trainings of up to {steps:,} steps."
+    alone = " One seed decides nothing." if len({row["seed"] for row in rows}) == 1 else ""
+    return f"{trained} trainings of up to {steps:,} steps.{alone}"
