@@ -213,8 +213,8 @@ def test_the_toy_ends_where_the_text_says():
     naive, cut = (kept[name] for name in ("a: v", "b: v, target cut"))
     _, told = flow(train_toy(CASES["b: v, target cut"], steps=1)[0], "v", True, 0.6)
     text = prose()
-    told = r"still at (\S+); in b the narrow one ends at (\S+), by the closed form at (\S+)\."
-    ends = [float(found) for found in re.findall(told, text)[0]]
+    words = r"still at (\S+); in b the narrow one ends at (\S+), by the closed form at (\S+)\."
+    ends = [float(found) for found in re.findall(words, text)[0]]
     assert ends == pytest.approx([naive[0], cut[1], told[-1, 1].item()], abs=0.01) and naive[1] < 0.02
     held = train_toy(CASES["a, and a decoder"], steps=800)
     assert held[-1].tolist() == pytest.approx([0.3, 0.3], abs=0.05) and (held[-1] < held[600]).all()
