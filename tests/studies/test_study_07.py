@@ -16,7 +16,7 @@ from maskalign_lab.base import paths
 from maskalign_lab.diffusion.objectives import Objective, shifted
 from maskalign_lab.measure.findings import check_words, findings_table, headline
 from maskalign_lab.measure.verdicts import beside, by_seed
-from maskalign_lab.measure.wording import interval, plain, signed
+from maskalign_lab.measure.wording import difference, interval, plain, signed
 from maskalign_lab.rae import BACKBONES, FIT, ImageFit, dimension_shift, noise_missed, odds_times
 from maskalign_lab.runs import rung
 from maskalign_lab.runs.experiments import load_rows
@@ -186,6 +186,9 @@ def test_the_verdict_of_the_data_set_is_in_the_rows():
     assert narrow.verdict == "reproduced (3 seeds)" and wide.verdict == "undecided (3 seeds)"
     first = nbformat.read(BOOK, as_version=4).cells[0].source
     assert f"v's are {narrow.effect.lstrip('+')} farther from real images than x's" in first
+    noise = difference(rows, "eps, SiT, 64", "x, SiT, 64", "frechet")
+    assert noise.verdict(+1) == "reproduced" and noise.seeds == 3
+    assert f"{plain(noise.mean, 1)} +/- {plain(noise.half, 1)} farther in the narrow one (*reproduced*, 3 seeds)" in first
     others = [make(rows) for make in (noisy_decoder, head_helps, semantics, learned_encoder)]
     found = [each.verdict for each in (*others, *shift)]
     words = ["reproduced", "reproduced", "contradicted", "reproduced", "undecided", "reproduced", "contradicted"]

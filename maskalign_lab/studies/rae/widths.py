@@ -7,12 +7,14 @@ __all__ = ['Rows', 'NETWORKS', 'JUDGED', 'PANELS', 'width_pairs', 'width_verdict
 
 # %% ../../../nbs/lib/studies/rae/widths.ipynb #3d28d697
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from ...measure.verdicts import by_seed, over_trained
 from ...prediction_targets import KINDS
@@ -73,13 +75,17 @@ def widths_figure(rows: Rows, networks: Networks, token_dim: int) -> Figure:
                 }
                 draw_losses(axis, {width / token_dim: each for width, each in of.items() if each}, kind)
             axis.axvline(1, color=QUIET, lw=0.6, ls=":")
-        line[0].set(ylabel=label, ylim=(0, None))
-    short = np.linspace(min(networks.widths) / token_dim, 1, 200)
+        line[0].set(ylabel=label, yscale="log")
+        line[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        line[0].yaxis.set_major_formatter("{x:g}")
+        line[0].yaxis.set_minor_formatter("")
+    short, low = np.linspace(min(networks.widths) / token_dim, 1, 200)[:-1], axes[1, 0].get_ylim()[0]
     places = [width / token_dim for width in networks.widths]
     for axis, network in zip(axes[1], NETWORKS, strict=True):
-        axis.plot(short, 1 - short, "--", color=INK, lw=1, label="bound of v: 1 − d/n")
+        axis.plot(short, 1 - short, "--", color=INK, lw=1, label="bound of v and ε: 1 − d/n")
+        axis.set_ylim(bottom=min(low, 0.3))
         axis.set(xscale="log", xlabel="width over values in a token, d/n")
-        axis.set_xticks(places, [f"{place:g}" for place in places])
+        axis.set_xticks(places, [f"{Fraction(place)}" for place in places])
         axis.set_xticks([], minor=True)
     for axis, network in zip(axes[0], NETWORKS, strict=True):
         axis.set_title(network)
