@@ -182,6 +182,15 @@ def test_what_the_text_says_of_a_free_scale_is_what_its_rows_say():
     assert f"({', '.join(f'{each:.0f}' for each in grows)})" in prose()
 
 
+def test_how_many_steps_equal_operations_are_and_what_an_idle_head_would_miss_is_told():
+    steps = {(row["arm"], row["budget"]): row["step"] for row in shipped()}
+    for arm in ("VAE and SiT", "RAE and SiT"):
+        more = steps[arm, "flops"] / steps[arm, "steps"]
+        assert f"they have seen {more:.1f} times the steps" in prose()
+    t, variance = 0.05, 0.99  # the noised latent in place of the clean one misses t^2 of the noise and of the latent
+    assert f"itself would miss {100 * t**2 * (1 + variance) / variance:.1f} %" in prose()
+
+
 def test_the_arms_in_the_text_are_those_that_are_trained():
     scale, text = SCALES["laptop"], prose()
     for arm in scale.table("steps"):
