@@ -44,8 +44,10 @@ def norms_lens(
 ) -> Lens:
     """Study 01: which tokens of the picture the alignment pulls on."""
     run = studied[0].run
-    surveys = surveys or [norms.survey_of(each, run.survey_images(scale.images), scale) for each in studied]
-    made = lambda picture: norms.make_film(studied, scale, picture, surveys)  # noqa: E731
+    known = cache(
+        lambda: surveys or [norms.survey_of(each, run.survey_images(scale.images), scale) for each in studied]
+    )
+    made = lambda picture: norms.make_film(studied, scale, picture, known())  # noqa: E731  (made when a picture comes)
     return lambda source, name="your picture": norms.scrubber(made(picture_of(run, source, name)))
 
 

@@ -246,8 +246,7 @@ def effects(of: dict[str, tuple[float, float]]) -> pd.DataFrame:
 def test_the_effect_of_an_exchange_is_told_by_way_of_sampling():
     text = effect_in_words(effects({"label given": (-0.025, 0.11), "no label": (0.2, 0.16)}))
     assert (
-        "one of their own class: -2.5 +/- 11.0 % (label given, detectable 15.6 %), 20.0 +/- 16.0 % (no label)."
-        in text
+        "one of their own class: -2.5 +/- 11.0 % (label given, detectable 15.6 %), 20.0 +/- 16.0 % (no label)." in text
     )
     assert "Of 2 such contrasts, over ways of sampling and times, 1 excludes zero: no label at t = 0.6." in text
     assert text.endswith("\n\nOf 2 verdicts luck would decide about 0.1 if there were nothing to be seen.")

@@ -188,7 +188,9 @@ def test_the_verdict_of_the_data_set_is_in_the_rows():
     assert f"v's are {narrow.effect.lstrip('+')} farther from real images than x's" in first
     noise = difference(rows, "eps, SiT, 64", "x, SiT, 64", "frechet")
     assert noise.verdict(+1) == "reproduced" and noise.seeds == 3
-    assert f"{plain(noise.mean, 1)} +/- {plain(noise.half, 1)} farther in the narrow one (*reproduced*, 3 seeds)" in first
+    assert (
+        f"{plain(noise.mean, 1)} +/- {plain(noise.half, 1)} farther in the narrow one (*reproduced*, 3 seeds)" in first
+    )
     others = [make(rows) for make in (noisy_decoder, head_helps, semantics, learned_encoder)]
     found = [each.verdict for each in (*others, *shift)]
     words = ["reproduced", "reproduced", "contradicted", "reproduced", "undecided", "reproduced", "contradicted"]

@@ -11,6 +11,7 @@ from PIL import Image
 from maskalign_lab.gradient_norms import observe
 from maskalign_lab.runs.presets import make_recipe
 from maskalign_lab.runs.run import load_run, train
+from maskalign_lab.studies.gradient_norms import film as norms
 from maskalign_lab.studies.gradient_norms.arms import Scale
 from maskalign_lab.studies.upload_cells import depth_lens, norms_lens, picture_of, shown_through
 from maskalign_lab.workbench.plots import png
@@ -50,6 +51,16 @@ def test_a_picture_is_seen_through_a_lens(kind, name, runs):
     assert np.array_equal(pictures[0].pixels, picture_of(runs[name], photograph()).pixels[0])
     assert all(np.isfinite(panel.values).all() for panel in shown.panels if hasattr(panel, "values"))
     assert png(scrubber.strip())
+
+
+def test_a_run_is_surveyed_when_a_picture_comes_and_only_once(runs, monkeypatch):
+    """A notebook under papermill opens the lens, and nobody uploads anything."""
+    asked = []
+    survey_of = norms.survey_of
+    monkeypatch.setattr(norms, "survey_of", lambda *given: asked.append(given) or survey_of(*given))
+    lens = lens_of("norms", runs["repa"])
+    assert not asked
+    assert [len(lens(photograph(width)).strip().axes) > 0 and len(asked) for width in (80, 200)] == [1, 1]
 
 
 def test_another_picture_has_other_maps_and_the_same_heat(runs):
