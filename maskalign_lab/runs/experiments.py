@@ -10,7 +10,7 @@ __all__ = ['COUNTED', 'COMMON', 'Arm', 'blank_batch', 'BlankStep', 'blank_step',
 # %% ../../nbs/lib/runs/experiments.ipynb #c319753d
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -26,6 +26,7 @@ from ..base.errors import one_of
 from ..base.files import write_atomic
 from ..base.paths import data
 from ..base.seeding import generator
+from ..data.oracle import oracle_of
 from .building import build
 from .expectations import expect
 from .facts import Facts
@@ -155,7 +156,7 @@ class Length:
 def lengths(
     recipes: dict[str, Recipe],  # by arm; one seed stands for all
     baseline: str | None,  # the arm whose cost is the measure; None: steps alone count
-    facts: Facts | Mapping[str, Facts] = COMMON,  # of the arms' common data, or of each arm's own
+    facts: Facts | None = None,  # of the arms' common data; None: of each arm's own
     early: Sequence[float] = (),  # looks on the way, as shares of the steps
 ) -> dict[str, Length]:
     """Equal steps and equal operations, for every arm."""
@@ -166,8 +167,7 @@ def lengths(
     for name, recipe in recipes.items():
         if recipe.training.cooldown:
             raise ValueError(f"arm {name!r} has training.cooldown={recipe.training.cooldown}: expected 0, see the text")
-    own = facts if isinstance(facts, Mapping) else dict.fromkeys(recipes, facts)
-    flops = {name: step_flops(recipe, own[name]) for name, recipe in recipes.items()}
+    flops = {name: step_flops(recipe, facts or own_facts(recipe)) for name, recipe in recipes.items()}
     plan = {}
     for name, recipe in recipes.items():
         relative, steps = flops[name] / flops[baseline], recipe.training.steps
@@ -219,8 +219,7 @@ def run_arms(
     """Train and measure what is not known yet, seed by seed, or arm by arm with all seeds of an arm at once."""
     seeds = list(seeds)
     recipes = {arm.name: recipe_of(arm, seeds[0]) for arm in arms}
-    facts = {name: own_facts(recipe) for name, recipe in recipes.items()} if baseline else COMMON
-    plan = lengths(recipes, baseline, facts, early)
+    plan = lengths(recipes, baseline, early=early)
     mine = load_rows(keep) if keep else []
     have = {(row["identity"], row["arm"]) for row in (*known, *mine)}
     wanted = [(arm, seed, recipe_of(arm, seed)) for seed in seeds for arm in arms]
@@ -255,9 +254,10 @@ def trained_together(
 
 
 def own_facts(recipe: Recipe) -> Facts:
-    """Facts of an arm's data; one that asks no teacher is counted as if there were the others'."""
+    """Facts of an arm's data; one that asks no teacher, or an oracle in its place, is counted as if it asked the others'."""
     facts = expect(recipe).facts
-    return facts if facts.teacher_dims else replace(facts, teacher_dims=COMMON.teacher_dims)
+    stands_in = oracle_of(recipe.data.teacher)  # its few values would make the same method look cheaper
+    return facts if facts.teacher_dims and not stands_in else replace(facts, teacher_dims=COMMON.teacher_dims)
 
 # %% ../../nbs/lib/runs/experiments.ipynb #0da6a60e
 def load_rows(path: Path) -> list[dict[str, Any]]:

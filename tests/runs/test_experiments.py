@@ -15,6 +15,7 @@ from maskalign_lab.runs.experiments import (
     Length,
     lengths,
     load_rows,
+    own_facts,
     run_arms,
     save_rows,
     step_flops,
@@ -87,6 +88,14 @@ def test_the_second_budget_costs_what_the_baseline_costs():
         lengths({"narrow": replace(cooled, training=replace(cooled.training, cooldown=0.5))}, "narrow")
     with pytest.raises(ValueError, match="Did you mean 'narrow'"):
         lengths({arm.name: recipe_of(arm, 0) for arm in ARMS}, "narow")
+
+
+def test_an_oracle_is_counted_as_the_teacher_that_it_stands_in_for():
+    """Its few values would make the same method look cheaper."""
+    tiny, oracle = (make_recipe("repa", "study", overrides=f"data.teacher={name}") for name in ("tiny-4x4", "oracle"))
+    plan = lengths({"SiT": make_recipe("sit", "study"), "REPA": tiny, "oracle": oracle}, "SiT")
+    assert plan["REPA"].relative == plan["oracle"].relative > 1
+    assert own_facts(oracle).channels == own_facts(tiny).channels == 4
 
 
 def test_rows_are_paired_and_never_trained_twice(tmp_path, monkeypatch):

@@ -14,7 +14,6 @@ from maskalign_lab.base import paths
 from maskalign_lab.measure.findings import check_words, findings_table, headline
 from maskalign_lab.measure.wording import NotTrained, plain
 from maskalign_lab.runs.experiments import lengths, load_rows, results_file, run_identity
-from maskalign_lab.runs.facts import Facts
 from maskalign_lab.runs.rung import BASELINE, EARLY, UNSEEN, trainable
 from maskalign_lab.studies.gradient_norms import figures, summary
 from maskalign_lab.studies.gradient_norms.arms import ARMS, CLAIMS, ORACLE, SCALES, SHOWN_ALIKE
@@ -25,7 +24,6 @@ from maskalign_lab.studies.maskalign.arms import ARMS as ARMS_OF_05
 
 NOTEBOOK = paths.notebooks() / "01_gradient_norms.ipynb"
 ROWS = load_rows(results_file(TABLE, "shapes"))
-RUNG = Facts(10, teacher_dims=(128,), channels=4, factor=4)  # of shapes, the tiny teacher and the tiny autoencoder
 BOUNDS = {
     "held": (0.125, 1),
     "peak": (0, 8),
@@ -44,7 +42,7 @@ smoke = smoke_fixture("01")
 def test_the_table_that_ships_is_what_todays_recipes_would_train():
     """`-p seeds 5` finds the rows by the identity of their runs: nothing is trained again."""
     recipe_of = SCALES["laptop"].recipe_of("laptop", "shapes")
-    plan = lengths({arm.name: recipe_of(arm, UNSEEN) for arm in ARMS}, BASELINE, RUNG, EARLY)
+    plan = lengths({arm.name: recipe_of(arm, UNSEEN) for arm in ARMS}, BASELINE, early=EARLY)
     arms = {arm.name: arm for arm in ARMS}
     for row in ROWS:
         assert row["identity"] == run_identity(recipe_of(arms[row["arm"]], row["seed"]), plan[row["arm"]])
