@@ -179,7 +179,7 @@ def dose_answer(rows: Rows) -> str:
         f"With the others {least} to {most} comes back, and the gap is {span(some['gap'], 4)}.",
         f"More restored goes with a smaller gap by {told(found)}; without the doses that restore nothing by {told(seeing)}.",
         f"What a reader rebuilds of dropped latents is {rebuilt[0]} without a mixer and {rebuilt[1]} with MaskAlign's: {word}.",
-        f"So the rows {bears} the objection; a cause they do not show. A share restored is one of the network's own influence, so shares "
+        f"So the rows {bears} the objection; they do not show a cause. A share restored is one of the network's own influence, so shares "
         "of two networks are no measure of how much comes back in either.",
         carried(rows),
         best_dose(rows),

@@ -79,7 +79,9 @@ def draw_shares(axis: Axes, cases: Sequence[Case]) -> None:
         axis.bar(range(len(TIMES)), of, 0.75, low, color=TOLD[name], label=name, lw=0)
         low = low + of
     axis.set_xticks(range(len(TIMES)), [f"{t:g}" for t in TIMES])
-    axis.set(xlabel="t", ylabel="share of the maps' variance over positions\n(below 0 counts as 0)", ylim=(0, 1))
+    axis.set(
+        xlabel="t", ylabel="variance components over positions, as shares\n(estimates below 0 count as 0)", ylim=(0, 1)
+    )
     axis.set_title("all maps, over t", fontsize=10)
     if parts:
         axis.legend(reverse=True, loc="upper left", bbox_to_anchor=(1, 1))
