@@ -68,14 +68,15 @@ def rank_text(
         not rising.turns, noise.min() > 0.9 * width, few.max() < 0.3 * width, all(x[k][-1] > x[k][0] for k in (64, 128))
     )
     borne_out(all(v[k][0] == v[k].min() < noise.min() and v[k][-1] == v[k].max() for k in (64, 128)))
-    ends = {size: f"from {x[size].max():.0f} to {x[size][-1]:.0f}" for size in (16, 32)}
+    falls = {size: f"from {x[size].max():.0f} to {x[size].min():.0f}" for size in (16, 32)}
+    borne_out(*(x[size].argmax() < x[size].argmin() == len(TIMES) - 2 for size in (16, 32)))
     return (
         f"At 64 and 128 pixels $\\varepsilon$ uses nearly all that the width allows, {between(noise, '.0f')} of "
         f"{width} at all times; v uses fewer near the data, {between(v[64], '.0f')} at 64 pixels and "
         f"{between(v[128], '.0f')} at 128. x-prediction gets along with {between(few, '.0f')} from 32 pixels on, and "
         f"not with fewer the noisier the image is: at 128 pixels its rank rises from {x[128][0]:.1f} to "
-        f"{x[128][-1]:.1f}, at 64 from {x[64][0]:.0f} to {x[64].max():.0f}. At 32 pixels it falls in the end, "
-        f"{ends[32]}, and at 16 {ends[16]}. Study 08 will build on this."
+        f"{x[128][-1]:.1f}, at 64 from {x[64][0]:.0f} to {x[64].max():.0f}. At 32 pixels it falls "
+        f"{falls[32]}, at 16 {falls[16]}, and rises a little at the last time. Study 08 measures the same rank."
     )
 
 # %% ../../../nbs/lib/studies/prediction_targets/error_findings.ipynb #6eb482bd
@@ -96,11 +97,20 @@ def spectrum_text(rows: Rows) -> str:
     x, eps, v = spectra(rows, 128)
     added, fine = int(np.argmax(x > 1)), np.stack(spectra(rows, 16))[:, 5:]
     below = {name: leading_cycles(of, x) for name, of in (("v", v), ("eps", eps))}
-    borne_out(v[-1] > 10, eps[-1] > v[-1], (x[added:] > 1).all(), below["v"] > below["eps"] > 0, (fine > 1).all())
+    coarse = [float(of[0]) for of in spectra(rows, 16)]
+    borne_out(
+        min(coarse) == coarse[2],
+        v[-1] > 10,
+        eps[-1] > v[-1],
+        (x[added:] > 1).all(),
+        below["v"] > below["eps"] > 0,
+        (fine > 1).all(),
+    )
     return (
         f"At high frequencies the ratio rises: at 128 pixels and {len(v) - 1} cycles it is {v[-1]:.0f} for v and "
         f"{eps[-1]:.0f} for $\\varepsilon$. From {added} cycles on it is above 1 also for x, up to {x.max():.1f}: "
         f"these networks are short of training. At the lowest frequencies v is better than x, up to {below['v']} "
-        f"cycles, and $\\varepsilon$ up to {below['eps']}. At 16 pixels all three are alike, and above four cycles all "
-        "exceed 1: nobody knows the fine scales there."
+        f"cycles, and $\\varepsilon$ up to {below['eps']}. At 16 pixels the coarsest scale is v's "
+        f"({coarse[2]:.3f}, x {coarse[0]:.3f}, $\\varepsilon$ {coarse[1]:.3f}), and above four cycles all exceed 1: saying nothing "
+        "would be 1, so there too training was short."
     )
