@@ -113,20 +113,17 @@ def width_conclusion(rows: Rows, width: int, toy: Rows, one: Rows) -> str:
 # %% ../../../nbs/lib/studies/prediction_targets/conclusions.ipynb #b9ca8c27
 def channels_conclusion(rows: Rows, width: int) -> str:
     """Dimension, or dimension beside width, by networks of other widths."""
-    table = by_width(rows, width)
-    x, v = ([entry for _, entry in table.iterrows() if entry["prediction"] == kind] for kind in ("x", "v"))
-    if not len(x) == len(v) == 3:
+    found = by_width(rows, width).groupby("prediction")
+    if not (found["v-loss"].count().reindex(["x", "v"]) == 3).all():
         raise NotTrained("wider networks")
-    x_loss, v_loss = ([entry["v-loss"] for entry in each] for each in (x, v))
-    bounds = [f"{entry['bound']:g}" for entry in v]
-    bound = np.array([entry["bound"] for entry in v])
-    shares, left = 100 * bound / v_loss, v_loss - bound
-    borne_out((np.diff(left) > 0).all(), sorted(x_loss) == x_loss[::-1], sorted(v_loss) == v_loss[::-1])
+    x, v, bound = (
+        found.get_group(kind)[of].to_numpy() for kind, of in (("x", "v-loss"), ("v", "v-loss"), ("v", "bound"))
+    )
+    borne_out((np.diff(x) < 0).all(), (np.diff(v) < 0).all(), (np.diff(v - bound) > 0).all())
     return (
         "At 64 pixels networks of 192 and 384 channels tell dimension from dimension beside width: v's v-loss falls "
-        f"with its bound, {series(v_loss, 2)} beside {bounds[0]}, {bounds[1]} and {bounds[2]}, which are {series(shares, 0)} % "
-        f"of it; what is left grows. But x gains from the width as well ({series(x_loss, 2)}), so v's stays "
-        f"{series(np.divide(v_loss, x_loss))} times x's."
+        f"with its bound, {series(v, 2)} beside {series(bound, 3)}, which are {series(100 * bound / v, 0)} % of it; "
+        f"what is left grows. But x gains from the width as well ({series(x, 2)}), so v's stays {series(v / x)} times x's."
     )
 
 # %% ../../../nbs/lib/studies/prediction_targets/conclusions.ipynb #aa5dd075
