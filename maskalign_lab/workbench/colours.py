@@ -35,7 +35,7 @@ QUANTITIES = {
     "influence": Quantity("influence", "mako"),
     "attention": Quantity("attention, in uniform shares", "copper"),
     "attribution": Quantity("what a token adds to the answer", "vlag"),
-    "off": Quantity("off-manifold energy per coordinate", "mako"),
+    "off": Quantity("off-plane energy of a coordinate", "mako"),
     "distance": Quantity("distance to the data, in their deviations", "rocket"),
     "held": Quantity("teacher's token that is read (cosine)", "viridis", (0, 1), ((0, "0"), (0.5, "0.5"), (1, "1"))),
     "cosine": Quantity("cosine similarity", "vlag", (-1, 1), ((-1, "−1"), (0, "0"), (1, "1"))),

@@ -6,6 +6,7 @@ from functools import cache
 
 import nbformat
 import numpy as np
+import pandas as pd
 import pytest
 from shared.displayed import section_prose
 
@@ -300,6 +301,24 @@ def test_the_judges_verdicts_are_about_x_on_both_of_its_metrics():
     small = table.xs("x, v-loss, 16 px", level="arm")
     assert not small["verdict"].isin(("reproduced", "contradicted")).any()  # nothing is claimed where noise fits
     assert judge_verdicts([row for row in tables()["rows"] if row["arm"].startswith("x")]).empty
+
+
+def test_the_first_screen_says_of_16_pixels_what_the_rows_say():
+    small = conclusions.factors(tables()["rows"], "true", "v").loc[conclusions.SMALL]
+    told = f"its error ({small[conclusions.ERROR]:.2f} times x's) and more by its loss ({small[conclusions.LOSS]:.2f})"
+    assert told in notebook_prose()
+
+
+def test_what_is_said_of_the_class_that_is_seen_is_in_the_rows():
+    table = judge_verdicts(tables()["rows"])
+    table = table[table["metric"] == "accuracy"]
+    decided = table[~table["verdict"].str.startswith("undecided")].set_index(["arm", "beside"])
+    assert decided["verdict"].value_counts().to_dict() == {"reproduced": 1, "contradicted": 2} and len(table) == 22
+    assert decided["difference"].abs().round(2).eq(0.02).all()
+    names = {*table["arm"], *table["beside"]}
+    means = pd.DataFrame([row for row in tables()["rows"] if row["arm"] in names]).groupby("arm")["accuracy"].mean()
+    assert [round(end, 2) for end in (means.min(), means.max())] == [0.09, 0.12]
+    assert "of 22 verdicts 1 is reproduced" in notebook_prose() and ".09 to .12 of ten classes" in notebook_prose()
 
 
 def test_the_criterion_says_which_half_is_met():

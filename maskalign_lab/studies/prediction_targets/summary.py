@@ -100,7 +100,7 @@ def in_the_plane(toy: Rows) -> Finding:
     """The second half of the toy's criterion, for the spiral; the first half separates nothing."""
     found = criterion_table(toy).iloc[1]
     effect, least = "{ratio:.2f} times ({low:.2f} to {high:.2f})".format(**found), f"{found['detectable']:.2f} times"
-    question = f"Toy, D = 512: x's distance to the spiral over that at D = 2 (asked: at most {MOST})?"
+    question = f"Toy, D = 512: x's distance in the plane over that at D = 2 (asked: at most {MOST})?"
     return Finding(question, effect, least, found["verdict"], "03_toy", int("(1 seed)" not in found["verdict"]))
 
 
