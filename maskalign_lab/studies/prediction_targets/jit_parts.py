@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from ...measure.verdicts import comparison
-from ...measure.wording import percent
+from ...measure.wording import difference, interval, percent
 from .arms import JIT_ARMS, JIT_WORDS
 from .error_findings import clean_end_share
 from .findings import Rows, Unsaid, borne_out
@@ -60,15 +60,14 @@ def jit_conclusion(
         *classes.drop("JiT")["verdict"].str.startswith("undecided"), classes.loc["JiT", "mean"] < 0.12,
     )  # fmt: skip
     bare, untold, share = "without bottleneck", "without class tokens in context", clean_end_share(rows, JIT_ARMS[0])
-    less = lambda table, arm, digits: "{:+.{}f} +/- {:.{}f}".format(  # noqa: E731
-        table.loc[arm, "difference"], digits, table.loc[arm, "+/-"], digits
-    )
+    less = lambda arm, metric, digits: interval(difference(rows, arm, "JiT", metric), digits)  # noqa: E731
+    (over_jits_times,) = JITS_TIMES
     return (
         f"**JiT's parts.** After {rows[0]['step']} steps at 64 pixels three seeds, whose arms share their initial "
-        f"weights, decide two of six parts. Without the bottleneck the v-loss is lower ({less(loss, bare, 2)}; JiT's "
-        f"own is {loss.loc['JiT', 'mean']:.2f}), also over JiT's times ({less(times, bare, 4)}), but the judge finds "
-        f"the samples farther from real ones ({less(judge, bare, 1)}). Without class tokens in context they are a "
-        f"little nearer ({less(judge, untold, 1)}, at a distance of {judge.loc['JiT', 'mean']:.0f}); but the judge "
+        f"weights, decide two of six parts. Without the bottleneck the v-loss is lower ({less(bare, 'velocity', 2)}; JiT's "
+        f"own is {loss.loc['JiT', 'mean']:.2f}), also over JiT's times ({less(bare, over_jits_times, 4)}), but the judge finds "
+        f"the samples farther from real ones ({less(bare, 'frechet', 1)}). Without class tokens in context they are a "
+        f"little nearer ({less(untold, 'frechet', 1)}, at a distance of {judge.loc['JiT', 'mean']:.0f}); but the judge "
         f"tells {percent(classes.loc['JiT', 'mean'], digits=0)} of JiT's classes, which is chance, so that this is no "
         f"word on conditioning. The v-loss over uniform times owes {percent(share, digits=0)} to t = 0.05, which JiT's "
         "law hardly draws. The paper's claim is about FID after 200 epochs, so none of this contradicts it, whatever "
