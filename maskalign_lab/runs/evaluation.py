@@ -234,7 +234,7 @@ def judge_ends(
     return judged_briefly(judge, reference, at_side(fake.nan_to_num(0), 32), other, labels)
 
 # %% ../../nbs/lib/runs/evaluation.ipynb #bd005d49
-QUICK = SamplerConfig(steps=10, precision="bfloat16")  # 20 evaluations of the network for each sample
+QUICK = SamplerConfig(steps=10, precision="float32")  # 20 evaluations of the network for each sample
 
 
 def quality(

@@ -93,7 +93,7 @@ def test_an_arm_is_judged_beside_one_that_has_its_teacher():
 
 def test_every_arm_trains_and_is_measured(own_folders, monkeypatch):
     """At the smallest size, on the way and at both budgets; only arms with a class token are read."""
-    monkeypatch.setattr(arms, "SAMPLER", SamplerConfig("euler", 1, precision="float32"))
+    monkeypatch.setattr(arms, "QUICK", SamplerConfig("euler", 1, precision="float32"))
 
     def recipe_of(arm, seed):
         few = "data.n=32 network.depth=2 training.batch_size=8 training.warmup=1 training.cooldown=0 training.steps=2"

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['BASELINES', 'VARIED', 'ORACLE', 'ARMS', 'BESIDE', 'JUDGED', 'CAUSES', 'EXPECTED', 'SEEN', 'SMOKE', 'SCALES',
-           'SAMPLER', 'of_width', 'with_teacher', 'Scale', 'measure_reg']
+           'of_width', 'with_teacher', 'Scale', 'measure_reg']
 
 # %% ../../../nbs/lib/studies/reg/arms.ipynb #ce3a83cf
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from ...measure.metrics import balanced_labels
@@ -103,9 +103,6 @@ SCALES = {
 }
 
 # %% ../../../nbs/lib/studies/reg/arms.ipynb #d9d70414
-SAMPLER = replace(QUICK, precision="float32")  # the class may stand in the last digits of a token
-
-
 def measure_reg(
     run: Run,
     images: int = 250,  # held out
@@ -116,6 +113,6 @@ def measure_reg(
     ends = []
     if not run.net.class_dim:
         return quality(run, images, samples)
-    found = quality(run, images, samples, SAMPLER, ends)
+    found = quality(run, images, samples, QUICK, ends)
     asked = balanced_labels(samples, run.net.num_classes) if samples else ()
-    return found | measure_token(run, run.images("validation", images), asked, ends, SAMPLER, known)
+    return found | measure_token(run, run.images("validation", images), asked, ends, QUICK, known)
