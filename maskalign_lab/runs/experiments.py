@@ -4,12 +4,10 @@
 
 # %% auto #0
 __all__ = ['COUNTED', 'COMMON', 'Arm', 'blank_batch', 'BlankStep', 'blank_step', 'step_flops', 'Length', 'own_facts', 'lengths',
-           'arm_rows', 'extended', 'run_identity', 'run_arms', 'trained_together', 'load_rows', 'save_rows',
-           'results_file', 'shipped_rows']
+           'arm_rows', 'extended', 'run_identity', 'run_arms', 'load_rows', 'save_rows', 'results_file', 'shipped_rows']
 
 # %% ../../nbs/lib/runs/experiments.ipynb #c319753d
 import json
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
@@ -34,6 +32,7 @@ from .presets import make_recipe
 from .recipe import Recipe, identity
 from .run import Run, ensure_run, load_run
 from .side_by_side import train_side_by_side
+from ..training.log import training_seconds
 from ..training.methods import Batch, Losses, Method, State, Timeless, layers_of
 from ..training.prefetch import to_device
 
@@ -188,12 +187,13 @@ def arm_rows(
     length: Length,
     measure: Callable[[Run], dict[str, Any]],  # a run at one step -> plain values
     device: str = "auto",
-    spent: float = 0.0,  # seconds of a training beforehand
+    at_once: int = 1,  # seeds that were trained together, in the same seconds
 ) -> list[dict[str, Any]]:
     """Train one arm with one seed as far as the longer budget asks, and measure it at every look."""
-    began, run = time.perf_counter(), ensure_run(extended(recipe, length), device, every_save=True)
+    run = ensure_run(extended(recipe, length), device, every_save=True)
+    seconds = training_seconds(run.path / "log.jsonl") / at_once
     row = {"arm": arm.name, "seed": recipe.training.seed, "identity": run_identity(recipe, length)}
-    row |= {"relative_flops": length.relative, "seconds": round(spent + time.perf_counter() - began, 1)}
+    row |= {"relative_flops": length.relative, "seconds": round(seconds, 1)}
     found = {step: measure(load_run(run.path, step, device)) for step in {step for _, step in length.looks}}
     return [row | {"budget": name, "step": at, **found[at]} for name, at in length.looks]
 
@@ -238,26 +238,18 @@ def run_arms(
     groups = [[each for each in todo if each[0] == arm] for arm in arms] if together else [[each] for each in todo]
     number = count(1)
     for group in groups:
-        spent = trained_together([extended(recipe, plan[arm.name]) for arm, _, recipe, _ in group], device)
+        if len(group) > 1:  # for `arm_rows` to find
+            train_side_by_side(
+                [extended(recipe, plan[arm.name]) for arm, _, recipe, _ in group], device, every_save=True
+            )
         for arm, seed, recipe, _ in group:
             print(f"{next(number)}/{len(todo)}: {arm.name}, seed {seed}", flush=True)
-            mine += arm_rows(arm, recipe, plan[arm.name], measure, device, spent)
+            mine += arm_rows(arm, recipe, plan[arm.name], measure, device, len(group))
             if keep:
                 save_rows(keep, mine)
     place = {(name, arm.name): k for k, (arm, _, _, name) in enumerate(wanted)}
     found = [row for row in (*known, *mine) if (row["identity"], row["arm"]) in place]
     return sorted(found, key=lambda row: place[row["identity"], row["arm"]])
-
-
-def trained_together(
-    recipes: Sequence[Recipe],  # of one arm's seeds
-    device: str,
-) -> float:
-    """Train several seeds at once, for `arm_rows` to find; the seconds that each has taken. A single one is left to it."""
-    began = time.perf_counter()
-    if len(recipes) > 1:
-        train_side_by_side(recipes, device, every_save=True)
-    return (time.perf_counter() - began) / max(1, len(recipes))
 
 # %% ../../nbs/lib/runs/experiments.ipynb #0da6a60e
 def load_rows(path: Path) -> list[dict[str, Any]]:

@@ -13,6 +13,8 @@ from maskalign_lab.runs import experiments
 from maskalign_lab.runs.experiments import (
     Arm,
     Length,
+    arm_rows,
+    extended,
     lengths,
     load_rows,
     own_facts,
@@ -21,6 +23,7 @@ from maskalign_lab.runs.experiments import (
     step_flops,
 )
 from maskalign_lab.runs.presets import make_recipe
+from maskalign_lab.runs.run import ensure_run
 
 pytestmark = pytest.mark.usefixtures("own_folders")
 ARMS = (Arm("narrow", "sit"), Arm("deep", "sit", "network.depth=8"))
@@ -115,6 +118,17 @@ def test_a_row_measures_the_step_that_it_names(tmp_path):
     assert steps["deep", "steps"] == 4 and steps["deep", "flops"] == 2
     run = next((tmp_path / "cache" / "runs").glob("sit-*"))
     assert set(steps_of(run)) & {2, 4}
+
+
+def test_the_seconds_of_a_training_that_was_found_are_those_that_it_took():
+    """A table that was stopped behind a training and measured later tells the same; seeds trained at once share theirs."""
+    recipe, length = recipe_of(ARMS[0], 3), Length(2)
+    (row,) = arm_rows(ARMS[0], recipe, length, weight, "cpu")
+    log = ensure_run(extended(recipe, length), "cpu", every_save=True).path / "log.jsonl"
+    last = json.loads(log.read_text().splitlines()[-1]) | {"seconds": 100.0}
+    log.write_text(json.dumps(last) + "\n")
+    (again,), (shared,) = (arm_rows(ARMS[0], recipe, length, weight, "cpu", n) for n in (1, 4))
+    assert again == row | {"seconds": 100.0} and shared["seconds"] == 25.0
 
 
 def test_a_stopped_table_goes_on_where_it_stopped(tmp_path, monkeypatch):
