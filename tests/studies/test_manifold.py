@@ -402,6 +402,7 @@ def test_the_player_fits_a_page_and_a_paper():
 
 def test_clouds_out_of_sight_are_told():
     assert manifold_figures.outside(np.zeros((10, 2))) == ""
+    assert manifold_figures.outside(np.full((3, 2), 9.0)) == "all outside"
     assert manifold_figures.outside(np.array([[0, 0], [0, 9.0]])) == "50% outside"
 
 

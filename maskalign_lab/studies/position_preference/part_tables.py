@@ -147,7 +147,7 @@ def wrt_figure(
                 axis.set(xticks=[], yticks=[])
                 axis.spines[:].set_visible(False)
             figure.colorbar(shown, ax=list(axes), pad=0.02, aspect=12)
-        line[0].set_ylabel(wrt, rotation=0, ha="right", va="center")
+        line[0].set_ylabel(f"{wrt}\n{len(norms)} images", rotation=0, ha="right", va="center")
     for axis, name in zip(grid[0], ("mean of images", "image 1", "image 2", "image 3"), strict=True):
         axis.set_title(name, fontsize=9)
     figure.suptitle(f"{title}: {QUANTITIES['excess'].label}", fontsize=10)

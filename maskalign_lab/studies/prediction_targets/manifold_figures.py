@@ -44,7 +44,7 @@ def data_points(data: str, n: int = 300) -> np.ndarray:  # (n, 2)
 def outside(points: np.ndarray) -> str:
     """How much of a cloud a panel does not show, if it is more than a hundredth."""
     share = float((np.abs(points) > REACH).any(1).mean())
-    return f"{share:.0%} outside" if share > 0.01 else ""
+    return "" if share <= 0.01 else "all outside" if share == 1 else f"{share:.0%} outside"
 
 # %% ../../../nbs/lib/studies/prediction_targets/manifold_figures.ipynb #2e70d822
 def _samples(axis: Any, points: np.ndarray, data: str, prediction: str) -> None:
