@@ -37,7 +37,7 @@ COLUMNS = (  # student, change, title
     ("REPA", "torus", "REPA,\ntorus"),
 )
 PATHS = tuple(change for change in CHANGES if change not in ("", "torus"))
-WITH = "as taught, with"  # one of PATHS
+WITH = "REPA as taught, with"  # one of PATHS
 
 
 def draw_cell(axis: Axes, cases: Sequence[Case], at: int, norm: Normalize) -> None:
