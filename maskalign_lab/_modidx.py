@@ -3993,6 +3993,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                             'maskalign_lab/studies/position_preference/grid.py'),
                                                                 'maskalign_lab.studies.position_preference.grid.pick': ( 'lib/studies/position_preference/grid.html#pick',
                                                                                                                          'maskalign_lab/studies/position_preference/grid.py'),
+                                                                'maskalign_lab.studies.position_preference.grid.same_noise': ( 'lib/studies/position_preference/grid.html#same_noise',
+                                                                                                                               'maskalign_lab/studies/position_preference/grid.py'),
                                                                 'maskalign_lab.studies.position_preference.grid.shown_map': ( 'lib/studies/position_preference/grid.html#shown_map',
                                                                                                                               'maskalign_lab/studies/position_preference/grid.py'),
                                                                 'maskalign_lab.studies.position_preference.grid.variance_shares': ( 'lib/studies/position_preference/grid.html#variance_shares',

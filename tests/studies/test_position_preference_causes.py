@@ -292,6 +292,18 @@ def variances(cases, at):
     return np.array(shares) * (chance.double().square().mean().item() / 4 / shares[-1])
 
 
+def test_maps_of_another_path_are_those_of_the_same_noise():
+    """On the vp path there is as much noise at t = 0.25 as on the linear one at 0.49."""
+    clock = np.broadcast_to(np.arange(5)[:, None], (2, 5, 16)).tolist()
+    maps = {"logs": clock, "marks": clock, "angles": clock[0]}
+    known = known_rows(1)[0]
+    for change, at in {"cosine path": [0, 1, 2, 3, 4], "vp path": [0, 1, 1, 2, 4], "torus": [0, 1, 2, 3, 4]}.items():
+        row = known | {"arm": f"SiT, {change}", "cases": [known["cases"][0] | maps]}
+        (seen,) = grid.cases_in([row])
+        for found in (*seen.logs, *seen.marks, seen.angles):
+            assert found[:, 0].tolist() == at and (found == found[:, :1]).all()
+
+
 def test_content_is_what_lies_along_the_coverage():
     coverage = torch.tensor([0.0, 1.0, 2.0, 3.0])
     direction = (coverage - 1.5).double()

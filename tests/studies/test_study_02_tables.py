@@ -163,7 +163,7 @@ def test_whether_the_noise_turns_a_map_over_is_read_from_its_rows():
     usual = [row for row in causes if row["arm"] == "REPA"]
     assert answers.paths_beside(usual) == ""
     same = [row | {"arm": "REPA, cosine path"} for row in usual]
-    assert answers.paths_beside(usual + same).endswith("None turns it over.")
+    assert answers.paths_beside(usual + same).endswith("None turns it over before pure noise.")
     negated = deepcopy(same)
     for case in (case for row in negated for case in row["cases"]):
         case["logs"] = (-np.array(case["logs"])).tolist()

@@ -136,9 +136,9 @@ def paths_beside(rows: Rows) -> str:
     so = (
         f"So the noise has a part in the map, which is turned over {' and '.join(turned)}."
         if turned
-        else "None turns it over."
+        else "None turns it over before pure noise."
     )
-    start = f"At t up to {TIMES[-2]:g}, where the same t is not the same noise, REPA's map correlates with the usual one by "
+    start = f"With as much noise as the usual path has at t up to {TIMES[-2]:g}, REPA's map correlates with the usual one by "
     return f"{start}{'; '.join(told)}. {so}"
 
 # %% ../../../nbs/lib/studies/position_preference/answers.ipynb #447ba076
