@@ -3735,6 +3735,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                                    'maskalign_lab/studies/position_preference/answers.py'),
                                                                    'maskalign_lab.studies.position_preference.answers.goes_with': ( 'lib/studies/position_preference/answers.html#goes_with',
                                                                                                                                     'maskalign_lab/studies/position_preference/answers.py'),
+                                                                   'maskalign_lab.studies.position_preference.answers.masked_too': ( 'lib/studies/position_preference/answers.html#masked_too',
+                                                                                                                                     'maskalign_lab/studies/position_preference/answers.py'),
                                                                    'maskalign_lab.studies.position_preference.answers.paths_beside': ( 'lib/studies/position_preference/answers.html#paths_beside',
                                                                                                                                        'maskalign_lab/studies/position_preference/answers.py'),
                                                                    'maskalign_lab.studies.position_preference.answers.quality': ( 'lib/studies/position_preference/answers.html#quality',

@@ -23,7 +23,13 @@ from maskalign_lab.runs.experiments import load_rows
 from maskalign_lab.runs.run import load_run
 from maskalign_lab.runs.rung import UNSEEN
 from maskalign_lab.studies.position_preference import answers, conflict_courses, lenses, tables
-from maskalign_lab.studies.position_preference.cause_findings import cause_table, cell, following, follows
+from maskalign_lab.studies.position_preference.cause_findings import (
+    cause_table,
+    cell,
+    following,
+    follows,
+    likeness_over_time,
+)
 from maskalign_lab.studies.position_preference.causes import CUT
 from maskalign_lab.studies.position_preference.depth_film import load_film
 from maskalign_lab.studies.position_preference.flip import flip_table
@@ -267,7 +273,24 @@ def test_what_the_first_screen_says_of_a_teacher_whose_tokens_are_moved_is_in_th
     assert follows(rows, True).verdict.startswith("higher") and follows(rows, False).verdict.startswith("undecided")
 
     along = following(rows, "SiT", True) > following(rows, "SiT", False)
-    assert along.tolist() == [[True, True, True, False, False]]  # at t = 0.25 and 0.5, and not at 0.75 and 1
+    assert along[:, [0, 1, 3, 4]].tolist() == [[True, True, False, False]] * 2  # not at 0.75 and 1; at 0.5 seeds differ
+    assert answers.goes_with(
+        rows, "MaskAlign"
+    ) == "goes with the teacher's tokens" and "MaskAlign's" in answers.masked_too(rows)
+    assert answers.masked_too([row for row in rows if row["arm"] != "MaskAlign, permuted"]) == ""
+
+
+def test_what_the_first_screen_says_of_the_border_and_of_the_noise_is_in_the_rows():
+    rows, first = load_rows(RESULTS / "02_causes_shapes.json"), said("What this study finds")
+    assert "1.1 to 1.4" in answers.without_makers(rows) and "(1.1 to 1.4 times the mean; one seed each)" in first
+    seeds = {key: len(cell(rows, *key, "torus")) for key in answers.BLIND}
+    assert set(seeds.values()) == {1}
+    usual = cell(rows, "REPA")
+    likeness = [
+        likeness_over_time(other[5], usual[5])[:-1]
+        for other in (cell(rows, "REPA", "as taught", change) for change in answers.CHANGES)
+    ]
+    assert f"({answers.span(likeness)}; one seed each)" in first
 
 
 def test_the_first_screen_answers_every_objection_with_effect_and_interval():

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Rows', 'LACKING', 'FAVOURED', 'BESIDE', 'BLIND', 'CHANGES', 'stands_on', 'span', 'followed', 'goes_with',
-           'favourite_of', 'favourites_beside', 'without_makers', 'paths_beside', 'cause_answer', 'dose_correlation',
-           'seen', 'told', 'carried', 'best_dose', 'dose_answer', 'quality', 'spread_of', 'concluded', 'quality_answer']
+           'masked_too', 'favourite_of', 'favourites_beside', 'without_makers', 'paths_beside', 'cause_answer',
+           'dose_correlation', 'seen', 'told', 'carried', 'best_dose', 'dose_answer', 'quality', 'spread_of',
+           'concluded', 'quality_answer']
 
 # %% ../../../nbs/lib/studies/position_preference/answers.ipynb #b82f1e8d
 from collections.abc import Mapping, Sequence
@@ -62,13 +63,17 @@ FAVOURED = 1.5  # a peak from which a map has a favourite
 def goes_with(rows: Rows, student: str) -> str:
     """Where a student's map goes before pure noise, by every seed and time: with the teacher's tokens, or nowhere."""
     moved, still = (following(rows, student, each)[:, :-1] for each in (True, False))
-    return (
-        "goes with the teacher's tokens"
-        if (moved > still).all()
-        else "stays"
-        if (moved < still).all()
-        else "does neither"
-    )
+    if (moved > still).all():
+        return "goes with the teacher's tokens"
+    return "stays" if (moved < still).all() else "does neither"
+
+
+def masked_too(rows: Rows) -> str:
+    """Whether MaskAlign's map goes along."""
+    try:
+        return f"MaskAlign's {goes_with(rows, 'MaskAlign')}: {followed(rows, 'MaskAlign')}."
+    except NotTrained:
+        return ""
 
 # %% ../../../nbs/lib/studies/position_preference/answers.ipynb #9c7ad8ba
 BESIDE = {  # more cells of the grid -> how they are told of
@@ -159,6 +164,7 @@ def cause_answer(rows: Rows) -> str:
         favourites_beside(rows),
         without_makers(rows),
         f"When the teacher's tokens are moved, REPA's map {ways[0]}: it correlates with the plain one by {follows[0]}.",
+        masked_too(rows),
         f"With attention cut it {ways[1]}: {follows[1]}.",
         paths_beside(rows),
         "So a favourite takes neither alignment nor attention, and on how many tokens a network relies it does not tell."

@@ -112,7 +112,7 @@ def follows(rows: Rows, moved: bool) -> Finding:
     one, other = cell(rows, "REPA", "permuted"), cell(rows, "REPA")
     order = moved_order(next(iter(other.values())).logs.shape[-1]) if moved else None
     how = "moved along" if moved else "left where it was"
-    return alike(f"REPA's map under the permuted teacher, correlated with its plain map, {how}?", one, other, order)
+    return alike(f"Correlation of REPA's maps under the permuted and plain teacher, {how}?", one, other, order)
 
 
 def following(
@@ -152,7 +152,7 @@ ASKED = {  # name -> question, student, teacher, change
 }
 COMPARED = {  # name -> question, student, other student
     "aligned": ("Is REPA's favourite a stronger one than SiT's, through fitted projectors?", f"REPA, {FITTED}", "SiT"),
-    "attention": ("Is it stronger or weaker when REPA's attention is cut?", f"REPA, {CUT}", f"REPA, {FITTED}"),
+    "attention": ("Is it stronger when REPA's attention is cut?", f"REPA, {CUT}", f"REPA, {FITTED}"),
 }
 OBJECTS = "Of the variance of all maps, what do objects in the middle explain?"
 

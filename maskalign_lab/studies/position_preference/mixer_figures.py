@@ -117,7 +117,7 @@ def beside(question: str, rows: Rows, arm: str, other: str, metric: str, digits:
 
 def leak(rows: Rows, what: str) -> Finding:
     """What a reader rebuilds with the mixer, less what it rebuilds without one."""
-    question = f"How much more of the dropped patches' {what} can be rebuilt with the mixer than without one?"
+    question = f"How much more of the dropped patches' {what} can be rebuilt with the mixer than without?"
     return of_pairs(question, difference(rows, ALL.name, NONE.name, f"rebuilt {what}"), +1, FIGURE, "%", 2)
 
 # %% ../../../nbs/lib/studies/position_preference/mixer_figures.ipynb #b41ac3c1
