@@ -141,7 +141,7 @@ def explained(rows: Rows, name: str, question: str) -> Finding:
     return of_pairs(question, over_chance(shares[name].mean(0).tolist()), 0, "02_causes", "%", 0)
 
 # %% ../../../nbs/lib/studies/position_preference/cause_findings.ipynb #49df6337
-FAVOURITE = "How many times as often as the mean position is REPA's favourite among the hardest pulled (1 by chance)?"
+FAVOURITE = "How often is REPA's favourite pulled hardest, in times of the mean position (1 by chance)?"
 ASKED = {  # name -> question, student, teacher, change
     "preference": (FAVOURITE, "REPA", PLAIN, ""),
     "centred": ("With a teacher whose positions have equal means?", "REPA", "centred", ""),
