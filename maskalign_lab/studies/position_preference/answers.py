@@ -67,7 +67,7 @@ def goes_with(rows: Rows, student: str) -> str:
         return "goes with the teacher's tokens"
     return "stays" if (moved < still).all() else "does neither"
 
-
+# %% ../../../nbs/lib/studies/position_preference/answers.ipynb #0dbe52ad
 def masked_too(rows: Rows) -> str:
     """Whether MaskAlign's map goes along."""
     try:
