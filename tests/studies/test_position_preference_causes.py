@@ -12,7 +12,7 @@ from shared.known_maps import known_rows, true_shares
 
 from maskalign_lab.data.datasets import load_dataset
 from maskalign_lab.data.oracle import token_means
-from maskalign_lab.diffusion.interpolants import interpolate
+from maskalign_lab.diffusion.interpolants import coefficients, interpolate
 from maskalign_lab.encoders.teacher_variants import moved_order
 from maskalign_lab.encoders.teachers import load_teacher
 from maskalign_lab.gradient_norms import analysis_noise, noised_inputs, observe, read_depth
@@ -294,6 +294,8 @@ def variances(cases, at):
 
 def test_maps_of_another_path_are_those_of_the_same_noise():
     """On the vp path there is as much noise at t = 0.25 as on the linear one at 0.49."""
+    quarter = coefficients("vp", torch.tensor([0.25]), torch.zeros(1))
+    assert (quarter.sigma / quarter.alpha).item() == pytest.approx(0.49 / 0.51, abs=0.02)
     clock = np.broadcast_to(np.arange(5)[:, None], (2, 5, 16)).tolist()
     maps = {"logs": clock, "marks": clock, "angles": clock[0]}
     known = known_rows(1)[0]

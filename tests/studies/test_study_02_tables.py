@@ -273,10 +273,11 @@ def test_what_the_first_screen_says_of_a_teacher_whose_tokens_are_moved_is_in_th
     assert follows(rows, True).verdict.startswith("higher") and follows(rows, False).verdict.startswith("undecided")
 
     along = following(rows, "SiT", True) > following(rows, "SiT", False)
-    assert along[:, [0, 1, 3, 4]].tolist() == [[True, True, False, False]] * 2  # not at 0.75 and 1; at 0.5 seeds differ
-    assert answers.goes_with(
-        rows, "MaskAlign"
-    ) == "goes with the teacher's tokens" and "MaskAlign's" in answers.masked_too(rows)
+    assert along[:, [0, 1, 3, 4]].tolist() == [[True, True, False, False]] * 2  # not at 0.75 and 1
+    assert along[:, 2].tolist() == [True, False]  # at 0.5 the seeds differ
+    assert {len(cell(rows, each)) for each in ("SiT", "untrained")} == {2}
+    assert len(following(rows, "MaskAlign", True)) == 1
+    assert answers.masked_too(rows).startswith("MaskAlign's goes with the teacher's tokens: ")
     assert answers.masked_too([row for row in rows if row["arm"] != "MaskAlign, permuted"]) == ""
 
 

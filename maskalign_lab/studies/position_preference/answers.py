@@ -143,7 +143,7 @@ def paths_beside(rows: Rows) -> str:
         if turned
         else "None turns it over before pure noise."
     )
-    start = f"With as much noise as the usual path has at t up to {TIMES[-2]:g}, REPA's map correlates with the usual one by "
+    start = f"With about as much noise as the usual path has at t up to {TIMES[-2]:g}, REPA's map correlates with the usual one by "
     return f"{start}{'; '.join(told)}. {so}"
 
 # %% ../../../nbs/lib/studies/position_preference/answers.ipynb #447ba076
